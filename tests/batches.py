@@ -1,0 +1,72 @@
+"""Random batches for the rule's tests."""
+
+import numpy as np
+import torch
+
+from verl_tapo import TapoConfig, ToolStep
+
+TOOLS = {
+    "text_search": {"query": "text"},
+    "zoom": {"image": "exact", "bbox": "iou"},
+    "lookup": {"page": {"kernel": "number", "scale": 4.0}, "session": "ignore"},
+    "fetch": {},
+}
+QUERIES = ["capital of France", "Capital of france?", "capital of the France", "river in Peru", "Peru river", "", "!!!"]
+BOXES = [[0, 0, 10, 10], [10, 10, 0, 0], [0, 0, 10, 9], [5, 5, 15, 15], [3, 3, 3, 9], "box", [0, 0, 1]]
+
+
+def random_arguments(rng, tool):
+    if tool == "text_search":
+        return {"query": QUERIES[rng.integers(len(QUERIES))]}
+    if tool == "zoom":
+        arguments = {"image": int(rng.integers(2)), "bbox": BOXES[rng.integers(len(BOXES))]}
+        return arguments if rng.random() < 0.8 else {"bbox": arguments["bbox"]}
+    if tool == "lookup":
+        return {"page": int(rng.integers(6)), "session": float(rng.random())}
+    if tool == "fetch":
+        return {} if rng.random() < 0.5 else {"url": f" a {rng.integers(2)} ", "n": float(rng.integers(2))}
+    return {"code": "print(1)"}
+
+
+def random_batch(seed, rows=None, length=12, group_size=4):
+    """base, mask, index, success, steps; binary rewards normalised within groups as GRPO does, rows shuffled."""
+    rng = np.random.default_rng(seed)
+    rows = int(rng.integers(2, 10)) if rows is None else rows
+    index = [f"u{i // group_size}" for i in range(rows)]
+    rng.shuffle(index)
+    success = rng.random(rows) < 0.45
+    reward = success + (rng.random(rows) * 0.3 if rng.random() < 0.5 else 0.0)
+    mask = torch.from_numpy((rng.random((rows, length)) < 0.75).astype(np.int64))
+    advantage = np.zeros(rows)
+    for uid in set(index):
+        members = [i for i in range(rows) if index[i] == uid]
+        advantage[members] = (reward[members] - reward[members].mean()) / (reward[members].std() + 1e-6)
+    base = torch.from_numpy(advantage).float()[:, None] * mask
+    if rng.random() < 0.3:  # an estimator with token-level advantages
+        base = base + torch.from_numpy(rng.normal(0, 0.2, (rows, length))).float() * mask
+    steps = []
+    for row in range(rows):
+        for _ in range(int(rng.integers(0, 4))):
+            start = int(rng.integers(0, length))
+            end = int(rng.integers(start, length + 1))
+            call_start = int(rng.integers(start, end + 1))
+            call = (call_start, int(rng.integers(call_start, end + 1)))
+            for _ in range(int(rng.integers(1, 3))):
+                tool = [*TOOLS, "python"][rng.choice(5, p=[0.35, 0.25, 0.2, 0.1, 0.1])]
+                ok = bool(rng.random() < 0.9)
+                steps.append(ToolStep(row, tool, random_arguments(rng, tool), (start, end), call, ok))
+    return base, mask, index, success.tolist(), steps
+
+
+def random_config(seed):
+    rng = np.random.default_rng(seed + 10_000_000)
+    return TapoConfig(
+        beta=float(rng.choice([0.3, 0.8, 1.0, 2.0])),
+        theta=float(rng.choice([0.0, 0.3, 0.8, 0.95, 1.0])),
+        alpha_min=float(rng.choice([0.0, 0.2, 0.6])),
+        token_scope=str(rng.choice(["step", "call"])),
+        scope=str(rng.choice(["group", "batch"])),
+        use_support=bool(rng.random() < 0.7),
+        clip=bool(rng.random() < 0.7),
+        tools=TOOLS,
+    )

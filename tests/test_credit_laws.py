@@ -1,0 +1,204 @@
+"""The fast rule against a slow one written from the specification, and the specification's laws as properties."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from batches import TOOLS, random_batch, random_config
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from slow_reference import transfer
+
+from verl_tapo import TapoConfig, transfer_credit
+
+SEEDS = st.integers(0, 1_000_000)
+laws = settings(max_examples=150, deadline=None)
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_equals_the_slow_reference(block):
+    corrected = 0
+    for seed in range(block * 200, block * 200 + 200):
+        batch, cfg = random_batch(seed), random_config(seed)
+        result, report = transfer_credit(*batch, cfg)
+        expected, records = transfer(*batch, cfg)
+        torch.testing.assert_close(result, expected, atol=1e-6, rtol=0, msg=lambda m, seed=seed: f"seed {seed}: {m}")
+        for got, want in zip(report.steps, records, strict=True):
+            assert (got.role, got.gate) == (want["role"], want["gate"]), seed
+            for name, value in [("reference_advantage", want["abar"]), *want.items()]:
+                if isinstance(value, float) and name != "abar":
+                    assert getattr(got, name) == pytest.approx(value, abs=1e-6), (seed, name)
+        corrected += any(s.gate == "corrected" for s in report.steps)
+    assert corrected > 10  # the random batches do exercise the rule
+
+
+def test_pairs_are_compared_in_blocks_and_tokens_corrected_in_blocks(monkeypatch):
+    batch = random_batch(3, rows=40, group_size=40)
+    cfg = TapoConfig(tools=TOOLS, theta=0.4, alpha_min=0.0)
+    whole, report = transfer_credit(*batch, cfg)
+    assert report.changed_tokens > 20
+    for name in ("_PAIR_BLOCK", "_TOKEN_BLOCK", "_ROW_BLOCK"):
+        monkeypatch.setattr(f"verl_tapo.credit.{name}", 7)
+    pieces, again = transfer_credit(*batch, cfg)
+    assert torch.equal(whole, pieces)
+    assert report.steps == again.steps
+
+
+@given(SEEDS)
+@laws
+def test_nothing_to_transfer_leaves_the_base_bit_for_bit(seed):
+    base, mask, index, success, steps = random_batch(seed)
+    cfg = random_config(seed)
+    nothing = [
+        (base, mask, index, success, steps, dataclasses.replace(cfg, beta=0.0)),
+        (base, mask, index, success, [], cfg),
+        (base, mask, index, [True] * len(success), steps, cfg),
+        (base, mask, index, [False] * len(success), steps, cfg),
+        (torch.zeros_like(base), mask, index, success, steps, cfg),
+        (base, torch.zeros_like(mask), index, success, steps, cfg),
+    ]
+    for batch in nothing:
+        before = batch[0].clone()
+        result, report = transfer_credit(*batch)
+        assert torch.equal(result, before)
+        assert torch.equal(batch[0], before)
+        assert result.data_ptr() != batch[0].data_ptr()
+        assert not any(np.isnan(v) for v in report.metrics().values())
+
+
+@given(SEEDS)
+@laws
+def test_never_down_never_past_zero_never_outside_the_steps(seed):
+    base, mask, index, success, steps = random_batch(seed)
+    cfg = dataclasses.replace(random_config(seed), clip=True)
+    result, report = transfer_credit(base, mask, index, success, steps, cfg)
+    assert (result >= base).all()
+    assert (result <= base.clamp(min=0)).all()
+    outside = torch.ones_like(base, dtype=torch.bool)
+    for step, credit in zip(steps, report.steps, strict=True):
+        if credit.gate == "corrected":
+            start, end = step.span(cfg.token_scope)
+            outside[step.row, start:end] = False
+    outside |= mask == 0
+    assert torch.equal(result[outside], base[outside])
+    assert int((result != base).sum()) <= report.changed_tokens
+
+
+@given(SEEDS, st.randoms(use_true_random=False))
+@laws
+def test_permuting_rows_permutes_the_result(seed, random):
+    base, mask, index, success, steps = random_batch(seed)
+    cfg = random_config(seed)
+    result, _ = transfer_credit(base, mask, index, success, steps, cfg)
+    order = list(range(len(base)))
+    random.shuffle(order)
+    where = {row: position for position, row in enumerate(order)}
+    moved = [step._replace(row=where[step.row]) for step in steps]
+    random.shuffle(moved)
+    permuted, _ = transfer_credit(
+        base[order], mask[order], [index[i] for i in order], [success[i] for i in order], moved, cfg
+    )
+    torch.testing.assert_close(permuted, result[order], atol=1e-6, rtol=0)
+
+
+@given(SEEDS)
+@laws
+def test_relabelling_and_unrelated_groups_change_nothing(seed):
+    base, mask, index, success, steps = random_batch(seed)
+    cfg = dataclasses.replace(random_config(seed), scope="group")
+    result, report = transfer_credit(base, mask, index, success, steps, cfg)
+    relabelled = [("new", 7 * int(uid[1:])) for uid in index]
+    assert torch.equal(transfer_credit(base, mask, relabelled, success, steps, cfg)[0], result)
+    other = random_batch(seed + 1)
+    shift = len(base)
+    both, both_report = transfer_credit(
+        torch.cat([base, other[0]]),
+        torch.cat([mask, other[1]]),
+        index + [f"other {uid}" for uid in other[2]],
+        success + other[3],
+        steps + [step._replace(row=step.row + shift) for step in other[4]],
+        cfg,
+    )
+    assert torch.equal(both[:shift], result)
+    assert both_report.steps[: len(steps)] == report.steps
+
+
+@given(SEEDS, st.floats(0, 2), st.floats(0, 2))
+@laws
+def test_monotone_in_beta(seed, one, other):
+    batch, cfg = random_batch(seed), random_config(seed)
+    low, _ = transfer_credit(*batch, dataclasses.replace(cfg, beta=min(one, other)))
+    high, _ = transfer_credit(*batch, dataclasses.replace(cfg, beta=max(one, other)))
+    assert (low <= high).all()
+
+
+@given(SEEDS, st.floats(0, 1), st.floats(0, 1))
+@laws
+def test_antitone_in_alpha_min(seed, one, other):
+    batch, cfg = random_batch(seed), random_config(seed)
+    lax, _ = transfer_credit(*batch, dataclasses.replace(cfg, alpha_min=min(one, other)))
+    strict, _ = transfer_credit(*batch, dataclasses.replace(cfg, alpha_min=max(one, other)))
+    assert (strict <= lax).all()
+
+
+@given(SEEDS, st.floats(0.01, 1), st.floats(0.01, 1))
+@laws
+def test_antitone_in_theta(seed, one, other):
+    """Within a prompt group, with support, and successes of one advantage (a binary reward): then a finer partition
+    can only lower ``sup * abar``. Elsewhere the law fails, see the next test."""
+    base, mask, index, success, steps = random_batch(seed)
+    rows = torch.tensor([1.0 if y else -1.0 for y in success])
+    base = rows[:, None] * mask
+    cfg = dataclasses.replace(random_config(seed), scope="group", use_support=True)
+    lax, _ = transfer_credit(base, mask, index, success, steps, dataclasses.replace(cfg, theta=min(one, other)))
+    strict, _ = transfer_credit(base, mask, index, success, steps, dataclasses.replace(cfg, theta=max(one, other)))
+    assert (strict <= lax + 1e-6).all()
+
+
+def test_theta_may_lift_where_support_is_off():
+    """A finer partition may leave a failing call with the better of two references: not a law without support."""
+    from verl_tapo import ToolStep
+
+    base = torch.tensor([[1.0], [3.0], [-4.0]])
+    boxes = [[0, 0, 10, 10], [2, 0, 12, 10], [2, 0, 12, 10]]
+    steps = [ToolStep(row, "zoom", {"bbox": box}, (0, 1), (0, 1)) for row, box in enumerate(boxes)]
+    args = base, torch.ones(3, 1), ["u"] * 3, [True, True, False], steps
+    cfg = TapoConfig(tools=TOOLS, use_support=False)
+    coarse = transfer_credit(*args, dataclasses.replace(cfg, theta=0.5))[0][2]
+    fine = transfer_credit(*args, dataclasses.replace(cfg, theta=0.9))[0][2]
+    assert fine > coarse
+
+
+@given(SEEDS)
+@laws
+def test_padding_rows_neither_give_nor_receive(seed):
+    base, mask, index, success, steps = random_batch(seed)
+    cfg = random_config(seed)
+    result, _ = transfer_credit(base, mask, index, success, steps, cfg)
+    assume(steps)
+    copies = [step._replace(row=len(base)) for step in steps if step.row == steps[0].row]
+    padded, _ = transfer_credit(
+        torch.cat([base, base[:1] * 0]),
+        torch.cat([mask, mask[:1] * 0]),
+        [*index, "pad123"],
+        [*success, False],
+        steps + copies,
+        cfg,
+    )
+    assert torch.equal(padded[:-1], result)
+    assert (padded[-1] == 0).all()
+
+
+@given(SEEDS, st.sampled_from([torch.float64, torch.float16, torch.bfloat16]))
+@settings(max_examples=40, deadline=None)
+def test_other_dtypes_and_masks(seed, dtype):
+    base, mask, index, success, steps = random_batch(seed)
+    cfg = dataclasses.replace(random_config(seed), theta=0.8)
+    expected, _ = transfer_credit(base, mask, index, success, steps, cfg)
+    result, _ = transfer_credit(base.to(dtype), mask.bool(), index, np.array(success), steps, cfg)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), expected, atol=0.05, rtol=0.05)
+    garbage = torch.where(mask == 0, torch.tensor(float("nan")), base)
+    result, _ = transfer_credit(garbage, mask.float(), index, torch.tensor(success), steps, cfg)
+    torch.testing.assert_close(result[mask == 1], expected[mask == 1], atol=1e-6, rtol=0)

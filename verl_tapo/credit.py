@@ -1,0 +1,625 @@
+"""THE RULE: counterfactual credit transfer between tool calls (TAPO, arXiv 2606.05784), and nothing else.
+
+Symbols, shapes and the numbering of the rule's eight parts follow the paper as quoted below; ``[paper]`` marks what
+the paper states, ``[ours]`` what this project decided where the paper is silent. Every ``[ours]`` is a setting of
+`verl_tapo.config.TapoConfig` or a tie-break.
+
+``B`` rows, ``L`` response tokens, ``T`` trajectories (one a row, unless told otherwise), ``S`` tool-use steps.
+
+1. Witness steps: ``ok`` steps of declared tools in trajectories with ``y`` and ``a > 0``.             [paper; ok: ours]
+2. Failing steps: the same in trajectories with not ``y`` and ``a < 0``.                              [paper; ok: ours]
+3. Reference groups: connected components of a prompt group's witness steps of one tool under
+   ``s >= theta``.                                                                       [paper; components: ours]
+4. ``abar(G)``: mean of ``a`` over the distinct trajectories that hold a step of G.              [paper; distinct: ours]
+5. ``sup(G)``: share of the prompt group's successful trajectories that hold a step of G.                       [paper]
+6. ``m(f, G) = max_w s(f, w)``; G* maximises it; ties: larger sup, larger abar, earliest row.       [paper; ties: ours]
+7. ``alpha = m * sup(G*)``; nothing where ``m < theta`` or ``alpha < alpha_min``.                               [paper]
+8. ``A' = min(0, A + beta * alpha * abar(G*))`` on the failing step's policy tokens with ``A < 0``.             [paper]
+
+Everything else stays bit for bit as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from verl_tapo.config import TapoConfig
+from verl_tapo.similarity import FloatArray, Kernel
+from verl_tapo.steps import IntArray, StepColumns, ToolStep, step_columns
+
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+Role: TypeAlias = Literal["witness", "failing", "none"]
+Gate: TypeAlias = Literal["corrected", "below_alpha", "below_theta", "no_witness", ""]
+
+_ROLES: tuple[Role, ...] = ("none", "witness", "failing")
+_NONE, _WITNESS, _FAILING = range(3)
+_GATES: tuple[Gate, ...] = ("", "no_witness", "below_theta", "below_alpha", "corrected")
+_NO_GATE, _NO_WITNESS, _BELOW_THETA, _BELOW_ALPHA, _CORRECTED = range(5)
+
+_PAIR_BLOCK = 1_000_000  # pairs of calls compared at a time
+_TOKEN_BLOCK = 1 << 16  # tokens corrected at a time
+_ROW_BLOCK = 32  # rows whose masked sums are taken at a time: small enough for the cache
+
+
+@dataclass(frozen=True)
+class StepCredit:
+    """What the rule found for one tool-use step."""
+
+    row: int
+    tool: str
+    role: Role
+    gate: Gate
+    """What became of a failing step; empty for the others."""
+    similarity: float
+    """``m(f, G*)``; the best similarity to any witness where below theta."""
+    support: float
+    alpha: float
+    reference_advantage: float
+    """``abar(G*)``"""
+    transfer: float
+    """``beta * alpha * abar(G*)`` of a corrected step, else 0. Tokens of a turn with several calls get the smallest."""
+
+
+class _Trajectories(NamedTuple):
+    """T trajectories."""
+
+    of_row: IntArray  # (B,) trajectory of each row
+    group: IntArray  # (T,) prompt group
+    success: BoolArray  # (T,) y
+    advantage: FloatArray  # (T,) a
+    tokens: FloatArray  # (T,) number of policy tokens
+
+
+class _Matches(NamedTuple):
+    """The best reference group of each step (S,); only entries of failing steps mean anything."""
+
+    similarity: FloatArray
+    component: IntArray  # -1: none at theta or above
+    support: FloatArray
+    reference: FloatArray
+    witness_component: IntArray  # (S,) the reference group of each witness step in play, else -1
+
+
+class CreditReport:
+    """What `transfer_credit` did: `steps`, one record per given step in the given order, and `metrics()`."""
+
+    def __init__(
+        self,
+        columns: StepColumns,
+        trajectories: _Trajectories,
+        role: IntArray,
+        gate: IntArray,
+        matches: _Matches,
+        alpha: FloatArray,
+        transfer: FloatArray,
+        changed_tokens: int,
+    ) -> None:
+        self._columns, self._trajectories, self._role, self._gate = columns, trajectories, role, gate
+        self._matches, self._alpha, self._transfer = matches, alpha, transfer
+        self._steps: list[StepCredit] | None = None
+        self.changed_tokens = changed_tokens
+        """Number of tokens whose advantage was corrected."""
+
+    @property
+    def steps(self) -> list[StepCredit]:
+        """One record per given step, in the given order."""
+        if self._steps is None:
+            self._steps = [
+                StepCredit(row, tool, _ROLES[role], _GATES[gate], *numbers)
+                for row, tool, role, gate, *numbers in zip(
+                    self._columns.row.tolist(),
+                    self._columns.tool,
+                    self._role.tolist(),
+                    self._gate.tolist(),
+                    self._matches.similarity.tolist(),
+                    self._matches.support.tolist(),
+                    self._alpha.tolist(),
+                    self._matches.reference.tolist(),
+                    self._transfer.tolist(),
+                    strict=True,
+                )
+            ]
+        return self._steps
+
+    def metrics(self) -> dict[str, float]:
+        """Flat figures of this batch; every key starts with ``tapo/``, no value is NaN.
+
+        Shares have all failing steps (or failing trajectories, or policy tokens) as their denominator, 0 where there
+        are none. Means over matched or corrected steps are left out where there are no such steps. *Misassigned*
+        is a failing step with an equivalent call in a successful rollout (``m >= theta``), whether or not it passed
+        the confidence gate [paper]. *Lift* is, averaged over the matched reference groups, by how much trajectories
+        that hold the call succeed more often than their prompt group; at or below 0 the witnesses are lucky [ours].
+
+        No name contains ``max``, ``min``, ``sum`` or ``total``: veRL's aggregator would not average it.
+        """
+        t, role, gate = self._trajectories, self._role, self._gate
+        failing, matched, corrected = role == _FAILING, gate >= _BELOW_ALPHA, gate == _CORRECTED
+        holder = t.of_row[self._columns.row]
+        real = t.tokens > 0
+        failed = real & ~t.success & (t.advantage < 0)
+        metrics = {
+            "tapo/misassigned_trajectories": _share(len(np.unique(holder[matched])), failed.sum()),
+            "tapo/misassigned_steps": _share(matched.sum(), failing.sum()),
+            "tapo/corrected_trajectories": _share(len(np.unique(holder[corrected])), failed.sum()),
+            "tapo/corrected_steps": _share(corrected.sum(), failing.sum()),
+            "tapo/token_share": _share(self.changed_tokens, t.tokens.sum()),
+            "tapo/steps_per_trajectory": _share(len(role), real.sum()),
+            "tapo/failed_calls": _share((~self._columns.ok).sum(), len(role)),
+            "tapo/successes_per_group": _share((real & t.success).sum(), len(np.unique(t.group[real]))),
+        }
+        if matched.any():
+            metrics["tapo/similarity"] = float(self._matches.similarity[matched].mean())
+            metrics["tapo/support"] = float(self._matches.support[matched].mean())
+            metrics["tapo/alpha"] = float(self._alpha[matched].mean())
+            metrics["tapo/reference_advantage"] = float(self._matches.reference[matched].mean())
+            metrics["tapo/lift"] = self._lift(holder)
+        if corrected.any():
+            metrics["tapo/transfer"] = float(self._transfer[corrected].mean())
+        metrics.update(self._tool_metrics(failing, matched, corrected, real.sum()))
+        return metrics
+
+    def _lift(self, holder: IntArray) -> float:
+        """Mean over matched reference groups of the mean of ``y - rate(prompt group)`` over those that hold one."""
+        t = self._trajectories
+        real = t.tokens > 0
+        size = np.bincount(t.group, weights=real)
+        rate = np.bincount(t.group, weights=real & t.success) / np.maximum(size, 1)
+        matched = self._gate >= _BELOW_ALPHA
+        component = np.where(matched, self._matches.component, self._matches.witness_component)
+        chosen = np.isin(component, self._matches.component[matched]) & (component >= 0)
+        pairs = _distinct_pairs(component[chosen], holder[chosen])
+        gain = t.success[pairs[1]] - rate[t.group[pairs[1]]]
+        return float((np.bincount(pairs[0], weights=gain)[np.unique(pairs[0])] / _counts(pairs[0])).mean())
+
+    def _tool_metrics(
+        self, failing: BoolArray, matched: BoolArray, corrected: BoolArray, trajectories: int
+    ) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        tools = np.array(self._columns.tool, dtype=object)
+        worked, counts = np.unique(tools[self._columns.ok].astype(str), return_counts=True)
+        # A model may invent any number of tool names: only those that worked, the most used ones, become curves.
+        for tool in worked[np.argsort(-counts, kind="stable")][:20]:
+            of_tool = tools == tool
+            name = f"tapo/tool/{metric_word(str(tool))}"
+            metrics[f"{name}/steps_per_trajectory"] = _share(of_tool.sum(), trajectories)
+            metrics[f"{name}/failed_calls"] = _share((of_tool & ~self._columns.ok).sum(), of_tool.sum())
+            metrics[f"{name}/misassigned_steps"] = _share((of_tool & matched).sum(), (of_tool & failing).sum())
+            metrics[f"{name}/corrected_steps"] = _share((of_tool & corrected).sum(), (of_tool & failing).sum())
+            if (of_tool & matched).any():
+                metrics[f"{name}/similarity"] = float(self._matches.similarity[of_tool & matched].mean())
+            if (of_tool & corrected).any():
+                metrics[f"{name}/transfer"] = float(self._transfer[of_tool & corrected].mean())
+        return metrics
+
+
+def _share(part: Any, whole: Any) -> float:
+    return float(part) / float(whole) if whole else 0.0
+
+
+def _counts(values: IntArray) -> IntArray:
+    return np.unique(values, return_counts=True)[1]
+
+
+def metric_word(name: str) -> str:
+    """A tool's name as a part of a metric's name: plain characters, and none of the words that make veRL's metrics
+    aggregator take a maximum, minimum or sum instead of a mean (``summarise`` becomes ``s-ummarise``)."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:64]
+    return re.sub(r"(?i)(m)(ax|in)|(s)(um)|(t)(otal)", lambda m: "-".join(g for g in m.groups() if g), plain)
+
+
+def transfer_credit(
+    base: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Sequence[Hashable] | npt.NDArray[Any],
+    success: Sequence[bool] | npt.NDArray[Any] | torch.Tensor,
+    steps: Sequence[ToolStep],
+    cfg: TapoConfig | None = None,
+    *,
+    trajectory: Sequence[Hashable] | npt.NDArray[Any] | None = None,
+) -> tuple[torch.Tensor, CreditReport]:
+    """Applies TAPO's credit transfer to a batch of base advantages.
+
+    Args:
+        base: (B, L) floating-point advantages of the base estimator; not modified. Values outside the mask are
+            neither read nor changed.
+        response_mask: (B, L) 0/1, 1 on tokens the policy generated.
+        index: B hashables, the prompt group of each row (veRL's ``uid``); rows of a group need not be contiguous.
+        success: B bools, ``y``.
+        steps: S tool-use steps in any order.
+        cfg: the rule's settings; None takes the defaults.
+        trajectory: B hashables, which trajectory each row belongs to, for agent loops that return a trajectory as
+            several rows; None: each row is one. Rows of a trajectory share prompt group and success.
+
+    Returns:
+        A new (B, L) tensor of ``base``'s dtype and device, and the report.
+
+    Raises:
+        ValueError: naming the argument and the first offending row or step: shapes that disagree, a mask whose rows do
+            not add up like 0/1, a non-finite base advantage under the mask, a success that is no bool, an unhashable
+            index, or a bad step (see `verl_tapo.steps.step_columns`).
+    """
+    cfg = TapoConfig() if cfg is None else cfg
+    _check_shapes(base, response_mask, index, success, trajectory)
+    columns = step_columns(steps, *base.shape)
+    trajectories = _trajectories(base, response_mask, index, success, trajectory)
+
+    holder = trajectories.of_row[columns.row]  # (S,)
+    declared = {tool: cfg.takes_part(tool) for tool in set(columns.tool)}
+    eligible = columns.ok & np.array([declared[tool] for tool in columns.tool], dtype=bool)
+    y, a = trajectories.success[holder], trajectories.advantage[holder]
+    role = np.full(len(steps), _NONE)
+    role[eligible & y & (a > 0)] = _WITNESS  # (1)
+    role[eligible & ~y & (a < 0)] = _FAILING  # (2)
+
+    matches = _match(columns, trajectories, role, cfg)  # (3) to (6)
+    compared = (role == _FAILING) & np.isfinite(matches.similarity)
+    matches = matches._replace(similarity=np.where(compared, matches.similarity, 0.0))
+    found = compared & (matches.component >= 0)
+    alpha = np.where(found, matches.similarity * matches.support, 0.0)  # (7)
+    corrected = found & (alpha >= cfg.alpha_min)
+    gate = np.full(len(steps), _NO_GATE)
+    gate[role == _FAILING] = _NO_WITNESS
+    gate[compared] = _BELOW_THETA
+    gate[found] = _BELOW_ALPHA
+    gate[corrected] = _CORRECTED
+
+    transfer = np.where(corrected, cfg.beta * alpha * matches.reference, 0.0)
+    advantages = base.detach().clone(memory_format=torch.contiguous_format)
+    changed = _lift_advantages(advantages, response_mask, columns, transfer, cfg)  # (8)
+    return advantages, CreditReport(columns, trajectories, role, gate, matches, alpha, transfer, changed)
+
+
+def _check_shapes(base: Any, response_mask: Any, index: Any, success: Any, trajectory: Any) -> None:
+    if not isinstance(base, torch.Tensor) or base.dim() != 2 or not base.is_floating_point():
+        raise ValueError(f"base must be a (B, L) floating-point tensor, got {_describe(base)}")
+    if not isinstance(response_mask, torch.Tensor) or response_mask.shape != base.shape:
+        raise ValueError(f"response_mask must have base's shape {tuple(base.shape)}, got {_describe(response_mask)}")
+    if response_mask.device != base.device:
+        raise ValueError(f"response_mask is on {response_mask.device}, base on {base.device}")
+    for name, values in (("index", index), ("success", success), ("trajectory", trajectory)):
+        if values is not None and len(values) != len(base):
+            raise ValueError(f"{name} has {len(values)} entries, base has {len(base)} rows")
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _codes(name: str, values: Any) -> IntArray:
+    codes: dict[Hashable, int] = {}
+    try:
+        return np.array([codes.setdefault(value, len(codes)) for value in values], dtype=np.int64)
+    except TypeError:
+        for row, value in enumerate(values):
+            if not isinstance(value, Hashable):
+                raise ValueError(f"{name}[{row}] is not hashable: {type(value).__name__}") from None
+        raise
+
+
+def _trajectories(
+    base: torch.Tensor, response_mask: torch.Tensor, index: Any, success: Any, trajectory: Any
+) -> _Trajectories:
+    """Advantage ``a``, success ``y`` and prompt group of every trajectory."""
+    if isinstance(success, torch.Tensor):
+        success = success.detach().cpu().numpy()
+    y = np.asarray(success)
+    if y.dtype != bool:
+        for row, value in enumerate(y.tolist()):
+            if isinstance(value, str) or value not in (0, 1):
+                raise ValueError(f"success[{row}] must be a bool, got {value!r}")
+        y = y.astype(bool)
+    group = _codes("index", index)
+    of_row: IntArray = np.arange(len(base)) if trajectory is None else _codes("trajectory", trajectory)
+    _, first = np.unique(of_row, return_index=True)
+    for name, values in (("index", group), ("success", y)):
+        differs = np.flatnonzero(values != values[first][of_row])
+        if len(differs):
+            raise ValueError(f"{name}[{differs[0]}] differs from that of an earlier row of the same trajectory")
+    sums, counts = _masked_sums(base, response_mask)
+    tokens = np.bincount(of_row, weights=counts, minlength=len(first)).astype(np.float64)
+    advantage = np.bincount(of_row, weights=sums, minlength=len(first)) / np.maximum(tokens, 1.0)
+    return _Trajectories(of_row, group[first], y[first], advantage, tokens)
+
+
+def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, FloatArray]:
+    """Per row: the sum of ``base`` under the mask, and the number of mask-1 tokens; both (B,).
+
+    Goes through the batch in blocks of rows, in a buffer that stays in the cache: as a whole-batch expression this
+    would cost more than everything else here together, and another (B, L) tensor.
+    """
+    rows, length = base.shape
+    dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+    buffer = torch.empty((min(_ROW_BLOCK, rows), length), dtype=dtype, device=base.device)
+    sums, counts = torch.zeros((2, rows), dtype=dtype, device=base.device)
+    for start in range(0, rows, _ROW_BLOCK):
+        end = min(start + _ROW_BLOCK, rows)
+        block = buffer[: end - start]
+        block.copy_(mask[start:end])
+        counts[start:end] = block.sum(-1)
+        block.mul_(base[start:end])
+        sums[start:end] = block.sum(-1)
+    tokens = counts.double().cpu().numpy()
+    odd = np.flatnonzero((tokens % 1 != 0) | (tokens < 0) | (tokens > length))
+    if len(odd):
+        raise ValueError(f"response_mask[{odd[0]}] must be 0/1, its {length} entries add up to {tokens[odd[0]]:g}")
+    result = sums.double().cpu().numpy()
+    # NaN or inf: under the mask an error, outside it nothing to us; a sum of huge values may overflow, too.
+    for row in np.flatnonzero(~np.isfinite(result)).tolist():
+        policy = mask[row] != 0
+        bad = torch.nonzero(policy & ~torch.isfinite(base[row])).flatten().tolist()
+        if bad:
+            raise ValueError(f"base[{row}, {bad[0]}] is {base[row, bad[0]].item()} under the response mask")
+        result[row] = base[row][policy].double().sum().item()
+    return result, tokens
+
+
+class _Values:
+    """The distinct values of one parameter of one tool, prepared for its kernel, numbered as they come."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.numbers: dict[Hashable, int] = {}
+        self.of_text: dict[str, int] = {}  # of strings as given: the same texts come again and again
+
+    def number(self, value: Any) -> int:
+        """The number of a value as given."""
+        number = self.numbers.setdefault(self.kernel.prepare(value), len(self.numbers))
+        if type(value) is str:
+            self.of_text[value] = number
+        return number
+
+
+class _Parameter(NamedTuple):
+    """One parameter of one tool."""
+
+    kernel: Kernel
+    values: list[Hashable]
+    of_call: IntArray  # (N,) number of each node's value, -1 where the call lacks the parameter
+
+
+class _Calls(NamedTuple):
+    """The distinct calls ("nodes") that can match at all, sorted by tool, and within a tool by scope."""
+
+    of_step: IntArray  # (S,) node of each step, -1 for steps not in play
+    cell: IntArray  # (N,) tool and scope (a prompt group, or the batch): only calls of one cell are compared
+    tools: list[tuple[int, int, list[_Parameter]]]  # each tool's nodes, [start, end), and its parameters
+
+
+def _match(columns: StepColumns, t: _Trajectories, role: IntArray, cfg: TapoConfig) -> _Matches:
+    """Parts 3 to 6 of the rule: reference groups, their advantage and support, and each failing step's best one."""
+    holder = t.of_row[columns.row]
+    calls = _distinct_calls(columns, t.group[holder], role, cfg)
+    nodes = len(calls.cell)
+    in_play = np.flatnonzero((role == _WITNESS) & (calls.of_step >= 0))
+    failing = np.flatnonzero((role == _FAILING) & (calls.of_step >= 0))
+    is_witness, is_failing = np.zeros(nodes, dtype=bool), np.zeros(nodes, dtype=bool)
+    is_witness[calls.of_step[in_play]], is_failing[calls.of_step[failing]] = True, True
+
+    component = np.arange(nodes)  # (3): of a witness node, the least node of its reference group
+    best = np.full(nodes, -np.inf)  # of a failing node, the best similarity to any witness
+    ties: list[IntArray] = [np.zeros((2, 0), dtype=np.int64)]  # (failing node, witness node) at that similarity
+    for left, right, similarity in _compared_pairs(calls, is_witness):
+        near = similarity >= cfg.theta
+        linked = near & is_witness[left] & (left != right)
+        _link(component, left[linked], right[linked])
+        mine = is_failing[left]
+        np.maximum.at(best, left[mine], similarity[mine])
+        ties.append(np.stack([left, right])[:, near & mine & (similarity == best[left])])
+
+    # (4) and (5), for all reference groups at once.
+    group = component[calls.of_step[in_play]]
+    held = _distinct_pairs(group, holder[in_play])  # distinct (reference group, trajectory) pairs
+    holders = np.bincount(held[0], minlength=nodes)
+    reference = np.bincount(held[0], weights=t.advantage[held[1]], minlength=nodes) / np.maximum(holders, 1)
+    winners = np.bincount(t.group, weights=t.success & (t.advantage > 0))
+    spread = _distinct_pairs(group, t.group[holder[in_play]])  # (reference group, prompt group) pairs
+    pool = np.bincount(spread[0], weights=winners[spread[1]], minlength=nodes)
+    support = holders / np.maximum(pool, 1) if cfg.use_support else np.ones(nodes)
+    earliest = np.full(nodes, np.iinfo(np.int64).max)
+    np.minimum.at(earliest, group, columns.row[in_play])
+
+    # (6), for all failing calls at once: the first in the order of the ties.
+    chosen = np.full(nodes, -1)
+    call, witness = np.concatenate(ties, axis=1)
+    candidate = component[witness]
+    order = np.lexsort((earliest[candidate], -reference[candidate], -support[candidate], call))
+    calls_tied, first = np.unique(call[order], return_index=True)
+    chosen[calls_tied] = candidate[order][first]
+
+    similarity, matched = np.full(len(role), -np.inf), np.full(len(role), -1)
+    similarity[failing] = best[calls.of_step[failing]]
+    matched[failing] = chosen[calls.of_step[failing]]
+    witness_component = np.full(len(role), -1)
+    witness_component[in_play] = group
+    has = matched >= 0
+    sup, abar = np.zeros(len(role)), np.zeros(len(role))
+    sup[has], abar[has] = support[matched[has]], reference[matched[has]]
+    return _Matches(similarity, matched, sup, abar, witness_component)
+
+
+def _distinct_pairs(first: IntArray, second: IntArray) -> IntArray:
+    """(2, K) the distinct pairs of non-negative ``(first[k], second[k])``, sorted."""
+    width = int(second.max(initial=0)) + 1
+    return np.stack(np.divmod(np.unique(first * width + second), width))
+
+
+def _distinct_calls(columns: StepColumns, group: IntArray, role: IntArray, cfg: TapoConfig) -> _Calls:
+    """Equal calls become one node, within the tools and scopes that have both witnesses and failing steps."""
+    code: dict[str, int] = {}
+    tool = np.array([code.setdefault(name, len(code)) for name in columns.tool], dtype=np.int64)
+    place = tool if cfg.scope == "batch" else tool * (group.max(initial=0) + 1) + group
+    contested = np.intersect1d(place[role == _WITNESS], place[role == _FAILING])
+    in_play = np.flatnonzero(np.isin(place, contested) & (role != _NONE))
+    in_play = in_play[np.argsort(place[in_play], kind="stable")]
+    bounds = np.searchsorted(tool[in_play], np.arange(len(code) + 1)).tolist()
+
+    node_of_call: dict[Hashable, int] = {}
+    cell: list[int] = []
+    of_step = np.full(len(role), -1)
+    tools: list[tuple[int, int, list[_Parameter]]] = []
+    for name, start, end in zip(code, bounds[:-1], bounds[1:], strict=True):
+        first = len(cell)
+        values: dict[str, _Values] = {}
+        members: list[list[tuple[str, int]]] = []
+        nodes: list[int] = []
+        for step, where in zip(in_play[start:end].tolist(), place[in_play[start:end]].tolist(), strict=True):
+            call: list[tuple[str, int]] = []
+            for parameter, value in columns.arguments[step].items():
+                known = values.get(parameter)
+                if known is None:
+                    known = values[parameter] = _Values(cfg.kernel(name, str(parameter)))
+                if known.kernel.ignores:
+                    continue
+                number = known.of_text.get(value) if type(value) is str else None
+                if number is None:
+                    try:
+                        number = known.number(value)
+                    except ValueError as error:
+                        raise ValueError(f"steps[{step}]: argument {str(parameter)!r}: {error}") from None
+                call.append((parameter, number))
+            key = (where, *call) if len(call) < 2 else (where, frozenset(call))
+            node = node_of_call.get(key)
+            if node is None:
+                node = node_of_call[key] = len(cell)
+                cell.append(where)
+                members.append(call)
+            nodes.append(node)
+        of_step[in_play[start:end]] = nodes
+        of_call = {parameter: np.full(len(members), -1) for parameter in values}
+        for position, call in enumerate(members):
+            for parameter, number in call:
+                of_call[parameter][position] = number
+        parameters = [
+            _Parameter(known.kernel, list(known.numbers), of_call[parameter])
+            for parameter, known in values.items()
+            if not known.kernel.ignores
+        ]
+        tools.append((first, len(cell), parameters))
+    return _Calls(of_step, np.array(cell, dtype=np.int64), tools)
+
+
+def _compared_pairs(calls: _Calls, is_witness: BoolArray) -> Iterator[tuple[IntArray, IntArray, FloatArray]]:
+    """Compares every call with every witness beside it, in blocks of calls of one tool.
+
+    Yields nodes (P,), witness nodes (P,), and their similarities (P,); all pairs of one node are in one block.
+    """
+    witnesses = np.flatnonzero(is_witness)
+    low = np.searchsorted(calls.cell[witnesses], calls.cell, side="left")  # cells are in ascending order
+    partners = np.searchsorted(calls.cell[witnesses], calls.cell, side="right") - low
+    for start, end, parameters in calls.tools:
+        pairs_before = np.cumsum(partners[start:end]) - partners[start:end]
+        blocks = np.flatnonzero(np.diff(pairs_before // _PAIR_BLOCK, prepend=-1)) + start
+        for first, last in zip(blocks.tolist(), [*blocks[1:].tolist(), end], strict=False):
+            nodes = np.arange(first, last)
+            left = np.repeat(nodes, partners[nodes])
+            number = np.arange(len(left)) - np.repeat(
+                pairs_before[nodes - start] - pairs_before[first - start], partners[nodes]
+            )
+            right = witnesses[low[left] + number]
+            yield left, right, _similarities(left - start, right - start, parameters)
+
+
+def _similarities(left: IntArray, right: IntArray, parameters: list[_Parameter]) -> FloatArray:
+    """(P,) ``s(u, v)`` of pairs of calls: the minimum over the parameters; 0 where only one call has a parameter;
+    1 for calls without parameters.
+    """
+    result = np.ones(len(left))
+    for kernel, values, of_call in parameters:
+        u, v = of_call[left], of_call[right]
+        if kernel.identity_only:
+            result[u != v] = 0.0
+            continue
+        result[(u < 0) != (v < 0)] = 0.0
+        both = np.flatnonzero((u >= 0) & (v >= 0))
+        if len(both):
+            scores = kernel.pairs([values[i] for i in u[both].tolist()], [values[j] for j in v[both].tolist()])
+            result[both] = np.minimum(result[both], scores)
+    return result
+
+
+def _link(component: IntArray, left: IntArray, right: IntArray) -> None:
+    """Joins the components of ``left[k]`` and ``right[k]``, in place; the least member names a component."""
+    while len(left):
+        a, b = component[left], component[right]
+        apart = a != b
+        if not apart.any():
+            return
+        np.minimum.at(component, np.maximum(a[apart], b[apart]), np.minimum(a[apart], b[apart]))
+        while not np.array_equal(component, shorter := component[component]):
+            component[:] = shorter
+
+
+def _segments(columns: StepColumns, transfer: FloatArray, cfg: TapoConfig) -> tuple[IntArray, IntArray, FloatArray]:
+    """Disjoint token spans with what is to be added there: (K,) rows, (K, 2) spans, (K,) transfers, all > 0.
+
+    A token in several steps' spans takes the smallest of their transfers, 0 for a step without one: a turn with
+    parallel calls is corrected only as far as its weakest call [ours].
+    """
+    spans = columns.span(cfg.token_scope)
+    gaining = np.unique(columns.row[transfer > 0])
+    steps = np.flatnonzero(np.isin(columns.row, gaining) & (spans[:, 0] < spans[:, 1]))
+    if not len(steps):
+        return np.zeros(0, np.int64), np.zeros((0, 2), np.int64), np.zeros(0)
+    steps = steps[np.lexsort((spans[steps, 1], spans[steps, 0], columns.row[steps]))]
+    keys = np.column_stack([columns.row[steps], spans[steps]])  # (K, 3): row, start, end; sorted
+    first = np.flatnonzero(np.append(True, (keys[1:] != keys[:-1]).any(1)))
+    amount = np.minimum.reduceat(transfer[steps], first)
+    keys = keys[first]
+    overlaps = np.flatnonzero((keys[1:, 0] == keys[:-1, 0]) & (keys[1:, 1] < keys[:-1, 2]))
+    if len(overlaps):
+        keys, amount = _split_overlaps(keys, amount, set(keys[overlaps, 0].tolist()))
+    positive = amount > 0
+    return keys[positive, 0], keys[positive, 1:], amount[positive]
+
+
+def _split_overlaps(keys: IntArray, amount: FloatArray, rows: set[int]) -> tuple[IntArray, FloatArray]:
+    """Cuts the spans of ``rows`` at each other's ends, so that the pieces are disjoint."""
+    apart = ~np.isin(keys[:, 0], list(rows))
+    pieces: list[tuple[int, int, int]] = []
+    amounts: list[float] = []
+    for row in sorted(rows):
+        mine = np.flatnonzero(keys[:, 0] == row)
+        cuts = np.unique(keys[mine, 1:])
+        for start, end in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+            covering = mine[(keys[mine, 1] <= start) & (keys[mine, 2] >= end)]
+            if len(covering):
+                pieces.append((row, start, end))
+                amounts.append(float(amount[covering].min()))
+    split = np.array(pieces, dtype=np.int64).reshape(-1, 3)
+    return np.concatenate([keys[apart], split]), np.concatenate([amount[apart], np.array(amounts)])
+
+
+def _lift_advantages(
+    advantages: torch.Tensor, response_mask: torch.Tensor, columns: StepColumns, transfer: FloatArray, cfg: TapoConfig
+) -> int:
+    """Part 8 of the rule, in place on (B, L) ``advantages``; returns the number of tokens changed."""
+    rows, spans, amount = _segments(columns, transfer, cfg)
+    if not len(rows):
+        return 0
+    device = advantages.device
+    lengths = spans[:, 1] - spans[:, 0]
+    starts = rows * advantages.shape[1] + spans[:, 0]
+    changed = 0
+    # Block by block of segments: small index arrays stay in the cache.
+    blocks = np.flatnonzero(np.diff(lengths.cumsum() // _TOKEN_BLOCK, prepend=-1))
+    for first, last in zip(blocks.tolist(), [*blocks[1:].tolist(), len(rows)], strict=True):
+        length, ends = lengths[first:last], lengths[first:last].cumsum()
+        # Flat positions of all tokens of these segments, one after the other.
+        positions = np.arange(ends[-1]) + np.repeat(starts[first:last] - (ends - length), length)
+        where = torch.from_numpy(positions).to(device)
+        added = torch.from_numpy(np.repeat(amount[first:last], length)).to(device, advantages.dtype)
+        old = advantages.take(where)
+        negative = (old < 0) & (response_mask.take(where) != 0)
+        new = added.add_(old)
+        if cfg.clip:
+            new.clamp_(max=0)
+        advantages.put_(where, torch.where(negative, new, old))
+        changed += int(negative.sum())
+    return changed

@@ -1,0 +1,102 @@
+"""The record of a trajectory's tool calls, as `tapo_tool_agent` writes it to ``extra_fields["tapo_steps"]``.
+
+One plain dict per trajectory (plain, so that it crosses veRL's TransferQueue, Ray and JSON dumps unharmed; a dict, not
+a list, because veRL V0 packs lists of equal length into broken object arrays)::
+
+    {"version": 1,
+     "images": ["<identity>", ...],            # every image of the trajectory, in order, prompt images first
+     "steps": [{"tool": "zoom", "arguments": {...}, "turn": [s, e], "call": [cs, ce], "ok": True,
+                "status": "ok", "latency_s": 0.12, "images_at_hand": 1, "produced": [1], "metrics": {...}}, ...]}
+
+Spans are half-open, in response tokens, before the cut at ``response_length``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from verl_tapo.images import resolve_images
+from verl_tapo.steps import ToolStep
+
+RECORD_KEY = "tapo_steps"
+RECORD_VERSION = 1
+
+CallStatus: TypeAlias = Literal[
+    "ok",  # executed and answered
+    "error",  # the tool raised, or answered with an error
+    "timeout",  # no answer in time
+    "unknown_tool",  # no tool of that name
+    "malformed",  # the call could not be parsed
+    "over_limit",  # more parallel calls than allowed
+    "not_executed",  # the trajectory ended before the call was run
+]
+
+
+@dataclass
+class CallRecord:
+    """One tool call."""
+
+    tool: str
+    arguments: dict[str, Any]
+    turn: tuple[int, int]
+    call: tuple[int, int]
+    status: CallStatus = "not_executed"
+    latency_s: float = 0.0
+    images_at_hand: int = 0
+    """How many of the trajectory's images existed when the call was made."""
+    produced: list[int] = field(default_factory=list)
+    """Positions in the trajectory's images of those this call returned."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """What the tool's ``execute`` returned as its third value."""
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+@dataclass
+class TrajectoryRecord:
+    """All tool calls of one trajectory, in the order they were made."""
+
+    steps: list[CallRecord] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain form, see the module's docstring."""
+        steps = [
+            {**asdict(step), "turn": list(step.turn), "call": list(step.call), "ok": step.ok} for step in self.steps
+        ]
+        return {"version": RECORD_VERSION, "images": list(self.images), "steps": steps}
+
+
+def recorded_steps(
+    record: Mapping[str, Any], row: int, length: int, image_parameters: Iterable[str], image_index_base: int | None
+) -> list[ToolStep]:
+    """The tool-use steps of one trajectory's record.
+
+    Args:
+        record: the plain form of a `TrajectoryRecord`.
+        row: the trajectory's row in the batch.
+        length: its number of response tokens; spans are cut there, and steps beyond are left out.
+        image_parameters, image_index_base: see `verl_tapo.images.resolve_images`.
+
+    Raises:
+        ValueError: for a record of another version.
+    """
+    if record.get("version") != RECORD_VERSION:
+        raise ValueError(f"row {row}: {RECORD_KEY} has version {record.get('version')!r}, expected {RECORD_VERSION}")
+    images = record["images"]
+    steps = []
+    for step in record["steps"]:
+        (start, end), (call_start, call_end) = step["turn"], step["call"]
+        if start >= length:
+            continue
+        arguments = resolve_images(
+            step["arguments"], image_parameters, images[: step["images_at_hand"]], image_index_base
+        )
+        turn = (start, min(end, length))
+        call = (min(call_start, length), min(call_end, length))
+        steps.append(ToolStep(row, step["tool"], arguments, turn, call, step["ok"]))
+    return steps
