@@ -14,7 +14,7 @@ CONFIG = TapoConfig(
         "zoom": {"image": "exact", "bbox": "iou"},
     }
 )
-_WORDS = "capital currency river museum tower bridge author species flag border year height".split()
+_WORDS = ("capital", "currency", "river", "museum", "tower", "bridge", "author", "species", "flag", "border")
 
 
 def make_batch(

@@ -1,0 +1,301 @@
+"""Through veRL's own V0 path, ``compute_advantage(DataProto)``, as the asynchronous experiments use it."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from rollouts import data_proto, fake_batch
+
+from verl_tapo import TapoConfig, transfer_credit
+from verl_tapo.records import recorded_steps
+from verl_tapo.trainer import estimator, v0
+
+ray_trainer = pytest.importorskip("verl.trainer.ppo.ray_trainer")
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.setattr(estimator, "WATCH", estimator.Watch())
+    v0._pending.clear()
+
+
+@pytest.fixture
+def trainer(qwen_like_tokenizer, monkeypatch):
+    """Stands for the trainer that the constructor's hook would have noted."""
+    config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"multi_turn": {"format": "hermes"}}}})
+    noted = types.SimpleNamespace(tokenizer=qwen_like_tokenizer, config=config)
+    monkeypatch.setattr(v0, "_trainer", lambda: noted)
+    return noted
+
+
+def algorithm(**tapo):
+    return OmegaConf.create(
+        {"gamma": 1.0, "lam": 1.0, "norm_adv_by_std_in_grpo": True, "adv_estimator": "tapo", "tapo": tapo}
+    )
+
+
+def compute(data, estimator_name="tapo", **tapo):
+    return ray_trainer.compute_advantage(data, estimator_name, norm_adv_by_std_in_grpo=True, config=algorithm(**tapo))
+
+
+def test_corrects_what_the_rule_says(qwen_like_tokenizer, trainer):
+    rows = fake_batch(qwen_like_tokenizer)
+    base = compute(data_proto(rows, qwen_like_tokenizer), "grpo").batch
+    data = compute(data_proto(rows, qwen_like_tokenizer))
+    steps = []
+    for row, (rollout, _, _) in enumerate(rows):
+        steps += recorded_steps(rollout.record.to_dict(), row, len(rollout.ids), (), None)
+    expected, report = transfer_credit(
+        base["advantages"], base["response_mask"], [r[2] for r in rows], [r[1] for r in rows], steps, TapoConfig()
+    )
+    assert torch.equal(data.batch["advantages"], expected)
+    assert torch.equal(data.batch["returns"], base["returns"])
+    gates = [s.gate for s in report.steps]
+    assert (gates.count("corrected"), gates.count("below_theta")) == (6, 2)
+    changed = data.batch["advantages"] != base["advantages"]
+    assert 0 < int(changed.sum()) < changed.numel()
+
+
+def test_recorded_and_parsed_steps_give_the_same(qwen_like_tokenizer, trainer):
+    rows = fake_batch(qwen_like_tokenizer)
+    recorded = compute(data_proto(rows, qwen_like_tokenizer))
+    parsed = compute(data_proto(rows, qwen_like_tokenizer, recorded=False))
+    ignored = compute(data_proto(rows, qwen_like_tokenizer), step_source="parsed")
+    for other in (parsed, ignored):
+        assert torch.equal(recorded.batch["advantages"], other.batch["advantages"])
+        assert torch.equal(recorded.batch["tapo_tool_mask"], other.batch["tapo_tool_mask"])
+    # a mix: half of the rows have a record
+    mixed = data_proto(rows, qwen_like_tokenizer)
+    mixed.non_tensor_batch["tapo_steps"][::2] = None
+    assert torch.equal(compute(mixed).batch["advantages"], recorded.batch["advantages"])
+    mixed = data_proto(rows, qwen_like_tokenizer)
+    mixed.non_tensor_batch["tapo_steps"][::2] = None
+    with pytest.raises(ValueError, match="6 of 11 rollouts have no record"):
+        compute(mixed, step_source="recorded")
+
+
+def _nothing(case, rows):
+    if case == "beta=0":
+        return rows, {"beta": 0.0}
+    if case == "no tools":
+        return rows, {"tools": {"another_tool": {}}}
+    # no witness: nobody succeeds but those without tools
+    return [(r, ok and not r.record.steps, uid) for r, ok, uid in rows], {}
+
+
+@pytest.mark.parametrize("case", ["beta=0", "no tools", "no witness"])
+@pytest.mark.parametrize("base", ["grpo", "grpo_vectorized", "rloo", "reinforce_plus_plus_baseline", "opo", "gpg"])
+def test_nothing_to_transfer_is_the_base_bit_for_bit(qwen_like_tokenizer, trainer, case, base):
+    rows, settings = _nothing(case, fake_batch(qwen_like_tokenizer))
+    stock = compute(data_proto(rows, qwen_like_tokenizer), base).batch
+    ours = compute(data_proto(rows, qwen_like_tokenizer), base_estimator=base, **settings).batch
+    if base == "rloo" and not torch.isfinite(stock["advantages"]).all():
+        pytest.skip("the stock estimator itself yields NaN here")
+    assert torch.equal(stock["advantages"], ours["advantages"])
+    assert torch.equal(stock["returns"], ours["returns"])
+
+
+@pytest.mark.parametrize("loss_mode", ["vanilla", "gspo", "sapo"])
+def test_policy_losses_and_gradients_equal_grpo_where_nothing_is_transferred(qwen_like_tokenizer, trainer, loss_mode):
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+
+    rows = fake_batch(qwen_like_tokenizer)
+    batches = [
+        compute(data_proto(rows, qwen_like_tokenizer), "grpo").batch,
+        compute(data_proto(rows, qwen_like_tokenizer), beta=0.0).batch,
+        compute(data_proto(rows, qwen_like_tokenizer)).batch,
+    ]
+    config = FSDPActorConfig(
+        strategy="fsdp",
+        rollout_n=8,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio=0.2,
+        tau_pos=1.0,
+        tau_neg=1.05,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+    )
+    config.global_batch_info.update(
+        dp_size=1, batch_num_tokens=int(batches[0]["response_mask"].sum()), global_batch_size=len(rows)
+    )
+    outcomes = []
+    for batch in batches:
+        torch.manual_seed(0)
+        old = -torch.rand(batch["advantages"].shape)
+        new = (old + 0.1 * torch.randn_like(old)).requires_grad_()
+        mode = "seq-mean-token-mean" if loss_mode != "vanilla" else "token-mean"
+        loss, _ = get_policy_loss_fn(loss_mode)(
+            old, new, batch["advantages"], batch["response_mask"], mode, config, None
+        )
+        loss.backward()
+        outcomes.append((loss.detach(), new.grad))
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    assert torch.equal(outcomes[0][1], outcomes[1][1])
+    assert not torch.equal(outcomes[0][1], outcomes[2][1])  # and with a transfer the loss does see it
+
+
+def test_metrics_and_tool_mask_reach_the_trainer(qwen_like_tokenizer, trainer):
+    rows = fake_batch(qwen_like_tokenizer)
+    data = compute(data_proto(rows, qwen_like_tokenizer))
+    metrics = ray_trainer.compute_data_metrics(batch=data, use_critic=False)
+    assert metrics["tapo/corrected_steps"] == pytest.approx(6 / 8)
+    assert metrics["tapo/successes_per_group"] == pytest.approx(4 / 3)
+    assert metrics["tapo/recorded_rollouts"] == 1.0
+    assert metrics["critic/rewards/mean"] == pytest.approx(4 / 11)  # veRL's own are still there
+    assert not any(np.isnan(value) for name, value in metrics.items() if name.startswith("tapo/"))
+    assert not any(name.startswith("tapo/") for name in ray_trainer.compute_data_metrics(data, use_critic=False))
+    mask = data.batch["tapo_tool_mask"]
+    assert mask.shape == data.batch["responses"].shape
+    assert mask.max() == 2
+    assert not (mask.bool() & ~data.batch["response_mask"].bool()).any()
+
+
+def test_the_aggregator_of_the_trainer_averages_every_metric(qwen_like_tokenizer, trainer):
+    from verl.trainer.ppo.v1.utils import MetricsAggregator
+
+    data = compute(data_proto(fake_batch(qwen_like_tokenizer), qwen_like_tokenizer))
+    names = [n for n in ray_trainer.compute_data_metrics(batch=data, use_critic=False) if n.startswith("tapo/")]
+    tools = ["summarise", "MAX_search", "minimum", "total_recall", "sum", "terminal", "a b/c", "search_lr"]
+    from verl_tapo.credit import metric_word
+
+    names += [f"tapo/tool/{metric_word(tool)}/corrected_steps" for tool in tools]
+    aggregator = MetricsAggregator()
+    assert {name: aggregator._get_aggregation_type(name) for name in names} == dict.fromkeys(names, "weighted_avg")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_no_number_poisons_nothing(qwen_like_tokenizer, trainer, bad, caplog):
+    rows = fake_batch(qwen_like_tokenizer)
+    data = data_proto(rows, qwen_like_tokenizer)
+    data.batch["token_level_rewards"][2, 0] = bad
+    data.batch["token_level_scores"][2, 0] = bad
+    data.non_tensor_batch["acc"][2] = bad
+    result = compute(data).batch["advantages"]
+    assert ray_trainer.compute_data_metrics(batch=data, use_critic=False)["tapo/dropped_rows"] == 1.0
+    assert torch.isfinite(result).all()
+    assert (result[2] == 0).all()
+    without = [row for number, row in enumerate(rows) if number != 2]
+    expected = compute(data_proto(without, qwen_like_tokenizer)).batch["advantages"]
+    kept = [number for number in range(len(rows)) if number != 2]
+    assert torch.equal(result[kept][:, : expected.shape[1]], expected)
+    assert "1 rows have a reward" in caplog.text
+
+
+def test_no_finite_reward_at_all_stops_the_run(qwen_like_tokenizer, trainer):
+    data = data_proto(fake_batch(qwen_like_tokenizer), qwen_like_tokenizer)
+    data.batch["token_level_rewards"][:] = float("nan")
+    with pytest.raises(ValueError, match="no row of the batch has a finite reward"):
+        compute(data)
+
+
+def test_success(qwen_like_tokenizer, trainer):
+    rows = fake_batch(qwen_like_tokenizer)
+    plain = compute(data_proto(rows, qwen_like_tokenizer)).batch["advantages"]
+    # without the key the score decides
+    without_key = data_proto(rows, qwen_like_tokenizer)
+    del without_key.non_tensor_batch["acc"]
+    assert torch.equal(compute(without_key).batch["advantages"], plain)
+    # a key of one's own; a threshold
+    graded = data_proto(rows, qwen_like_tokenizer, f1=[0.7 if ok else 0.6 for _, ok, _ in rows])
+    assert torch.equal(compute(graded, success_key="f1", success_threshold=0.65).batch["advantages"], plain)
+    graded = data_proto(rows, qwen_like_tokenizer, f1=[0.7 if ok else 0.6 for _, ok, _ in rows])
+    base = compute(data_proto(rows, qwen_like_tokenizer), "grpo").batch["advantages"]
+    assert torch.equal(compute(graded, success_key="f1").batch["advantages"], base)  # all succeed: nothing fails
+    with pytest.raises(ValueError, match="success_key='acuracy' is in no row's reward info"):
+        compute(data_proto(rows, qwen_like_tokenizer), success_key="acuracy")
+
+
+def test_rejected_tokens_and_rows(qwen_like_tokenizer, trainer):
+    rows = fake_batch(qwen_like_tokenizer)
+    stock, data = data_proto(rows, qwen_like_tokenizer), data_proto(rows, qwen_like_tokenizer)
+    for batch in (stock, data):
+        batch.batch["response_mask"][0] = 0
+        batch.batch["response_mask"][4, ::3] = 0
+    result, base = compute(data).batch["advantages"], compute(stock, "grpo").batch["advantages"]
+    rejected = data.batch["response_mask"] == 0
+    assert torch.equal(result[rejected], base[rejected])
+    assert (result >= base).all()
+    assert (result != base).any()
+
+
+def test_single_rejected_tokens_cannot_be_parsed_round_in_v0(qwen_like_tokenizer, trainer):
+    rows = fake_batch(qwen_like_tokenizer)
+    config = algorithm()
+    config.rollout_correction = {"rollout_rs": "token_k1", "rollout_rs_threshold": 2.0}
+    data = data_proto(rows, qwen_like_tokenizer, recorded=False)
+    with pytest.raises(ValueError, match="rejects single tokens"):
+        ray_trainer.compute_advantage(data, "tapo", config=config)
+    ray_trainer.compute_advantage(data_proto(rows, qwen_like_tokenizer), "tapo", config=config)
+
+
+def test_no_rollout_data_is_an_error_not_plain_grpo(qwen_like_tokenizer):
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    data = data_proto(fake_batch(qwen_like_tokenizer), qwen_like_tokenizer)
+    tapo = get_adv_estimator_fn("tapo")
+    with pytest.raises(RuntimeError, match="called without rollout data"):
+        tapo(data.batch["token_level_rewards"], data.batch["response_mask"], index=data.non_tensor_batch["uid"])
+    nothing = data_proto(fake_batch(qwen_like_tokenizer), qwen_like_tokenizer, recorded=False)
+    with pytest.raises(ValueError, match="handed over no tokenizer"):
+        compute(nothing)
+
+
+def test_shape_of_pr_7473(qwen_like_tokenizer):
+    """A veRL that hands batch and columns to the estimator itself, without any hook."""
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    rows = fake_batch(qwen_like_tokenizer)
+    data = data_proto(rows, qwen_like_tokenizer)
+    advantages, _ = get_adv_estimator_fn("tapo")(
+        token_level_rewards=data.batch["token_level_rewards"],
+        response_mask=data.batch["response_mask"],
+        index=data.non_tensor_batch["uid"],
+        config=algorithm(),
+        non_tensor_batch=data.non_tensor_batch,
+        batch=data.batch,
+        something_new=None,
+    )
+    assert torch.equal(advantages, compute(data_proto(rows, qwen_like_tokenizer)).batch["advantages"])
+
+
+def test_what_is_reported_once(qwen_like_tokenizer, trainer, caplog):
+    rows = fake_batch(qwen_like_tokenizer)
+    for _ in range(4):
+        compute(data_proto(rows, qwen_like_tokenizer))
+    assert caplog.text.count("'text_search' takes part, compared by query=text") == 1
+    assert caplog.text.count("'zoom' takes part, compared by image=exact, bbox_2d=iou") == 1
+    caplog.clear()
+    tools = {"text_search": {"query": "text"}, "image_serach": {}}
+    for _ in range(4):
+        compute(data_proto(rows, qwen_like_tokenizer), tools=tools, patience=6)
+    assert caplog.text.count("the tool 'image_serach' of algorithm.tapo.tools was never called in 6 batches") == 1
+
+
+def test_a_run_without_any_call_is_reported(qwen_like_tokenizer, trainer, caplog):
+    rows = [row for row in fake_batch(qwen_like_tokenizer) if not row[0].record.steps]
+    for _ in range(5):
+        compute(data_proto(rows, qwen_like_tokenizer))
+    assert caplog.text.count("not a single tool call was found in 3 batches") == 1
+
+
+@pytest.mark.parametrize(
+    ("tapo", "rollout", "message"),
+    [
+        ({"betta": 1}, {}, "algorithm.tapo.betta: unknown setting; did you mean 'beta'?"),
+        ({"theta": 2}, {}, "algorithm.tapo.theta must be a number in"),
+        ({"base_estimator": "gae"}, {}, "base_estimator=gae is no group estimator; known: "),
+        ({"tool_format": "hermez"}, {}, "the tool format 'hermez' is not known; known: "),
+        ({}, {"n": 1}, "rollout.n=1"),
+    ],
+)
+def test_a_bad_configuration_stops_the_trainer_in_its_constructor(tapo, rollout, message):
+    config = OmegaConf.create(
+        {
+            "algorithm": algorithm(**tapo),
+            "actor_rollout_ref": {"rollout": {"n": 8, "multi_turn": {"format": "hermes"}, **rollout}},
+        }
+    )
+    with pytest.raises(ValueError, match=message):
+        ray_trainer.RayPPOTrainer(config, None, {}, None)

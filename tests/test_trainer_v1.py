@@ -1,0 +1,314 @@
+"""The V1 trainer's ``_compute_advantage`` on a real TransferQueue, in a real Ray, for every trainer mode."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from rollouts import fake_batch, fake_group
+
+from verl_tapo.trainer import estimator
+
+pytest.importorskip("transfer_queue")
+pytest.importorskip("verl.trainer.ppo.v1")
+
+MODES = ["sync", "colocate_async", "separate_async"]
+
+
+@pytest.fixture(scope="module")
+def config():
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose(
+            "tapo",
+            overrides=[
+                "actor_rollout_ref.rollout.n=8",
+                "actor_rollout_ref.rollout.multi_turn.format=hermes",
+                "trainer.device=cpu",
+                "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+            ],
+        )
+
+
+@pytest.fixture(scope="module")
+def queue(config):
+    import ray
+    import transfer_queue as tq
+
+    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False)
+    tq.init(config.transfer_queue)
+    yield tq
+    tq.close()
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.setattr(estimator, "WATCH", estimator.Watch())
+
+
+@pytest.fixture
+def make_trainer(config, qwen_like_tokenizer):
+    """A trainer without its workers: what `_compute_advantage` itself uses."""
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    def make(name="tapo", mode="sync", **tapo):
+        cls = get_trainer_cls(mode)
+        trainer = object.__new__(cls)
+        trainer.config = config.copy()
+        trainer.config.algorithm.adv_estimator = name
+        for key, value in tapo.items():
+            trainer.config.algorithm.tapo[key] = value
+        trainer.tokenizer = qwen_like_tokenizer
+        trainer.global_steps = 1
+        return trainer
+
+    return make
+
+
+_batches = iter(range(10**6))
+
+
+def put(tq, rows, recorded=True, outputs=None, pad_to=None, tokenizer=None, extra=None):
+    """Writes rows as `AgentLoopWorkerTQ` does; returns the batch's meta. ``outputs``: (session, output) of each row."""
+    from transfer_queue import KVBatchMeta
+    from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
+    from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+    prefix = f"batch{next(_batches)}"
+    fields, keys, tags = [], [], []
+    for number, (rollout, ok, uid) in enumerate(rows):
+        session, output = (number, 0) if outputs is None else outputs[number]
+        extra_fields = {"reward_extra_info": {"acc": float(ok), "score": float(ok)}, "min_global_steps": 0}
+        if recorded:
+            extra_fields["tapo_steps"] = rollout.record.to_dict()
+        scores = torch.zeros(len(rollout.ids))
+        scores[-1] = float(ok)
+        fields.append(
+            {
+                "uid": f"{prefix}{uid}",
+                "prompts": torch.tensor([1, 2, 3]),
+                "responses": torch.tensor(rollout.ids),
+                "input_ids": torch.tensor([1, 2, 3, *rollout.ids]),
+                "attention_mask": torch.ones(3 + len(rollout.ids), dtype=torch.int64),
+                "position_ids": torch.arange(3 + len(rollout.ids)),
+                "response_mask": torch.tensor(rollout.mask),
+                "loss_mask": torch.tensor(rollout.mask),
+                "rm_scores": scores,
+                "rollout_log_probs": torch.full((len(rollout.ids),), -1.0),
+                "old_log_probs": torch.full((len(rollout.ids),), -1.0),
+                "num_turns": 2,
+                "extra_fields": extra_fields,
+                **(extra or {}),
+            }
+        )
+        keys.append(f"{prefix}{uid}_{session}_{output}")
+        length = len(rollout.ids)
+        tags.append({"status": "success", "prompt_len": 3, "response_len": length, "seq_len": 3 + length})
+    tq.kv_batch_put(keys=keys, partition_id="train", fields=list_of_dict_to_tensordict(fields), tags=tags)
+    batch = KVBatchMeta(partition_id="train", keys=keys, tags=tags)
+    if pad_to:
+        batch = upsample_batch_to_divisible_size(batch, pad_to, tokenizer.eos_token_id)
+    return batch
+
+
+def advantages(tq, trainer, batch, metrics=None):
+    """(B, L) advantages, after the trainer computed them."""
+    metrics = {} if metrics is None else metrics
+    batch = trainer._compute_advantage(batch, metrics)
+    data = tq.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["advantages", "returns"])
+    assert torch.isfinite(data["advantages"].values()).all()
+    return data["advantages"].to_padded_tensor(0.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_corrects_in_every_trainer_mode(queue, make_trainer, qwen_like_tokenizer, mode):
+    rows = fake_batch(qwen_like_tokenizer)
+    batch = put(queue, rows)
+    base = advantages(queue, make_trainer("grpo", mode), batch)
+    metrics = {}
+    result = advantages(queue, make_trainer("tapo", mode), batch, metrics)
+    assert (result >= base).all()
+    assert metrics["tapo/corrected_steps"] == pytest.approx(6 / 8)
+    assert metrics["tapo/recorded_rollouts"] == 1.0
+    assert int((result != base).sum()) == round(metrics["tapo/token_share"] * sum(sum(r.mask) for r, _, _ in rows))
+    fields = queue.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["tapo_tool_mask", "responses"])
+    assert fields["tapo_tool_mask"].offsets().tolist() == fields["responses"].offsets().tolist()
+    assert int(fields["tapo_tool_mask"].values().max()) == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("base", ["grpo", "rloo", "grpo_vectorized"])
+def test_beta_zero_is_the_base_bit_for_bit(queue, make_trainer, qwen_like_tokenizer, mode, base):
+    batch = put(queue, fake_batch(qwen_like_tokenizer), pad_to=8, tokenizer=qwen_like_tokenizer)
+    stock = advantages(queue, make_trainer(base, mode), batch)
+    assert torch.equal(stock, advantages(queue, make_trainer(mode=mode, beta=0.0, base_estimator=base), batch))
+
+
+def test_an_estimator_that_yields_nan_for_padding_is_mended(queue, make_trainer, qwen_like_tokenizer):
+    """The stock opo divides by the length of the padding rows, 0; `advantages` asserts that ours is finite."""
+    batch = put(queue, fake_batch(qwen_like_tokenizer), pad_to=8, tokenizer=qwen_like_tokenizer)
+    metrics = {}
+    result = advantages(queue, make_trainer(base_estimator="opo"), batch, metrics)
+    assert metrics["tapo/dropped_rows"] == 0.0  # padding is no loss
+    assert (result[:11] != 0).any()
+
+
+def test_parsed_is_recorded(queue, make_trainer, qwen_like_tokenizer):
+    rows = fake_batch(qwen_like_tokenizer)
+    recorded = advantages(queue, make_trainer(), put(queue, rows))
+    metrics = {}
+    parsed = advantages(queue, make_trainer(), put(queue, rows, recorded=False), metrics)
+    assert torch.equal(recorded, parsed)
+    assert metrics["tapo/recorded_rollouts"] == 0.0
+    assert metrics["tapo/unanswered_calls_per_trajectory"] == pytest.approx(1 / 11)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_padding_rows_neither_give_nor_receive(queue, make_trainer, qwen_like_tokenizer, recorded):
+    """The real padding: a copy of the first row's fields, its tool calls included."""
+    rows = fake_batch(qwen_like_tokenizer)
+    rows.insert(0, rows.pop(2))  # a success with calls comes first, to be copied
+    assert rows[0][1]
+    plain, padded_metrics = {}, {}
+    expected = advantages(queue, make_trainer(), put(queue, rows, recorded), plain)
+    batch = put(queue, rows, recorded, pad_to=8, tokenizer=qwen_like_tokenizer)
+    assert len(batch) == 16
+    result = advantages(queue, make_trainer(), batch, padded_metrics)
+    assert torch.equal(result[:11], expected)
+    assert (result[11:] == 0).all()
+    for name in plain:
+        if name.startswith("tapo/") and not name.startswith("tapo/ms"):
+            assert padded_metrics[name] == pytest.approx(plain[name]), name
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_several_outputs_per_session(queue, make_trainer, qwen_like_tokenizer, recorded):
+    """Only the last output is scored, its advantage goes to all; a session is one trajectory of the rule."""
+    group = fake_group(qwen_like_tokenizer)
+    rows = [(rollout, ok, "u0") for rollout, ok in group]
+    rows.insert(1, (rows[0][0], True, "u0"))  # session 0 again: the same calls in two outputs
+    outputs = [(0, 1), (0, 0)] + [(session, 0) for session in range(1, 8)]
+    batch = put(queue, rows, recorded, outputs)
+    stock = advantages(queue, make_trainer("grpo"), batch)
+    assert torch.equal(stock, advantages(queue, make_trainer(beta=0.0), batch))
+    metrics = {}
+    result = advantages(queue, make_trainer(), batch, metrics)
+    assert (result >= stock).all()
+    # 2 of the 3 successful *sessions* hold the search, and 1 of 3 the zoom
+    single_metrics = {}
+    advantages(queue, make_trainer(), put(queue, [(r, ok, "u0") for r, ok in group], recorded), single_metrics)
+    assert metrics["tapo/support"] == pytest.approx(single_metrics["tapo/support"])
+    assert metrics["tapo/successes_per_group"] == 3.0
+
+
+def test_rollout_correction_takes_rows_and_tokens_out(queue, make_trainer, qwen_like_tokenizer):
+    """Turns are found on the mask as the rollout left it, credit goes to what rejection left of it."""
+    rows = fake_batch(qwen_like_tokenizer)
+    results = []
+    for recorded in (True, False):
+        batch = put(queue, rows, recorded)
+        data = queue.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["rollout_log_probs"])
+        torch.manual_seed(0)
+        values = data["rollout_log_probs"].values()
+        data["rollout_log_probs"] = torch.nested.nested_tensor_from_jagged(
+            values - 3.0 * (torch.rand(values.shape) < 0.2), data["rollout_log_probs"].offsets()
+        )
+        queue.kv_batch_put(keys=batch.keys, partition_id="train", fields=data)
+        trainers = [make_trainer("grpo"), make_trainer()]
+        pair = []
+        for trainer in trainers:
+            trainer.config.algorithm.rollout_correction.rollout_rs = "token_k1"
+            trainer.config.algorithm.rollout_correction.rollout_rs_threshold = "0.5_2.0"
+            original = queue.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["response_mask"])
+            pair.append(advantages(queue, trainer, batch))
+            mask = queue.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["response_mask"])
+            rejected = original["response_mask"].values() != mask["response_mask"].values()
+            assert rejected.any()
+            queue.kv_batch_put(keys=batch.keys, partition_id="train", fields=original)
+        results.append(pair)
+    (stock, recorded), (_, parsed) = results
+    assert torch.equal(recorded, parsed)
+    assert (recorded >= stock).all()
+    assert (recorded != stock).any()
+
+
+def test_a_colocated_reward_model_writes_its_info_as_fields(queue, make_trainer, qwen_like_tokenizer):
+    from verl.utils import tensordict_utils as tu
+
+    rows = fake_batch(qwen_like_tokenizer)
+    batch = put(queue, rows)
+    expected = advantages(queue, make_trainer(), batch)
+    queue.kv_batch_put(
+        keys=batch.keys, partition_id="train", fields=tu.get_tensordict({"judge": [bool(ok) for _, ok, _ in rows]})
+    )
+    assert torch.equal(advantages(queue, make_trainer(success_key="judge"), batch), expected)
+
+
+def test_image_arguments_are_resolved_with_the_prompt(queue, make_trainer, qwen_like_tokenizer):
+    rows = fake_batch(qwen_like_tokenizer)
+    for rollout, _, _ in rows:
+        for step in rollout.record.steps:
+            if step.tool == "zoom":
+                step.arguments["image"] = 0
+    assert torch.isfinite(advantages(queue, make_trainer(), put(queue, rows, recorded=False))).all()
+
+
+def test_a_failed_hook_stops_tapo_and_nothing_else(queue, make_trainer, qwen_like_tokenizer):
+    """Without the hook the estimator finds no rollout data: an error, never silently plain GRPO."""
+    batch = put(queue, fake_batch(qwen_like_tokenizer))
+    trainer = make_trainer()
+    stock_method = type(trainer)._compute_advantage.__wrapped__
+    with pytest.raises((ValueError, RuntimeError), match="TAPO"):
+        stock_method(trainer, batch, {})
+
+
+def test_the_constructor_refuses_a_bad_configuration(config):
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    bad = config.copy()
+    bad.algorithm.tapo.theta = 1.2
+    with pytest.raises(ValueError, match=r"algorithm.tapo.theta must be a number in \[0, 1\], got 1.2"):
+        get_trainer_cls("sync")(bad)
+
+
+def test_shipped_yaml_states_the_defaults(config):
+    from omegaconf import OmegaConf
+
+    from verl_tapo import TapoSettings
+
+    shipped = OmegaConf.to_container(config.algorithm.tapo)
+    assert TapoSettings.from_mapping(shipped) == TapoSettings()
+    assert set(shipped) == set(OmegaConf.to_container(OmegaConf.create(_all_knobs())))
+    assert config.algorithm.adv_estimator == "tapo"
+
+
+def _all_knobs():
+    from dataclasses import fields
+
+    from verl_tapo import TapoConfig, TapoSettings
+
+    names = [f.name for f in fields(TapoConfig) if f.init] + [f.name for f in fields(TapoSettings) if f.name != "rule"]
+    return dict.fromkeys(names, 0)
+
+
+def test_a_knob_added_on_the_command_line_composes():
+    from hydra import compose, initialize_config_module
+
+    from verl_tapo.trainer.estimator import load_settings
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose(
+            "ppo_trainer",
+            overrides=[
+                "algorithm.adv_estimator=tapo",
+                "+algorithm.tapo.beta=0.5",
+                "+algorithm.tapo.tools.search.q=text",
+            ],
+        )
+    settings = load_settings(config.algorithm)
+    assert settings.rule.beta == 0.5
+    assert settings.rule.tools == {"search": {"q": "text"}}
+    assert load_settings(types.SimpleNamespace(tapo=None)).rule.beta == 0.8
+    assert np.isclose(settings.success_threshold, 0.5)

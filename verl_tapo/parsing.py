@@ -1,0 +1,865 @@
+"""Tool-use steps out of a rollout's tokens, for rollouts that did not record them.
+
+What counts as a call, its name and its arguments agree with veRL's own parser of the same name
+(``verl/experimental/agent_loop/tool_parser.py``, the contract). Different from it, a call that cannot be used is not
+dropped but returned as `MALFORMED`, and every call comes with its exact span in tokens.
+
+Speed: a table over the vocabulary flags the few token ids in which a marker may begin, so that one ``take`` over the
+flat batch finds every place worth looking at; only the tokens between markers are ever turned into text, by joining
+the bytes of their tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_tapo.images import resolve_images
+from verl_tapo.steps import MAX_DEPTH, IntArray, ToolStep, canonical
+
+logger = logging.getLogger(__name__)
+
+MALFORMED = "(malformed)"
+"""Tool name of a call that could not be parsed."""
+MAX_CALL_CHARS = 65536
+"""Longest text of a call that is parsed."""
+STOCK_ERRORS = ("Unknown function '", "Invalid JSON in arguments for '", "Error executing tool '")
+"""How the answers of veRL's stock loop begin where a call failed (``tool_agent_loop.py``, ``_call_tool``)."""
+NOT_EXECUTED_PREFIX = "[tool call not executed]"
+"""How the answers of `tapo_tool_agent` begin where a call was not executed."""
+
+IMAGE_STARTS = (
+    "<|vision_start|>",
+    "<start_of_image>",
+    "<|begin_of_image|>",
+    "<|media_begin|>",
+    "<|image_start|>",
+    "<img>",
+    "[IMG_END]",
+)
+"""Tokens that stand once for each image."""
+IMAGE_PLACEHOLDERS = ("[IMG]", "<image>", "<|image|>")
+"""Tokens that are repeated for an image's patches; looked at where the vocabulary has none of `IMAGE_STARTS`."""
+
+Fallback: TypeAlias = Callable[[Sequence[int]], list[tuple[str, str]]]
+Element: TypeAlias = tuple[int, int, str]  # byte span within a block, and the text of the call
+
+# Kinds of places, as bits. Two response markers at most: bits 8 and 16.
+_OPEN, _CLOSE, _IMAGE, _RESPONSE, _INEXACT = 1, 2, 4, 8, 128
+_ANSWER_TOKENS, _HEAD = 8, 3  # a first look at an answer; widened where these characters may begin an error
+_CHUNK = 1 << 13  # tokens; small enough to stay in the innermost cache
+_SAMPLES = (
+    'Let me look: {"name": "zoom", "arguments": {"image": 0, "bbox": [1, 2.5, -3]}}\n\n',
+    "def f(x):\n\treturn  x <= 3 and x != 'a'   # two  spaces\r\n",
+    "北京 is Größe naïve 😀 кот — “x” ﷽\n",
+)
+
+
+class FoundCall(NamedTuple):
+    """One tool call of an assistant turn."""
+
+    tool: str
+    """Name of the called tool, `MALFORMED` where the call could not be parsed."""
+    arguments: Mapping[str, Any]
+    """Parsed arguments, empty where malformed."""
+    span: tuple[int, int]
+    """Half-open token span, from the first token of the opening marker to the last one of the closing marker."""
+    error: str | None
+    """Why the call is malformed, short; None where it is fine."""
+
+
+class _BadCall(Exception):
+    """A call that cannot be used. ``dropped``: veRL's parser would not return it either."""
+
+    def __init__(self, why: str, dropped: bool = False):
+        super().__init__(why)
+        self.dropped = dropped
+
+
+class _Call(NamedTuple):
+    """A call within a text: like `FoundCall`, with a byte span, and whether veRL's parser drops it."""
+
+    tool: str
+    arguments: dict[str, Any]
+    start: int
+    end: int
+    error: str | None
+    dropped: bool
+
+    def public(self) -> FoundCall:
+        return FoundCall(self.tool, self.arguments, (self.start, self.end), self.error)
+
+
+# --- What the formats look like -------------------------------------------------------------------------------------
+
+
+_scan: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
+
+
+def _loads(text: str) -> Any:
+    """``json.loads``, less its overhead on the small texts met here."""
+    stripped = text.strip(" \t\n\r")
+    try:
+        value, end = _scan(stripped, 0)
+        if end == len(stripped):
+            return value
+    except (ValueError, StopIteration):
+        pass
+    return json.loads(text)  # for its error message
+
+
+def _value(text: str) -> Any:
+    """A value without a schema: JSON where it is, else the text."""
+    try:
+        return _loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _read_json_call(text: str) -> tuple[str, Any]:
+    try:
+        call = _loads(text)
+    except RecursionError:
+        raise _BadCall("the call is nested too deeply", dropped=True) from None
+    except ValueError as error:
+        raise _BadCall(f"the call is not valid JSON: {str(error)[:200]}", dropped=True) from None
+    if not isinstance(call, dict):
+        raise _BadCall("the call is not a JSON object", dropped=True)
+    if not isinstance(call.get("name"), str):
+        raise _BadCall("the call has no 'name' that is a string", dropped=True)
+    if "arguments" not in call:
+        raise _BadCall("the call has no 'arguments'", dropped=True)
+    return call["name"], call["arguments"]
+
+
+def _read_arguments(text: str) -> tuple[str, Any]:
+    try:
+        return "", _loads(text)
+    except (ValueError, RecursionError):
+        raise _BadCall("the arguments are not valid JSON") from None
+
+
+# Names and keys are bounded (veRL's are not): without a bound, repeated markers cost quadratic time.
+_GLM_PAIR = re.compile(r"<arg_key>(.{0,256}?)</arg_key>[^\S\x1c-\x1f]*<arg_value>", re.DOTALL)
+_SEED_FUNCTION = re.compile(r"<function=([^>\n]{1,256})>")
+_SEED_PARAMETER = re.compile(r"<parameter=([^>\n]{1,256})>")
+_MINIMAX_INVOKE = re.compile(rb'<invoke name="[^"]{1,256}">')
+_MINIMAX_PARAMETER = re.compile(r'<parameter name="([^"]{1,256})">')
+_KIMI_NAME = re.compile(r"functions\.(.+):\d+", re.DOTALL)
+
+
+def _pairs(text: str, head: re.Pattern[str], tail: str) -> dict[str, Any]:
+    """Arguments written as ``head value tail``, the name being the head's group."""
+    arguments = {}
+    at = 0
+    while (match := head.search(text, at)) and (end := text.find(tail, match.end())) >= 0:
+        arguments[match[1].strip()] = _value(text[match.end() : end].strip())
+        at = end + len(tail)
+    return arguments
+
+
+def _read_glm(text: str) -> tuple[str, Any]:
+    first = text.find("<arg_key>")
+    if first < 0:
+        return text.strip(), {}
+    return text[:first].strip(), _pairs(text[first:], _GLM_PAIR, "</arg_value>")
+
+
+def _read_seed(text: str) -> tuple[str, Any]:
+    match = _SEED_FUNCTION.search(text)
+    end = text.find("</function>", match.end()) if match else -1
+    if match is None or end < 0:
+        raise _BadCall("the call has no <function=...> ... </function>", dropped=True)
+    return match[1].strip(), _pairs(text[match.end() : end], _SEED_PARAMETER, "</parameter>")
+
+
+def _read_minimax(text: str) -> tuple[str, Any]:
+    match = re.match(r'<invoke name="([^"]+)">', text)
+    if match is None:
+        raise _BadCall('the call has no <invoke name="..."> ... </invoke>', dropped=True)
+    return match[1].strip(), _pairs(text[match.end() :], _MINIMAX_PARAMETER, "</parameter>")
+
+
+def _read_qwen3_coder(text: str) -> tuple[str, Any]:
+    name, separator, rest = text.partition(">")
+    if not separator:
+        raise _BadCall("the call has no <function=...>", dropped=True)
+    arguments = {}
+    at = rest.find("<parameter=")
+    while at >= 0:
+        start = at + len("<parameter=")
+        end = rest.find("</parameter>", start)
+        # Not closed: up to the end, where veRL's `$` leaves out one line break.
+        key, separator, value = (rest[start:end] if end >= 0 else rest[start:].removesuffix("\n")).partition(">")
+        if separator:
+            value = value.removeprefix("\n").removesuffix("\n")
+            arguments[key] = None if value.lower() == "null" else _value(value)
+        at = rest.find("<parameter=", end) if end >= 0 else -1
+    return name, arguments
+
+
+def _read_kimi(text: str) -> tuple[str, Any]:
+    name, separator, raw = text.partition("<|tool_call_argument_begin|>")
+    if not separator:
+        raise _BadCall("the call has no <|tool_call_argument_begin|>", dropped=True)
+    name = name.strip()
+    # Kimi calls tools `functions.NAME:NUMBER`; veRL finds the tool whose name that contains.
+    match = _KIMI_NAME.fullmatch(name)
+    arguments = _value(raw.strip())
+    # As veRL: arguments that cannot be read are none, and the tool is called.
+    return match[1] if match else name, arguments if isinstance(arguments, dict) else {}
+
+
+def _whole(block: bytes) -> Iterator[Element]:
+    """A block that is one call."""
+    yield 0, len(block), _decode(block)
+
+
+def _functions(block: bytes) -> Iterator[Element]:
+    """Calls ``<function=...</function>`` of a block; the last one need not be closed."""
+    at = block.find(b"<function=")
+    while at >= 0:
+        start = at + len(b"<function=")
+        end = block.find(b"</function>", start)
+        if end < 0:
+            yield at, len(block), _decode(block[start:])
+            return
+        stop = end + len(b"</function>")
+        yield at, stop, _decode(block[start:end])
+        at = block.find(b"<function=", stop)
+
+
+def _invokes(block: bytes) -> Iterator[Element]:
+    """Calls ``<invoke name="...">...</invoke>`` of a block, and what lies between them and looks like one."""
+    at = 0
+    while at < len(block):
+        match = _MINIMAX_INVOKE.search(block, at)
+        end = block.find(b"</invoke>", match.end()) if match else -1
+        start = match.start() if match and end >= 0 else len(block)
+        if (bad := block.find(b"<invoke", at, start)) >= 0:
+            yield bad, start, ""
+        if match and end >= 0:
+            at = end + len(b"</invoke>")
+            yield start, at, _decode(block[start:end])
+        else:
+            at = len(block)
+
+
+class _Format(NamedTuple):
+    """A tool-call format: blocks ``opening ... (inner ...) closing`` with one or more calls each."""
+
+    opening: bytes
+    closing: bytes
+    read: Callable[[str], tuple[str, Any]]
+    elements: Callable[[bytes], Iterator[Element]] = _whole
+    inner: bytes = b""
+    """Must stand between opening and closing."""
+    section: bytes = b""
+    """Must stand somewhere in the turn."""
+    unclosed: bool = False
+    """A block may be closed by the turn's end."""
+    responses: tuple[bytes, ...] = (b"<tool_response>",)
+    """What an answer of a tool begins with, the preferred one first; two at most."""
+
+
+_FORMATS = {
+    "hermes": _Format(b"<tool_call>", b"</tool_call>", _read_json_call),
+    "qwen3_coder": _Format(b"<tool_call>", b"</tool_call>", _read_qwen3_coder, _functions, unclosed=True),
+    "glm": _Format(b"<tool_call>", b"</tool_call>", _read_glm, responses=(b"<tool_response>", b"<|observation|>")),
+    "seed": _Format(
+        b"<seed:tool_call>", b"</seed:tool_call>", _read_seed, responses=(b"<seed:bos>tool", b"<tool_response>")
+    ),
+    "minimax": _Format(
+        b"<minimax:tool_call>", b"</minimax:tool_call>", _read_minimax, _invokes, responses=(b"<response>",)
+    ),
+    "kimi": _Format(
+        b"<|tool_call_begin|>",
+        b"<|tool_call_end|>",
+        _read_kimi,
+        inner=b"<|tool_call_argument_begin|>",
+        section=b"<|tool_calls_section_begin|>",
+        responses=(b"## Return of",),
+    ),
+}
+_FALLBACK = _Format(b"", b"", _read_arguments)
+NATIVE_FORMATS: tuple[str, ...] = tuple(_FORMATS)
+"""Formats that are parsed here, with exact spans."""
+
+
+def _decode(data: bytes) -> str:
+    # A character has four bytes at most: text beyond is too long to be parsed anyway.
+    return data[: 4 * MAX_CALL_CHARS + 4].decode("utf-8", "replace")
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return False
+    return levels <= 0 or any(_deeper_than(item, levels - 1) for item in value)
+
+
+def _check(text: str, name: str, arguments: Any) -> None:
+    """Raises `_BadCall` for a call that was read from ``text`` but cannot be used."""
+    if not isinstance(arguments, dict):
+        raise _BadCall("the arguments are not a JSON object")
+    if text.count("{") + text.count("[") >= MAX_DEPTH and _deeper_than(arguments, MAX_DEPTH):
+        raise _BadCall(f"the arguments are nested deeper than {MAX_DEPTH} levels")
+    if "\\u" in text:
+        try:
+            (name + json.dumps(arguments, ensure_ascii=False)).encode()
+        except UnicodeEncodeError:
+            raise _BadCall("the call holds half a surrogate pair", dropped=True) from None
+
+
+def _read_call(fmt: _Format, text: str, start: int, end: int) -> _Call:
+    try:
+        if len(text) > MAX_CALL_CHARS:
+            raise _BadCall(f"the call is longer than {MAX_CALL_CHARS} characters")
+        name, arguments = fmt.read(text)
+        _check(text, name, arguments)
+    except _BadCall as bad:
+        return _Call(MALFORMED, {}, start, end, str(bad), bad.dropped)
+    return _Call(name, arguments, start, end, None, False)
+
+
+def _read_text(fmt: _Format, text: bytes) -> tuple[list[_Call], int]:
+    """The calls of a turn's text, and 1 where a last opening marker begins no call, else 0."""
+    calls: list[_Call] = []
+    if fmt.section and fmt.section not in text:
+        return calls, 0
+    opening, closing = fmt.opening, fmt.closing
+    at = 0
+    while (start := text.find(opening, at)) >= 0:
+        body = start + len(opening)
+        end = -1
+        if fmt.inner and (inner := text.find(fmt.inner, body)) >= 0:
+            end = text.find(closing, inner + len(fmt.inner))
+        if end < 0:
+            end = text.find(closing, body)
+        closed = end >= 0
+        if not closed and not fmt.unclosed:
+            return calls, 1
+        block = text[body:end] if closed else text[body:].removesuffix(b"\n")
+        at = end + len(closing) if closed else len(text)
+        elements = list(fmt.elements(block))
+        if not elements and not closed:
+            return calls, 1
+        if len(elements) < 2:
+            calls.append(_read_call(fmt, elements[0][2] if elements else "", start, at))
+        else:
+            calls += [_read_call(fmt, part, body + first, body + last) for first, last, part in elements]
+    return calls, 0
+
+
+# --- Tokens ---------------------------------------------------------------------------------------------------------
+
+
+def _byte_characters() -> dict[str, int]:
+    """The printable character that byte-level BPE (GPT-2's) writes for each byte."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    shifted = (byte for byte in range(256) if byte not in plain)
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(shifted)}
+
+
+_BYTES = _byte_characters()
+_TO_LATIN = {ord(character): byte for character, byte in _BYTES.items()}
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_level_piece(token: str) -> bytes:
+    return token.translate(_TO_LATIN).encode("latin-1") if _BYTES.keys() >= set(token) else token.encode()
+
+
+def _metaspace_piece(token: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode("utf-8", "replace")
+
+
+class _PrefixLengths(Sequence[int]):
+    """Length in bytes of the text of the first 1, 2, ... tokens, each computed when asked for."""
+
+    def __init__(self, vocabulary: _Vocabulary, ids: list[int]):
+        self._vocabulary, self._ids = vocabulary, ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return len(self._vocabulary.text(self._ids[: index + 1]))
+
+
+class _Vocabulary:
+    """A tokenizer's tokens as bytes.
+
+    ``exact``: joining the bytes gives what the tokenizer decodes; checked on samples. Otherwise the bytes are those of
+    each token on its own, good enough to find markers, and texts are decoded by the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.tokens: dict[str, int] = dict(tokenizer.get_vocab())
+        self.special = frozenset(tokenizer.all_special_ids)
+        self._tables: dict[Any, npt.NDArray[np.uint8]] = {}
+        samples = [tokenizer.encode(sample, add_special_tokens=False) for sample in _SAMPLES]
+        # Added tokens (markers, most of all) between other text.
+        samples.append([*samples[0], *sorted(tokenizer.get_added_vocab().values())[:512], *samples[0]])
+        decoded = [self._decode(ids) for ids in samples]
+        for piece in (_byte_level_piece, _metaspace_piece):
+            self.pieces = {number: piece(token) for token, number in self.tokens.items()}
+            joined = [self._join(ids).decode("utf-8", "replace") for ids in samples]
+            # SentencePiece puts a space in front of a text and takes it off again.
+            self.exact = all(text in (raw, raw.removeprefix(" ")) for raw, text in zip(joined, decoded, strict=True))
+            if self.exact:
+                return
+        logger.warning("%s: its tokens have to be decoded one by one, which is slow", type(tokenizer).__name__)
+        anchor = samples[0][-1:]
+        before = len(self.text(anchor))
+        self.pieces = {number: self.text([*anchor, number])[before:] for number in self.pieces}
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def _join(self, ids: Sequence[int]) -> bytes:
+        try:
+            return b"".join(itemgetter(*ids)(self.pieces)) if len(ids) > 1 else self.pieces[ids[0]]
+        except (KeyError, IndexError):
+            return b"".join([self.pieces.get(number, b"") for number in ids])
+
+    def text(self, ids: Sequence[int]) -> bytes:
+        """The text of ``ids``; those outside the vocabulary are nothing."""
+        if self.exact:
+            return self._join(ids)
+        return self._decode([number for number in ids if number in self.pieces]).encode("utf-8", "replace")
+
+    def ends(self, ids: list[int]) -> Sequence[int]:
+        """Where each of ``ids`` ends in their text, in bytes."""
+        if self.exact:
+            return list(accumulate(len(self.pieces.get(number, b"")) for number in ids))
+        return _PrefixLengths(self, ids)
+
+    def table(self, markers: tuple[tuple[bytes, int], ...], images: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        """(V + 1,) kinds of the markers that may begin in each token; 0 in the last place."""
+        if (markers, images) in self._tables:
+            return self._tables[markers, images]
+        table = np.zeros(max(self.pieces, default=0) + 2, np.uint8)
+        firsts = {marker[:1] for marker, _ in markers}
+        for number, piece in self.pieces.items():
+            if not any(first in piece for first in firsts):
+                continue
+            for marker, kind in markers:
+                if piece == marker:
+                    table[number] |= kind
+                elif marker in piece or any(piece.endswith(marker[:size]) for size in range(1, len(marker))):
+                    table[number] |= kind | _INEXACT
+        table[list(images)] |= _IMAGE
+        self._tables[markers, images] = table
+        return table
+
+
+@lru_cache(maxsize=8)
+def _vocabulary(tokenizer: Any, size: int) -> _Vocabulary:
+    """Kept, because veRL builds an agent loop, and its parser, for every trajectory; ``size`` tells of added tokens."""
+    del size
+    return _Vocabulary(tokenizer)
+
+
+class _Answers(NamedTuple):
+    """What an observation holds: where each answer begins, and with which marker; where images begin."""
+
+    marker: bytes
+    blocks: list[int]
+    images: list[int]
+
+
+class _Errors:
+    """Texts a failing tool's answer begins with."""
+
+    def __init__(self, markers: Iterable[str]):
+        self.texts = (*STOCK_ERRORS, NOT_EXECUTED_PREFIX, *markers)
+        self.heads = tuple({text[:_HEAD] for text in self.texts})
+        self.longest = max(len(text.encode()) for text in self.texts)
+
+
+class _Places(NamedTuple):
+    """Where markers may begin in a flat batch: positions in order, with their kinds. K places."""
+
+    position: list[int]
+    kind: list[int]
+
+
+class ToolCallParser:
+    """Finds the tool calls in the tokens of assistant turns.
+
+    Args:
+        tool_format: name of veRL's tool parser, ``actor_rollout_ref.rollout.multi_turn.format``.
+        tokenizer: a transformers tokenizer, fast or slow.
+        fallback: for a format not in `NATIVE_FORMATS`, veRL's own parser: token ids of a turn to its calls, each a
+            name and arguments as JSON text. The span of such a call is the whole turn.
+        image_markers: tokens that stand once for each image; None takes those of `IMAGE_STARTS` (or else
+            `IMAGE_PLACEHOLDERS`) that the vocabulary has.
+
+    Raises:
+        ValueError: for a format that is neither native nor has a fallback.
+    """
+
+    def __init__(
+        self,
+        tool_format: str,
+        tokenizer: Any,
+        fallback: Fallback | None = None,
+        image_markers: Iterable[str] | None = None,
+    ):
+        self.tool_format = tool_format
+        self._format = _FORMATS.get(tool_format)
+        self._fallback = fallback
+        self.native = self._format is not None
+        if self._format is None and fallback is None:
+            known = ", ".join(NATIVE_FORMATS)
+            raise ValueError(f"tool_format {tool_format!r} is not known here (known: {known}) and has no fallback")
+        self._vocabulary = _vocabulary(tokenizer, len(tokenizer))
+        tokens = self._vocabulary.tokens
+        candidates = (IMAGE_STARTS, IMAGE_PLACEHOLDERS) if image_markers is None else (tuple(image_markers),)
+        found = (tuple(tokens[name] for name in names if name in tokens) for names in candidates)
+        responses = (self._format or _FALLBACK).responses
+        self._responses = tuple((marker, _RESPONSE << number) for number, marker in enumerate(responses))
+        self._response_known = any(marker.decode() in tokens for marker in responses)
+        self._markers = self._responses
+        if self._format:
+            fmt = self._format
+            self._markers += ((fmt.opening, _OPEN), (fmt.closing, _CLOSE))
+            self._markers += ((fmt.section, _OPEN),) if fmt.section else ()
+        self._longest = max(len(marker) for marker, _ in self._markers)
+        self._table = self._vocabulary.table(self._markers, next(filter(None, found), ()))
+
+    def calls(self, token_ids: Sequence[int]) -> list[FoundCall]:
+        """The calls of one assistant turn, in order; spans are relative to ``token_ids``. No token makes it raise."""
+        ids = _flat("token_ids", token_ids)
+        places = _Places(*(column.tolist() for column in self.places(ids)))
+        return [call.public() for call in self.turn_calls(ids, 0, len(ids), places, 0, len(places.position))[0]]
+
+    def count_images(self, ids: Sequence[int]) -> int:
+        """How many images begin in ``ids``."""
+        return int(np.count_nonzero(self.places(_flat("ids", ids))[1] & _IMAGE))
+
+    def places(self, ids: IntArray) -> tuple[IntArray, npt.NDArray[np.uint8]]:
+        """Positions (K,), in order, and kinds (K,)."""
+        found = []
+        buffer = np.empty(min(len(ids), _CHUNK), np.uint8)
+        for start in range(0, len(ids), _CHUNK):
+            chunk = ids[start : start + _CHUNK]
+            found.append(np.flatnonzero(self._table.take(chunk, out=buffer[: len(chunk)], mode="clip")) + start)
+        position = np.concatenate(found) if found else np.zeros(0, np.int64)
+        kinds = self._table.take(ids[position], mode="clip")
+        # A placeholder repeated for an image's patches counts once.
+        images = np.flatnonzero(kinds & _IMAGE)
+        kinds[images[1:][np.diff(position[images]) == 1]] &= 255 - _IMAGE
+        return position, kinds
+
+    def _kind(self, ids: IntArray, place: int, kind: int, limit: int) -> tuple[int, int]:
+        """What does begin in the token at ``place``, and where it has ended at the latest."""
+        if not kind & _INEXACT:
+            return kind, place + 1
+        pieces = self._vocabulary.pieces
+        text = pieces.get(int(ids[place]), b"")
+        first = len(text)
+        stop = place + 1
+        while stop < limit and len(text) < first + self._longest:
+            text += pieces.get(int(ids[stop]), b"")
+            stop += 1
+        found = kind & _IMAGE
+        for marker, marker_kind in self._markers:
+            if 0 <= text.find(marker) < first:
+                found |= marker_kind
+        return found, stop
+
+    def turn_calls(
+        self, ids: IntArray, start: int, end: int, places: _Places, low: int, high: int
+    ) -> tuple[list[_Call], int]:
+        """The calls of the turn ``[start, end)``, whose places are ``low`` to ``high``; spans count from ``start``.
+
+        Also 1 where the turn ends in an opening marker that begins no call, else 0.
+        """
+        if self._format is None:
+            return self._fallback_calls(ids[start:end].tolist()), 0
+        first = stop = -1
+        for number in range(low, high):
+            kind, until = self._kind(ids, places.position[number], places.kind[number], end)
+            if kind & _OPEN and first < 0:
+                first = places.position[number]
+            if first >= 0 and kind & (_OPEN | _CLOSE):
+                # What is not closed may run to the end of the turn.
+                stop = until if kind & _CLOSE or not self._format.unclosed else end
+        if first < 0:
+            return [], 0
+        tokens = ids[first:stop].tolist()
+        text = self._vocabulary.text(tokens)
+        calls, unclosed = _read_text(self._format, text)
+        if not calls:
+            return calls, unclosed
+        base = first - start
+        tool, arguments, begins, stops, error, dropped = calls[0]
+        if begins == 0 and stops == len(text) and len(calls) == 1:
+            return [_Call(tool, arguments, base, base + len(tokens), error, dropped)], unclosed
+        ends = self._vocabulary.ends(tokens)
+        return [
+            call._replace(start=base + bisect_right(ends, call.start), end=base + bisect_left(ends, call.end) + 1)
+            for call in calls
+        ], unclosed
+
+    def answers(self, ids: IntArray, start: int, end: int, places: _Places, low: int, high: int) -> _Answers:
+        """What the observation ``[start, end)`` holds, whose places are ``low`` to ``high``."""
+        blocks: dict[bytes, list[int]] = {marker: [] for marker, _ in self._responses}
+        images = []
+        for number in range(low, high):
+            place = places.position[number]
+            kind, _ = self._kind(ids, place, places.kind[number], end)
+            if kind & _IMAGE:
+                images.append(place)
+            for marker, bit in self._responses:
+                if kind & bit:
+                    blocks[marker].append(place)
+        for marker, found in blocks.items():
+            if found:
+                return _Answers(marker, found, images)
+        if start < end and not self._response_known and self._shows_text(ids[start : min(end, start + 64)].tolist()):
+            return _Answers(b"", [start], images)
+        return _Answers(b"", [], images)
+
+    def _shows_text(self, ids: list[int]) -> bool:
+        special = self._vocabulary.special
+        return bool(self._vocabulary.text([number for number in ids if number not in special]).strip())
+
+    def answer_failed(self, ids: IntArray, start: int, end: int, marker: bytes, errors: _Errors) -> bool:
+        """Whether the answer whose ``marker`` begins at ``start`` is an error, see `answer_is_error`.
+
+        Where the marker is not known (b""), an error text anywhere near the start counts: headers come before it.
+        """
+        if not marker:
+            text = _decode(self._vocabulary.text(ids[start : min(end, start + 64)].tolist()))
+            return any(error in text for error in errors.texts)
+        for width in (_ANSWER_TOKENS, len(marker) + errors.longest + 64):
+            text = _decode(self._vocabulary.text(ids[start : min(end, start + width)].tolist()).partition(marker)[2])
+            if marker.startswith(b"#"):  # a heading, with the call's id
+                text = text.partition("\n")[2]
+            text = text.lstrip()
+            if len(text) >= _HEAD and not text.startswith(errors.heads):
+                return False
+        return text.startswith(errors.texts)
+
+    def _fallback_calls(self, ids: list[int]) -> list[_Call]:
+        calls = []
+        try:
+            pairs = self._fallback(ids) if self._fallback and ids else []
+        except Exception as error:
+            logger.warning("the parser of tool format %r failed on a turn", self.tool_format, exc_info=True)
+            return [_Call(MALFORMED, {}, 0, len(ids), f"the turn could not be parsed: {str(error)[:200]}", True)]
+        for name, raw in pairs:
+            call = _read_call(_FALLBACK, raw, 0, len(ids))
+            calls.append(call if call.error else call._replace(tool=name))
+        return calls
+
+
+# --- Steps ----------------------------------------------------------------------------------------------------------
+
+
+class ParsedBatch(NamedTuple):
+    """Tool-use steps of a batch, and how many calls went wrong, and how."""
+
+    steps: list[ToolStep]
+    """In the order of the rows given, then of the tokens; malformed calls included."""
+    malformed: int
+    """Could not be parsed."""
+    unanswered: int
+    """Parsed, but no answer follows: never executed."""
+    unclosed: int
+    """Turns that break off within a call: no call, no step."""
+    failed: int
+    """Answered with an error."""
+
+
+def answer_is_error(text: str, markers: Iterable[str] = ()) -> bool:
+    """Whether a tool's answer says that the call failed: it begins with a stock error text or one of ``markers``."""
+    return text.lstrip().startswith((*STOCK_ERRORS, NOT_EXECUTED_PREFIX, *markers))
+
+
+def _flat(name: str, values: Any) -> IntArray:
+    """``values`` as a 1-D integer array, without a copy where it is one."""
+    array = np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
+    if array.ndim != 1 or (array.dtype.kind not in "iub" and array.size):
+        raise ValueError(f"{name} must be 1-D integers, got shape {array.shape} of {array.dtype}")
+    return array if array.dtype.kind in "iub" and array.dtype != np.uint64 else array.astype(np.int64)
+
+
+def _find(mask: bytes, value: int, start: int) -> int:
+    """The first position of ``value`` from ``start`` on, else the mask's length."""
+    found = mask.find(value, start)
+    return len(mask) if found < 0 else found
+
+
+class _Turn(NamedTuple):
+    """An assistant turn that may hold calls, and the observation that follows it, as positions in the flat batch."""
+
+    row: int  # which of the rows given
+    start: int
+    end: int
+    stop: int  # where the observation ends
+    low: int  # of the turn's places, the first
+    high: int  # and the last + 1
+
+
+def _turns(mask: IntArray, bounds: list[int], position: list[int] | None) -> Iterator[_Turn]:
+    """The turns with places at ``position`` (in order), or all turns where that is None."""
+    row = origin = -1
+    policy = b""
+    if position is None:
+        for row, (origin, end) in enumerate(pairwise(bounds)):
+            policy = (mask[origin:end] != 0).tobytes()
+            stop = _find(policy, 1, 0)
+            while stop < len(policy):
+                start, at = stop, _find(policy, 0, stop)
+                stop = _find(policy, 1, at)
+                yield _Turn(row, origin + start, origin + at, origin + stop, 0, 0)
+        return
+    low = 0
+    while low < len(position):
+        place = position[low]
+        if place >= origin + len(policy):
+            row = bisect_right(bounds, place) - 1
+            origin = bounds[row]
+            policy = (mask[origin : bounds[row + 1]] != 0).tobytes()
+        at = _find(policy, 0, place - origin)
+        high = bisect_left(position, origin + at, low)
+        start = policy.rfind(0, 0, place - origin) + 1
+        yield _Turn(row, origin + start, origin + at, origin + _find(policy, 1, at), low, high)
+        low = high
+
+
+def parse_steps(
+    parser: ToolCallParser,
+    responses: Any,
+    response_mask: Any,
+    offsets: Any,
+    rows: Any,
+    *,
+    error_markers: Iterable[str] = (),
+    image_parameters: Iterable[str] = (),
+    image_index_base: int | None = None,
+    prompt_images: Callable[[int], Sequence[str]] | None = None,
+) -> ParsedBatch:
+    """The tool-use steps of a batch of rollouts, out of their tokens.
+
+    A maximal run of policy tokens is an assistant turn; what the mask leaves out between it and the next turn is the
+    observation. The k-th call of a turn has the k-th answer of its observation. Stock loops answer only the calls
+    that veRL's parser returns, `tapo_tool_agent` all of them: where there are as many answers as calls, they belong
+    together one by one, else the calls that veRL drops are left out. A step is ``ok`` where its call could be parsed,
+    has an answer, and the answer is no error.
+
+    Args:
+        parser: for the rollouts' tool format and tokenizer.
+        responses: (N,) response tokens, flat; an array or a CPU tensor.
+        response_mask: (N,) nonzero on tokens the policy generated.
+        offsets: (R + 1,) row r holds the tokens ``[offsets[r], offsets[r + 1])``; padding has mask 0.
+        rows: (R,) the number each row has in its batch: `ToolStep.row`.
+        error_markers: see `answer_is_error`.
+        image_parameters, image_index_base: see `verl_tapo.images.resolve_images`.
+        prompt_images: gives the identities of the images in a row's prompt, by the row's number; asked only for rows
+            with a call that has one of ``image_parameters``. Images of an observation are identified by the call that
+            they answer.
+
+    Raises:
+        ValueError: for arrays that disagree. No token makes it raise.
+    """
+    ids = _flat("responses", responses)
+    mask = _flat("response_mask", response_mask)
+    bounds: list[int] = _flat("offsets", offsets).tolist()
+    numbers: list[int] = _flat("rows", rows).tolist()
+    if ids.shape != mask.shape:
+        raise ValueError(f"responses and response_mask must agree, got {len(ids)} and {len(mask)} tokens")
+    if not bounds or sorted(bounds) != bounds or bounds[0] < 0 or bounds[-1] > len(ids):
+        raise ValueError(f"offsets must rise within [0, {len(ids)}], got {str(bounds)[:200]}")
+    if len(numbers) != len(bounds) - 1:
+        raise ValueError(f"rows must hold one number for each of {len(bounds) - 1} rows, got {len(numbers)}")
+
+    position, kinds = parser.places(ids)
+    inside = (position >= bounds[0]) & (position < bounds[-1])
+    policy = mask[position] != 0
+    acting = inside & policy & (kinds & (_OPEN | _CLOSE) != 0)
+    observed = inside & ~policy & (kinds & ~np.uint8(_OPEN | _CLOSE | _INEXACT) != 0)
+    calls_at = _Places(position[acting].tolist(), kinds[acting].tolist())
+    seen_at = _Places(position[observed].tolist(), kinds[observed].tolist())
+    errors = _Errors(error_markers)
+    image_parameters = frozenset(image_parameters)
+
+    steps: list[ToolStep] = []
+    malformed = unanswered = unclosed = failed = 0
+    current = -1
+    for row, start, end, stop, low, high in _turns(mask, bounds, calls_at.position if parser.native else None):
+        calls, open_ended = parser.turn_calls(ids, start, end, calls_at, low, high)
+        unclosed += open_ended
+        if not calls:
+            continue
+        origin, number = bounds[row], numbers[row]
+        if row != current:
+            current, at = row, bisect_left(seen_at.position, origin)
+            history: list[str] = []
+            prompt: Sequence[str] | None = None
+        # Images that came in where no call was made have no known origin.
+        for low in range(at, at := bisect_left(seen_at.position, start, at)):
+            if seen_at.kind[low] & _IMAGE:
+                history.append(f"unknown {number} {seen_at.position[low] - origin}")
+        low, at = at, bisect_left(seen_at.position, stop, at)
+        answers = parser.answers(ids, end, stop, seen_at, low, at)
+        blocks = answers.blocks
+        all_answered = len(blocks) == len(calls)
+        answered: list[ToolStep] = []  # the step of each answer
+        start -= origin
+        turn = (start, end - origin)
+        for call in calls:
+            arguments: Mapping[str, Any] = call.arguments
+            if not image_parameters.isdisjoint(arguments):
+                if prompt is None:
+                    prompt = prompt_images(number) if prompt_images else ()
+                arguments = resolve_images(arguments, image_parameters, [*prompt, *history], image_index_base)
+            block = len(answered)
+            has_answer = block < len(blocks) and (all_answered or not call.dropped)
+            ok = False
+            if call.error is not None:
+                malformed += 1
+            elif not has_answer:
+                unanswered += 1
+            else:
+                after = blocks[block + 1] if block + 1 < len(blocks) else stop
+                ok = not parser.answer_failed(ids, blocks[block], after, answers.marker, errors)
+                failed += not ok
+            step = ToolStep(number, call.tool, arguments, turn, (start + call.start, start + call.end), ok)
+            steps.append(step)
+            if has_answer:
+                answered.append(step)
+        for ordinal, image in enumerate(answers.images):
+            block = max(bisect_right(blocks, image) - 1, 0)
+            if block < len(answered):
+                earlier = bisect_left(answers.images, blocks[block]) if block else 0
+                history.append(_made_by(answered[block], ordinal - earlier))
+            else:
+                history.append(f"unknown {number} {image - origin}")
+    return ParsedBatch(steps, malformed, unanswered, unclosed, failed)
+
+
+def _made_by(step: ToolStep, ordinal: int) -> str:
+    """The identity of an image that a call returned: equal calls return equal images."""
+    # Hashed: an identity holds those of the images it was made from, and would grow with every step.
+    call = f"{step.tool}#{canonical(step.arguments)}".encode("utf-8", "replace")
+    return f"{hashlib.blake2b(call, digest_size=12).hexdigest()}#{ordinal}"

@@ -1,0 +1,171 @@
+"""What veRL loads (entry point ``verl.plugins``, or ``VERL_USE_EXTERNAL_MODULES=verl_tapo.plugin``): no logic here.
+
+The estimator and the agent loop go through veRL's registries. What veRL has no extension point for is hooked, each
+hook when its module is imported, never earlier: `HOOKS` lists all of them with their reasons. A hook that finds its
+target changed reports so and stays away; a run with ``adv_estimator=tapo`` then stops with a clear error, and every
+other run goes on unaffected.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import traceback
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import wrapt
+
+TESTED_VERSIONS = ("0.8.0", "0.9.1")
+PATCH_MARK = "ADV_CONTEXT_VERSION"
+"""Name in ``verl.trainer.ppo.ray_trainer`` that says one of our patches is applied: veRL hands over the rollout data
+itself then, and nothing is wrapped but the constructors."""
+
+
+@dataclass
+class Seam:
+    """One place where the plug-in meets veRL."""
+
+    module: str
+    target: str
+    """Function or method, dotted; empty for a registration."""
+    handler: str
+    """``module:function`` in this package."""
+    parameters: tuple[str, ...]
+    """Parameters the target must have for the handler to make sense."""
+    reason: str
+    replaced_by_patch: bool = False
+    status: str = field(default="waiting for import", init=False)
+
+
+SEAMS = [
+    Seam("verl.trainer.ppo.core_algos", "", "verl_tapo.plugin:register_estimator", (), "veRL's estimator registry"),
+    Seam(
+        "verl.experimental.agent_loop.tool_agent_loop",
+        "",
+        "verl_tapo.plugin:register_agent_loop",
+        (),
+        "veRL's agent loop registry",
+    ),
+    Seam(
+        "verl.trainer.ppo.v1.trainer_base",
+        "PPOTrainer.__init__",
+        "verl_tapo.trainer.v1:init_hook",
+        ("self", "config"),
+        "a bad algorithm.tapo must stop the run before the first rollout; V1 never validates algorithm",
+    ),
+    Seam(
+        "verl.trainer.ppo.v1.trainer_base",
+        "PPOTrainer._compute_advantage",
+        "verl_tapo.trainer.v1:compute_advantage_hook",
+        ("self", "batch", "metrics"),
+        "V1 hands estimators neither responses nor extra fields (veRL PR 7473 would not either)",
+        replaced_by_patch=True,
+    ),
+    Seam(
+        "verl.trainer.ppo.ray_trainer",
+        "RayPPOTrainer.__init__",
+        "verl_tapo.trainer.v0:init_hook",
+        ("self", "config", "tokenizer"),
+        "the same early check; V0's compute_advantage has no way to the tokenizer",
+    ),
+    *(
+        Seam(
+            module,
+            target,
+            f"verl_tapo.trainer.v0:{target}_hook",
+            parameters,
+            reason,
+            replaced_by_patch=True,
+        )
+        for module in ("verl.trainer.ppo.ray_trainer", "verl.experimental.separation.ray_trainer")
+        for target, parameters, reason in (
+            ("compute_advantage", ("data", "adv_estimator", "config"), "V0 hands rollout data to gdpo only (PR 7473)"),
+            ("compute_data_metrics", ("batch",), "V0 has no way to add metrics of an estimator"),
+        )
+    ),
+]
+
+
+def complain(message: str) -> None:
+    """Says on stderr what veRL would hide in a DEBUG log."""
+    print(f"[verl-tapo] {message}", file=sys.stderr, flush=True)
+
+
+def _resolve(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def register_estimator(core_algos: Any) -> None:
+    """Registers ``tapo`` with veRL; the estimator's own module is imported when it is first called."""
+
+    def tapo(
+        token_level_rewards: Any,
+        response_mask: Any,
+        index: Any = None,
+        config: Any = None,
+        non_tensor_batch: Any = None,
+        batch: Any = None,
+        adv_context: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        from verl_tapo.trainer.estimator import compute_tapo_advantage
+
+        return compute_tapo_advantage(
+            token_level_rewards, response_mask, index, config, non_tensor_batch, batch, adv_context
+        )
+
+    core_algos.register_adv_est("tapo")(tapo)
+
+
+def register_agent_loop(_: Any) -> None:
+    """Registers ``tapo_tool_agent`` with veRL, by importing the module that does."""
+    importlib.import_module("verl_tapo.rollout.tool_agent")
+
+
+def _install(seam: Seam, module: Any) -> None:
+    try:
+        if not seam.target:
+            _resolve(seam.handler)(module)
+            seam.status = "registered"
+            return
+        if seam.replaced_by_patch and _patched():
+            seam.status = "not needed: veRL is patched"
+            return
+        target = module
+        for name in seam.target.split("."):
+            target = getattr(target, name)
+        present = inspect.signature(target).parameters
+        missing = [name for name in seam.parameters if name not in present]
+        if missing:
+            raise TypeError(f"{seam.target} has no parameter {', '.join(missing)}")
+
+        def hook(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+            return _resolve(seam.handler)(wrapped, instance, args, kwargs)
+
+        wrapt.wrap_function_wrapper(module, seam.target, hook)
+        seam.status = "active"
+    except Exception as error:
+        seam.status = f"FAILED: {type(error).__name__}: {error}"
+        place = f"{seam.module}.{seam.target}" if seam.target else seam.module
+        complain(f"cannot hook into {place}: {error}. adv_estimator=tapo will not run; `verl-tapo doctor` shows more.")
+
+
+def _patched() -> bool:
+    ray_trainer = sys.modules.get("verl.trainer.ppo.ray_trainer")
+    return hasattr(ray_trainer, PATCH_MARK)
+
+
+def _load() -> None:
+    for seam in SEAMS:
+        wrapt.when_imported(seam.module)(partial(_install, seam))  # calls at once where the module is there already
+
+
+try:
+    _load()
+except Exception:
+    complain("the plug-in failed to load:\n" + traceback.format_exc())
+    raise

@@ -1,0 +1,117 @@
+"""A `Rollout` from a padded batch with its per-sample columns: veRL's V0 `DataProto`, or what a veRL that hands rollout
+data to estimators (PR 7473, our patches) passes along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from verl_tapo.config import TapoSettings
+from verl_tapo.records import RECORD_KEY
+from verl_tapo.steps import IntArray
+from verl_tapo.trainer.rollout import Rollout, Sessions, Tokens
+
+
+def rollout_from_batch(
+    settings: TapoSettings,
+    algorithm: Any,
+    batch: Mapping[str, Any],
+    columns: Mapping[str, Any],
+    context: Mapping[str, Any],
+) -> Rollout:
+    """The rollout in a padded batch.
+
+    Args:
+        settings: ``algorithm.tapo``.
+        algorithm: veRL's ``algorithm`` configuration.
+        batch: tensors: ``token_level_rewards``, ``response_mask``, and where present ``token_level_scores``,
+            ``responses``, ``prompts``, ``attention_mask``, ``rollout_mask`` (the response mask before rollout
+            correction).
+        columns: arrays of B objects: ``uid``, and where present the tool records, the reward's extra info (its keys as
+            columns, or one column ``reward_extra_info``), ``keys`` (veRL's ``{uid}_{session}_{output}``) and
+            ``is_padding``.
+        context: ``tokenizer``, ``config`` (the whole trainer configuration) and dicts ``metrics`` and ``fields`` to
+            fill, where known.
+    """
+    rewards, mask = batch["token_level_rewards"], batch["response_mask"]
+    rows, length = mask.shape
+    scores = batch.get("token_level_scores", None)
+    scores = (rewards if scores is None else scores).sum(-1).double().cpu().numpy()
+    padding = np.asarray(columns.get("is_padding", np.zeros(rows)), dtype=bool)
+    keys = columns.get("keys")
+    attention = batch.get("attention_mask", None)
+    lengths = np.full(rows, length)
+    if attention is not None:
+        lengths = attention[:, -length:].sum(-1).cpu().numpy().astype(np.int64)
+    rollout_mask = batch.get("rollout_mask", None)
+    config = context.get("config")
+    return Rollout(
+        base=lambda rows, rewards, mask, index: _base(settings, algorithm, batch, columns, rows),
+        scores=scores,
+        reward_infos=_reward_infos(settings, columns, rows),
+        records=list(columns.get(RECORD_KEY, [None] * rows)),
+        tokens=lambda: _tokens(batch, mask if rollout_mask is None else rollout_mask, lengths),
+        prompt_ids=lambda row: _prompt(batch, row),
+        lengths=lengths,
+        padding=padding,
+        sessions=None if keys is None else Sessions.from_keys(list(keys)),
+        tokenizer=context.get("tokenizer"),
+        tool_format=None if config is None else config.actor_rollout_ref.rollout.multi_turn.format,
+        metrics=context.get("metrics", {}),
+        fields=context.get("fields", {}),
+    )
+
+
+def _reward_infos(settings: TapoSettings, columns: Mapping[str, Any], rows: int) -> Sequence[Mapping[str, Any]]:
+    if "reward_extra_info" in columns:
+        return [info if isinstance(info, Mapping) else {} for info in columns["reward_extra_info"]]
+    values = columns.get(settings.success_key)
+    return [{}] * rows if values is None else [{settings.success_key: value} for value in values]
+
+
+def _tokens(batch: Mapping[str, Any], mask: torch.Tensor, lengths: IntArray) -> Tokens | None:
+    responses = batch.get("responses", None)
+    if responses is None:
+        return None
+    valid = np.arange(mask.shape[1]) < lengths[:, None]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Tokens(responses.cpu().numpy()[valid], mask.cpu().numpy()[valid], offsets)
+
+
+def _prompt(batch: Mapping[str, Any], row: int) -> list[int]:
+    prompts = batch.get("prompts", None)
+    return [] if prompts is None else [int(token) for token in prompts[row].tolist()]
+
+
+def _base(
+    settings: TapoSettings, algorithm: Any, batch: Mapping[str, Any], columns: Mapping[str, Any], chosen: IntArray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The base estimator on the chosen rows, through the trainer's own function."""
+    from tensordict import TensorDict
+    from verl.protocol import DataProto
+    from verl.trainer.ppo.ray_trainer import compute_advantage
+
+    data = DataProto(
+        batch=TensorDict({name: batch[name] for name in batch.keys()}, batch_size=len(batch["response_mask"])),  # noqa: SIM118
+        non_tensor_batch={name: np.asarray(columns[name], dtype=object) for name in columns},
+    )
+    if len(chosen) < len(data):
+        data = data.select_idxs(chosen)
+    options = dict(
+        adv_estimator=settings.base_estimator,
+        gamma=algorithm.get("gamma", 1.0),
+        lam=algorithm.get("lam", 1.0),
+        norm_adv_by_std_in_grpo=algorithm.get("norm_adv_by_std_in_grpo", True),
+        config=algorithm,
+    )
+    if "keys" in columns:
+        from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+
+        data = compute_advantage_for_multi_trajectories(data, list(data.non_tensor_batch["keys"]), **options)
+    else:
+        data = compute_advantage(data, **options)
+    return data.batch["advantages"], data.batch["returns"]

@@ -1,0 +1,51 @@
+"""Checks of a run's configuration, before hours of rollouts: used by the trainers' constructors and by the doctor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from verl_tapo.config import TapoSettings
+from verl_tapo.parsing import NATIVE_FORMATS
+from verl_tapo.trainer.estimator import load_settings
+
+# They need inputs that only their own code path in veRL gets, or know no prompt groups.
+_NO_GROUP_ESTIMATORS = frozenset({"gae", "remax", "optimal_token_baseline", "tir_optimal_token_baseline"})
+
+
+def check_run(config: Any) -> TapoSettings | None:
+    """Checks the configuration of a run; None where the run does not use TAPO.
+
+    Raises:
+        ValueError: naming the setting, where TAPO would not run or would do nothing.
+    """
+    if config.algorithm.adv_estimator != "tapo":
+        return None
+    settings = load_settings(config.algorithm)
+    problems = find_problems(config, settings)
+    if problems:
+        raise ValueError("TAPO: " + "; ".join(problems))
+    return settings
+
+
+def find_problems(config: Any, settings: TapoSettings) -> list[str]:
+    """What in a run's configuration would keep TAPO from working."""
+    from verl.experimental.agent_loop.tool_parser import ToolParser
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+
+    problems = []
+    base = settings.base_estimator
+    known = set(ADV_ESTIMATOR_REGISTRY) - _NO_GROUP_ESTIMATORS - {"tapo"}
+    if base not in known:
+        problems.append(
+            f"algorithm.tapo.base_estimator={base} is no group estimator; known: {', '.join(sorted(known))}"
+        )
+    rollout = config.actor_rollout_ref.rollout
+    tool_format = settings.tool_format or rollout.multi_turn.format
+    if settings.step_source != "recorded" and tool_format not in {*NATIVE_FORMATS, *ToolParser._registry}:
+        formats = ", ".join(sorted({*NATIVE_FORMATS, *ToolParser._registry}))
+        problems.append(f"the tool format {tool_format!r} is not known; known: {formats}")
+    if rollout.n < 2:
+        problems.append(
+            f"actor_rollout_ref.rollout.n={rollout.n}: a prompt's only rollout has no successful sibling to learn from"
+        )
+    return problems

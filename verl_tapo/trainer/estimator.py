@@ -1,0 +1,305 @@
+"""The ``tapo`` advantage estimator: base advantages, tool-use steps, credit transfer, metrics."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from verl_tapo.config import TapoConfig, TapoSettings, acquires_information, default_kernel
+from verl_tapo.credit import transfer_credit
+from verl_tapo.parsing import ToolCallParser, parse_steps
+from verl_tapo.records import recorded_steps
+from verl_tapo.steps import ToolStep, build_tool_mask
+from verl_tapo.trainer.rollout import CURRENT, Rollout
+
+logger = logging.getLogger("verl_tapo")
+
+TOOL_MASK_FIELD = "tapo_tool_mask"
+STEPLESS_BATCHES = 3
+"""Batches without a single tool-use step after which that is reported: the run is plain base estimation then."""
+
+
+class Watch:
+    """Looks over a run's shoulder: says once what was decided by default, and what never occurred."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.seen: Counter[str] = Counter()
+        self._told: set[str] = set()
+
+    def _tell(self, key: str, message: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            logger.warning("TAPO: %s", message)
+
+    def look(self, steps: Sequence[ToolStep], settings: TapoSettings) -> None:
+        """Takes note of one batch's steps."""
+        self.batches += 1
+        rule = settings.rule
+        if rule.tools is None:
+            self._explain_defaults(steps, rule)
+        self.seen.update(step.tool for step in steps)
+        if self.batches == STEPLESS_BATCHES and not self.seen:
+            self._tell(
+                "no steps",
+                f"not a single tool call was found in {self.batches} batches, so nothing is corrected. Check "
+                f"actor_rollout_ref.rollout.multi_turn.format, or algorithm.tapo.tool_format, and the rollouts.",
+            )
+        if rule.tools is not None and self.batches == settings.patience:
+            for tool in sorted(set(rule.tools) - set(self.seen)):
+                others = ", ".join(name for name, _ in self.seen.most_common(10)) or "none"
+                self._tell(
+                    f"unseen {tool}",
+                    f"the tool {tool!r} of algorithm.tapo.tools was never called in {self.batches} batches; "
+                    f"tools that were: {others}",
+                )
+
+    def _explain_defaults(self, steps: Sequence[ToolStep], rule: TapoConfig) -> None:
+        for step in steps:
+            if step.tool in self._told or not step.ok:
+                continue
+            if acquires_information(step.tool):
+                kernels = ", ".join(f"{p}={default_kernel(p)}" for p in step.arguments) or "no parameters"
+                decision = f"takes part, compared by {kernels} (others: exact)"
+            else:
+                decision = "is left out: its name says that it runs or makes things"
+            self._tell(step.tool, f"algorithm.tapo.tools is not set; by its name the tool {step.tool!r} {decision}")
+
+
+WATCH = Watch()
+
+
+class _SettingsCache:
+    """The settings of this process's run; kept while the configuration stays the same (kernels may hold models)."""
+
+    raw: Any = None
+    settings: TapoSettings | None = None
+
+
+def load_settings(algorithm: Any) -> TapoSettings:
+    """The settings in the ``tapo`` block of veRL's ``algorithm`` configuration (a DictConfig, mapping or dataclass).
+
+    Raises:
+        ValueError: for an unknown key or a value out of range.
+    """
+    raw: Any = None
+    if algorithm is not None:
+        raw = algorithm.get("tapo", None) if hasattr(algorithm, "get") else getattr(algorithm, "tapo", None)
+    if type(raw).__module__.startswith("omegaconf"):
+        from omegaconf import OmegaConf
+
+        raw = OmegaConf.to_container(raw, resolve=True)
+    if _SettingsCache.settings is None or _SettingsCache.raw != raw:
+        _SettingsCache.raw, _SettingsCache.settings = raw, TapoSettings.from_mapping(raw)
+    return _SettingsCache.settings
+
+
+@lru_cache(maxsize=4)
+def _parser(tool_format: str, tokenizer: Any) -> ToolCallParser:
+    from verl_tapo.trainer.verl_parser import verl_fallback
+
+    return ToolCallParser(tool_format, tokenizer, fallback=verl_fallback(tool_format, tokenizer))
+
+
+def make_parser(rollout: Rollout, settings: TapoSettings) -> ToolCallParser:
+    """The parser of the run's tool format.
+
+    Raises:
+        ValueError: where the trainer handed over no tokenizer, or no format is known.
+    """
+    tool_format = settings.tool_format or rollout.tool_format
+    if rollout.tokenizer is None or not tool_format:
+        missing = "tokenizer" if rollout.tokenizer is None else "tool format"
+        raise ValueError(
+            f"TAPO cannot find tool calls in the tokens: the trainer handed over no {missing}. Record the calls with "
+            f"the agent loop tapo_tool_agent, or set algorithm.tapo.tool_format; `verl-tapo doctor` shows the seams."
+        )
+    return _parser(tool_format, rollout.tokenizer)
+
+
+def find_steps(rollout: Rollout, settings: TapoSettings) -> list[ToolStep]:
+    """The tool-use steps of a batch, recorded or parsed, by row; none of padding rows."""
+    steps: list[ToolStep] = []
+    real = np.flatnonzero(~rollout.padding)
+    recorded = []
+    if settings.step_source != "parsed":
+        recorded = [row for row in real.tolist() if isinstance(rollout.records[row], Mapping)]
+    if settings.step_source == "recorded" and len(recorded) < len(real):
+        raise ValueError(
+            f"algorithm.tapo.step_source=recorded, but {len(real) - len(recorded)} of {len(real)} rollouts have no "
+            f"record: set actor_rollout_ref.rollout.agent.default_agent_loop=tapo_tool_agent, and the data set's "
+            f"agent_name, if it has one, to it as well"
+        )
+    malformed = 0
+    for row in recorded:
+        record = rollout.records[row]
+        malformed += sum(step.get("status") == "malformed" for step in record["steps"])
+        steps += recorded_steps(
+            record, row, int(rollout.lengths[row]), settings.image_parameters, settings.image_index_base
+        )
+    rest = np.setdiff1d(real, recorded)
+    unanswered = 0
+    if len(rest):
+        parser = make_parser(rollout, settings)
+        tokens = rollout.tokens()
+        if tokens is None:
+            raise ValueError(
+                f"TAPO: {len(rest)} rollouts have no record of tool calls, and no responses to find them in"
+            )
+        chosen = tokens.rows(rest)
+        parsed = parse_steps(
+            parser,
+            chosen.ids,
+            chosen.policy,
+            chosen.offsets,
+            rest,
+            error_markers=settings.error_markers,
+            image_parameters=settings.image_parameters,
+            image_index_base=settings.image_index_base,
+            prompt_images=lambda row: _prompt_images(rollout, parser, row),
+        )
+        steps += parsed.steps
+        malformed += parsed.malformed
+        unanswered = parsed.unanswered
+    count = max(len(real), 1)
+    rollout.metrics["tapo/recorded_rollouts"] = len(recorded) / count
+    rollout.metrics["tapo/malformed_calls_per_trajectory"] = malformed / count
+    rollout.metrics["tapo/unanswered_calls_per_trajectory"] = unanswered / count
+    return steps
+
+
+def _prompt_images(rollout: Rollout, parser: ToolCallParser, row: int) -> list[str]:
+    """Identities of a prompt's images: the rollouts of one prompt share them."""
+    ids = rollout.prompt_ids(row)
+    prompt = hash(tuple(ids))
+    return [f"prompt {prompt} image {number}" for number in range(parser.count_images(ids))]
+
+
+def estimate(
+    rollout: Rollout, settings: TapoSettings, token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages and returns, (B, L) each; fills ``rollout.metrics`` and ``rollout.fields``.
+
+    Rows whose reward is NaN or infinite are left out of the base estimation, so that they do not poison their group,
+    and get advantage 0; so do rows for which the base estimator itself yields such values (the standard deviation of a
+    group of one, in some). Both are counted and reported.
+
+    Args:
+        rollout: B rows.
+        settings: ``algorithm.tapo``.
+        token_level_rewards: (B, L) as the trainer hands them to estimators.
+        response_mask: (B, L) 0/1, after any rejection by rollout correction.
+        index: (B,) prompt groups.
+
+    Raises:
+        ValueError: where not one row has a finite reward.
+    """
+    start = time.perf_counter()
+    finite = np.isfinite(token_level_rewards.sum(-1).double().cpu().numpy())
+    usable = np.flatnonzero(finite)
+    if not len(usable):
+        raise ValueError("TAPO: no row of the batch has a finite reward; check the reward function")
+    if len(usable) == len(finite):
+        base, returns = rollout.base(usable, token_level_rewards, response_mask, index)
+    else:
+        base, returns = torch.zeros_like(token_level_rewards), torch.zeros_like(token_level_rewards)
+        rows = torch.from_numpy(usable)
+        base[rows], returns[rows] = rollout.base(usable, token_level_rewards, response_mask, index)
+    base, returns, poisoned = _without_nan(base, returns)
+    dropped = ~finite | poisoned
+    if (dropped & ~rollout.padding).any():
+        logger.warning(
+            "TAPO: %d rows have a reward or a base advantage that is not finite, the first is row %d (uid %s): "
+            "their advantage is set to 0",
+            int((dropped & ~rollout.padding).sum()),
+            int(np.flatnonzero(dropped & ~rollout.padding)[0]),
+            index[int(np.flatnonzero(dropped & ~rollout.padding)[0])],
+        )
+    based = time.perf_counter()
+    success = rollout.success(settings) & ~dropped
+    if rollout.sessions is not None:
+        success = success[rollout.sessions.final_row]
+    steps = [step for step in find_steps(rollout, settings) if not dropped[step.row]]
+    found = time.perf_counter()
+    advantages, report = transfer_credit(
+        base,
+        response_mask,
+        index,
+        success,
+        steps,
+        settings.rule,
+        trajectory=None if rollout.sessions is None else rollout.sessions.of_row,
+    )
+    if settings.write_tool_mask:
+        rollout.fields[TOOL_MASK_FIELD] = build_tool_mask(
+            steps, response_mask, settings.rule.token_scope, dtype=torch.int32
+        )
+    done = time.perf_counter()
+    WATCH.look(steps, settings)
+    real = max(int((~rollout.padding).sum()), 1)
+    rollout.metrics.update(report.metrics())
+    rollout.metrics["tapo/success_rate"] = float((success & ~rollout.padding).sum()) / real
+    rollout.metrics["tapo/dropped_rows"] = float((dropped & ~rollout.padding).sum())
+    rollout.metrics["tapo/ms/base"] = (based - start) * 1e3
+    rollout.metrics["tapo/ms/steps"] = (found - based) * 1e3
+    rollout.metrics["tapo/ms/credit"] = (done - found) * 1e3
+    return advantages, returns
+
+
+def _without_nan(base: torch.Tensor, returns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Base and returns with 0 in rows that hold a value that is not finite, and which rows these are, (B,)."""
+    if bool(torch.isfinite(base.sum())):
+        return base, returns, np.zeros(len(base), dtype=bool)
+    bad = ~torch.isfinite(base).all(-1)
+    keep = ~bad[:, None]
+    return torch.where(keep, base, 0.0), torch.where(keep, returns, 0.0), bad.cpu().numpy()
+
+
+def compute_tapo_advantage(
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Any = None,
+    config: Any = None,
+    non_tensor_batch: Mapping[str, Any] | None = None,
+    batch: Mapping[str, Any] | None = None,
+    adv_context: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The estimator ``tapo``: what ``register_adv_est("tapo")`` registers.
+
+    Args:
+        token_level_rewards: (B, L) rewards, after any KL penalty.
+        response_mask: (B, L) 0/1.
+        index: (B,) prompt groups (``uid``).
+        config: veRL's ``algorithm`` configuration; its block ``tapo`` are the settings.
+        non_tensor_batch, batch: the rollout data, from a veRL that hands them to estimators (veRL PR 7473, or a patch
+            of ``patches/``).
+        adv_context: what our patches hand over besides: tokenizer, trainer configuration, metrics and fields to fill.
+        kwargs: whatever else a trainer offers to estimators; not used.
+
+    Returns:
+        Advantages and returns, (B, L) each. Returns are the base estimator's.
+
+    Raises:
+        RuntimeError: where neither a hook of the plug-in nor veRL itself handed over the rollout data.
+        ValueError: for bad settings.
+    """
+    settings = load_settings(config)
+    rollout = CURRENT.get()
+    if rollout is None:
+        if batch is None or non_tensor_batch is None:
+            raise RuntimeError(
+                "TAPO's estimator was called without rollout data: its hook into this trainer is not in place, and "
+                "this veRL does not hand rollout data to estimators. Run `verl-tapo doctor`; see patches/README.md."
+            )
+        from verl_tapo.trainer.batch import rollout_from_batch
+
+        rollout = rollout_from_batch(settings, config, batch, non_tensor_batch, adv_context or {})
+    return estimate(rollout, settings, token_level_rewards, response_mask, index)

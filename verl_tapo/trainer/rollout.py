@@ -1,0 +1,123 @@
+"""What the estimator needs of a batch of rollouts, whichever trainer it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from verl_tapo.config import TapoSettings
+from verl_tapo.steps import IntArray
+
+BaseEstimator: TypeAlias = Callable[[IntArray, torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
+"""Rows (R,), token-level rewards (B, L), response mask (B, L), index (B,) to base advantages and returns of those rows,
+(R, L) each, by the trainer's own code."""
+
+
+class Tokens(NamedTuple):
+    """Response tokens of B rows, one after the other, without padding. N tokens."""
+
+    ids: IntArray  # (N,)
+    policy: IntArray  # (N,) 1 on tokens the policy generated, as the rollout left it
+    offsets: IntArray  # (B + 1,)
+
+    def rows(self, chosen: IntArray) -> Tokens:
+        """The tokens of some rows only, given by ascending number."""
+        if len(chosen) == len(self.offsets) - 1:
+            return self
+        lengths = np.diff(self.offsets)[chosen]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        where = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][chosen] - offsets[:-1], lengths)
+        return Tokens(self.ids[where], self.policy[where], offsets)
+
+
+class Sessions(NamedTuple):
+    """Trajectories of several rows (veRL: an agent loop with several outputs per session)."""
+
+    of_row: Sequence[Hashable]  # (B,)
+    final_row: IntArray  # (B,) row of the last output of each row's trajectory: it carries the reward
+
+    @classmethod
+    def from_keys(cls, keys: Sequence[str]) -> Sessions | None:
+        """From veRL's keys ``{uid}_{session}_{output}``; None where every trajectory has one output."""
+        parts = [key.rpartition("_") for key in keys]
+        of_row = [session for session, _, _ in parts]
+        if len(set(of_row)) == len(of_row):
+            return None
+        final: dict[str, tuple[int, int]] = {}
+        for row, (session, _, output) in enumerate(parts):
+            final[session] = max(final.get(session, (-1, -1)), (int(output), row))
+        return cls(of_row, np.array([final[session][1] for session in of_row]))
+
+
+@dataclass
+class Rollout:
+    """One batch of B rows, as an adapter hands it to `verl_tapo.trainer.estimator`."""
+
+    base: BaseEstimator
+    scores: npt.NDArray[np.float64]
+    """(B,) reward of each row, before any KL penalty."""
+    reward_infos: Sequence[Mapping[str, Any]]
+    """B mappings: the reward function's extra info."""
+    records: Sequence[Any]
+    """B records of `verl_tapo.records`, None where the agent loop wrote none."""
+    tokens: Callable[[], Tokens | None]
+    """The response tokens; called only where steps have to be parsed. None where the trainer has none."""
+    prompt_ids: Callable[[int], Sequence[int]]
+    """The prompt's token ids of a row; called only where an image argument has to be resolved."""
+    lengths: IntArray
+    """(B,) number of response tokens."""
+    padding: npt.NDArray[np.bool_]
+    """(B,) rows that are no real samples."""
+    sessions: Sessions | None = None
+    """Which rows are outputs of one trajectory, for loops that return several; None: each row is one."""
+    tokenizer: Any = None
+    tool_format: str | None = None
+    """The tool format the rollout is configured for."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Filled by the estimator, for the trainer's logger."""
+    fields: dict[str, torch.Tensor] = field(default_factory=dict)
+    """(B, L) tensors, filled by the estimator, to be written to the batch."""
+
+    def success(self, settings: TapoSettings) -> npt.NDArray[np.bool_]:
+        """(B,) success ``y``: the reward info's ``success_key``, else the score, at ``success_threshold`` or above.
+
+        Raises:
+            ValueError: where a ``success_key`` that was set on purpose is in no row's reward info.
+        """
+        values = self.scores.copy()
+        known = 0
+        for row, info in enumerate(self.reward_infos):
+            value = info.get(settings.success_key)
+            if value is not None:
+                values[row] = _number(value)
+                known += 1
+        real = int((~self.padding).sum())
+        if real and not known and settings.success_key != TapoSettings.success_key:
+            keys = sorted({key for info in self.reward_infos for key in info})
+            raise ValueError(
+                f"algorithm.tapo.success_key={settings.success_key!r} is in no row's reward info; "
+                f"the reward function returned: {', '.join(keys) or 'nothing besides the score'}"
+            )
+        self.metrics["tapo/success_from_score"] = 1.0 - known / max(len(values), 1)
+        succeeded: npt.NDArray[np.bool_] = (values >= settings.success_threshold) & ~self.padding  # NaN: no success
+        return succeeded
+
+
+def _number(value: Any) -> float:
+    """A success value as a number; what is none is no success."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    return number
+
+
+CURRENT: ContextVar[Rollout | None] = ContextVar("tapo_rollout", default=None)
+"""The rollout of the batch whose advantages are being computed, set by the trainer's adapter."""

@@ -1,0 +1,80 @@
+"""The adapter to veRL's V0 trainer, which the asynchronous experiments still build on: ``compute_advantage``.
+
+The batch holds everything there, but the estimator is handed little of it, and neither tokenizer nor logger are in
+reach of the function. Hooks: the trainer's constructor (to know the trainer), ``compute_advantage`` (to lay the rollout
+ready), ``compute_data_metrics`` (to add TAPO's metrics to the step's).
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from verl_tapo.trainer.batch import rollout_from_batch
+from verl_tapo.trainer.check import check_run
+from verl_tapo.trainer.estimator import load_settings
+from verl_tapo.trainer.rollout import CURRENT
+
+_trainer: weakref.ref[Any] | None = None
+_pending: dict[str, float] = {}
+
+
+def init_hook(wrapped: Callable[..., Any], trainer: Any, args: Any, kwargs: Any) -> None:
+    """Round ``RayPPOTrainer.__init__``: checks the configuration, and remembers the trainer."""
+    global _trainer
+    config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["config"]
+    check_run(config)
+    wrapped(*args, **kwargs)
+    _trainer = weakref.ref(trainer)
+
+
+def compute_advantage_hook(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
+    """Round ``compute_advantage(data, adv_estimator, ..., config)``; other estimators pass through untouched."""
+    arguments = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    if arguments["adv_estimator"] != "tapo" or CURRENT.get() is not None:
+        return wrapped(*args, **kwargs)
+    data, algorithm = arguments["data"], arguments["config"]
+    if "response_mask" not in data.batch:
+        from verl.trainer.ppo.ray_trainer import compute_response_mask
+
+        data.batch["response_mask"] = compute_response_mask(data)
+    trainer = None if _trainer is None else _trainer()
+    context = {"tokenizer": getattr(trainer, "tokenizer", None), "config": getattr(trainer, "config", None)}
+    rollout = rollout_from_batch(
+        load_settings(algorithm), algorithm, data.batch, data.non_tensor_batch, {**context, "metrics": {}, "fields": {}}
+    )
+    if rejects_tokens(algorithm):
+        rollout.tokens = _refuse_to_parse
+    token = CURRENT.set(rollout)
+    try:
+        data = wrapped(*args, **kwargs)
+    finally:
+        CURRENT.reset(token)
+    for name, value in rollout.fields.items():
+        data.batch[name] = value
+    _pending.update(rollout.metrics)
+    return data
+
+
+def rejects_tokens(algorithm: Any) -> bool:
+    """Whether rollout correction takes single tokens out of the response mask."""
+    correction = algorithm.get("rollout_correction", None)
+    return correction is not None and "token" in str(correction.get("rollout_rs", None) or "")
+
+
+def _refuse_to_parse() -> None:
+    raise ValueError(
+        "TAPO cannot parse tool calls here: rollout_correction.rollout_rs rejects single tokens, and veRL's V0 trainer "
+        "keeps no response mask from before that, so assistant turns cannot be told apart. Record the calls with the "
+        "agent loop tapo_tool_agent, or use the V1 trainer."
+    )
+
+
+def compute_data_metrics_hook(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Round ``compute_data_metrics(batch, ...)``: adds the metrics of the advantages computed last."""
+    metrics: dict[str, Any] = wrapped(*args, **kwargs)
+    metrics.update(_pending)
+    _pending.clear()
+    return metrics
