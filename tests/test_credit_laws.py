@@ -33,7 +33,7 @@ def test_equals_the_slow_reference(block):
     assert corrected > 10  # the random batches do exercise the rule
 
 
-def test_pairs_are_compared_in_blocks_and_tokens_corrected_in_blocks(monkeypatch):
+def test_pairs_and_rows_go_through_in_blocks(monkeypatch):
     batch = random_batch(3, rows=40, group_size=40)
     cfg = TapoConfig(tools=TOOLS, theta=0.4, alpha_min=0.0)
     whole, report = transfer_credit(*batch, cfg)

@@ -1,11 +1,30 @@
 """TAPO (Tool-Aware Policy Optimization, arXiv 2606.05784) for veRL: counterfactual credit for tool calls."""
 
-from verl_tapo.config import TapoConfig, TapoSettings
-from verl_tapo.credit import CreditReport, StepCredit, transfer_credit
-from verl_tapo.similarity import Kernel, register_kernel
-from verl_tapo.steps import ToolStep, build_tool_mask
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from verl_tapo.config import TapoConfig, TapoSettings
+    from verl_tapo.credit import CreditReport, StepCredit, transfer_credit
+    from verl_tapo.similarity import Kernel, register_kernel
+    from verl_tapo.steps import ToolStep, build_tool_mask
 
 __version__ = "0.1.0"
+
+# Imported on first use: veRL loads the plug-in, and with it this package, in every process of a run.
+_HOMES = {
+    "CreditReport": "credit",
+    "Kernel": "similarity",
+    "StepCredit": "credit",
+    "TapoConfig": "config",
+    "TapoSettings": "config",
+    "ToolStep": "steps",
+    "build_tool_mask": "steps",
+    "register_kernel": "similarity",
+    "transfer_credit": "credit",
+}
 
 __all__ = [
     "CreditReport",
@@ -19,3 +38,15 @@ __all__ = [
     "register_kernel",
     "transfer_credit",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -21,8 +21,10 @@ Everything else stays bit for bit as it was.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -43,9 +45,12 @@ _NONE, _WITNESS, _FAILING = range(3)
 _GATES: tuple[Gate, ...] = ("", "no_witness", "below_theta", "below_alpha", "corrected")
 _NO_GATE, _NO_WITNESS, _BELOW_THETA, _BELOW_ALPHA, _CORRECTED = range(5)
 
+_ABSENT = object()  # stands for the value of a parameter that a call lacks
+
 _PAIR_BLOCK = 1_000_000  # pairs of calls compared at a time
+_THREADS = 4  # at the most; more do not make memory faster
 _TOKEN_BLOCK = 1 << 16  # tokens corrected at a time
-_ROW_BLOCK = 32  # rows whose masked sums are taken at a time: small enough for the cache
+_ROW_BLOCK = 16  # rows whose masked sums are taken at a time: small enough for the cache
 
 
 @dataclass(frozen=True)
@@ -328,28 +333,46 @@ def _trajectories(
     return _Trajectories(of_row, group[first], y[first], advantage, tokens)
 
 
+def _as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The tensor as an array: a view of its memory, a copy only where NumPy cannot have one."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
 def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, FloatArray]:
     """Per row: the sum of ``base`` under the mask, and the number of mask-1 tokens; both (B,).
 
-    Goes through the batch in blocks of rows, in a buffer that stays in the cache: as a whole-batch expression this
-    would cost more than everything else here together, and another (B, L) tensor.
+    As a whole-batch expression this would cost more than everything else here together, and another (B, L) tensor. So
+    it goes by blocks of rows, in a buffer that stays in the cache, in a few threads of its own: many small tensor
+    operations stall on every barrier once another process keeps one of the cores busy (40 times slower on two cores).
     """
     rows, length = base.shape
-    dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-    buffer = torch.empty((min(_ROW_BLOCK, rows), length), dtype=dtype, device=base.device)
-    sums, counts = torch.zeros((2, rows), dtype=dtype, device=base.device)
-    for start in range(0, rows, _ROW_BLOCK):
-        end = min(start + _ROW_BLOCK, rows)
-        block = buffer[: end - start]
-        block.copy_(mask[start:end])
-        counts[start:end] = block.sum(-1)
-        block.mul_(base[start:end])
-        sums[start:end] = block.sum(-1)
-    tokens = counts.double().cpu().numpy()
+    values, policy = _as_array(base), _as_array(mask)
+    dtype = np.float64 if values.dtype == np.float64 else np.float32
+    sums, counts = np.zeros((2, rows), dtype=dtype)
+    ones = np.ones(length, dtype=dtype)
+
+    @np.errstate(invalid="ignore", over="ignore")
+    def add_up(first: int, last: int) -> None:
+        buffer = np.empty((_ROW_BLOCK, length), dtype=dtype)
+        for start in range(first, last, _ROW_BLOCK):
+            end = min(start + _ROW_BLOCK, last)
+            block = buffer[: end - start]
+            np.copyto(block, policy[start:end], casting="unsafe")
+            np.matmul(block, ones, out=counts[start:end])
+            block *= values[start:end]
+            np.matmul(block, ones, out=sums[start:end])
+
+    threads = max(1, min(_THREADS, os.cpu_count() or 1, rows // _ROW_BLOCK))
+    bounds = np.linspace(0, rows, threads + 1).astype(int).tolist()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(add_up, bounds[:-1], bounds[1:]))
+
+    tokens = counts.astype(np.float64)
     odd = np.flatnonzero((tokens % 1 != 0) | (tokens < 0) | (tokens > length))
     if len(odd):
         raise ValueError(f"response_mask[{odd[0]}] must be 0/1, its {length} entries add up to {tokens[odd[0]]:g}")
-    result = sums.double().cpu().numpy()
+    result = sums.astype(np.float64)
     # NaN or inf: under the mask an error, outside it nothing to us; a sum of huge values may overflow, too.
     for row in np.flatnonzero(~np.isfinite(result)).tolist():
         policy = mask[row] != 0
@@ -358,22 +381,6 @@ def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, Fl
             raise ValueError(f"base[{row}, {bad[0]}] is {base[row, bad[0]].item()} under the response mask")
         result[row] = base[row][policy].double().sum().item()
     return result, tokens
-
-
-class _Values:
-    """The distinct values of one parameter of one tool, prepared for its kernel, numbered as they come."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.numbers: dict[Hashable, int] = {}
-        self.of_text: dict[str, int] = {}  # of strings as given: the same texts come again and again
-
-    def number(self, value: Any) -> int:
-        """The number of a value as given."""
-        number = self.numbers.setdefault(self.kernel.prepare(value), len(self.numbers))
-        if type(value) is str:
-            self.of_text[value] = number
-        return number
 
 
 class _Parameter(NamedTuple):
@@ -460,49 +467,54 @@ def _distinct_calls(columns: StepColumns, group: IntArray, role: IntArray, cfg: 
     in_play = in_play[np.argsort(place[in_play], kind="stable")]
     bounds = np.searchsorted(tool[in_play], np.arange(len(code) + 1)).tolist()
 
-    node_of_call: dict[Hashable, int] = {}
-    cell: list[int] = []
     of_step = np.full(len(role), -1)
+    cell: list[IntArray] = [np.zeros(0, dtype=np.int64)]
     tools: list[tuple[int, int, list[_Parameter]]] = []
+    nodes = 0
     for name, start, end in zip(code, bounds[:-1], bounds[1:], strict=True):
-        first = len(cell)
-        values: dict[str, _Values] = {}
-        members: list[list[tuple[str, int]]] = []
-        nodes: list[int] = []
-        for step, where in zip(in_play[start:end].tolist(), place[in_play[start:end]].tolist(), strict=True):
-            call: list[tuple[str, int]] = []
-            for parameter, value in columns.arguments[step].items():
-                known = values.get(parameter)
-                if known is None:
-                    known = values[parameter] = _Values(cfg.kernel(name, str(parameter)))
-                if known.kernel.ignores:
-                    continue
-                number = known.of_text.get(value) if type(value) is str else None
-                if number is None:
-                    try:
-                        number = known.number(value)
-                    except ValueError as error:
-                        raise ValueError(f"steps[{step}]: argument {str(parameter)!r}: {error}") from None
-                call.append((parameter, number))
-            key = (where, *call) if len(call) < 2 else (where, frozenset(call))
-            node = node_of_call.get(key)
-            if node is None:
-                node = node_of_call[key] = len(cell)
-                cell.append(where)
-                members.append(call)
-            nodes.append(node)
-        of_step[in_play[start:end]] = nodes
-        of_call = {parameter: np.full(len(members), -1) for parameter in values}
-        for position, call in enumerate(members):
-            for parameter, number in call:
-                of_call[parameter][position] = number
-        parameters = [
-            _Parameter(known.kernel, list(known.numbers), of_call[parameter])
-            for parameter, known in values.items()
-            if not known.kernel.ignores
-        ]
-        tools.append((first, len(cell), parameters))
-    return _Calls(of_step, np.array(cell, dtype=np.int64), tools)
+        steps = in_play[start:end]
+        parameters = _parameters(columns, steps, name, cfg)
+        # Calls are equal where scope and values are: number the combinations, one column after the other.
+        number = place[steps]
+        for parameter in parameters:
+            number = np.unique(number, return_inverse=True)[1] * (len(parameter.values) + 1) + parameter.of_call
+        _, first, node = np.unique(number, return_index=True, return_inverse=True)
+        # Nodes in the order of their scopes, as `_compared_pairs` wants them.
+        order = np.argsort(place[steps][first], kind="stable")
+        rank = np.empty(len(order), dtype=np.int64)
+        rank[order] = np.arange(len(order))
+        first = first[order]
+        of_step[steps] = nodes + rank[node]
+        cell.append(place[steps][first])
+        tools.append((nodes, nodes + len(first), [p._replace(of_call=p.of_call[first]) for p in parameters]))
+        nodes += len(first)
+    return _Calls(of_step, np.concatenate(cell), tools)
+
+
+def _parameters(columns: StepColumns, steps: IntArray, tool: str, cfg: TapoConfig) -> list[_Parameter]:
+    """The parameters of one tool that count, with each step's value as a number."""
+    calls = [columns.arguments[step] for step in steps.tolist()]
+    parameters = []
+    for name in dict.fromkeys(name for call in calls for name in call):
+        kernel = cfg.kernel(tool, str(name))
+        if kernel.ignores:
+            continue
+        given = [call.get(name, _ABSENT) for call in calls]
+        texts: dict[Any, int] | None = None
+        if set(map(type, given)) == {str}:  # in a batch the same texts come again and again: prepare each once
+            texts = {}
+            of_text = np.array([texts.setdefault(value, len(texts)) for value in given], dtype=np.int64)
+        numbers: dict[Hashable, int] = {}
+        of_call = np.full(len(given if texts is None else texts), -1)
+        for position, value in enumerate(given if texts is None else texts):
+            if value is not _ABSENT:
+                try:
+                    of_call[position] = numbers.setdefault(kernel.prepare(value), len(numbers))
+                except ValueError as error:
+                    step = steps[position if texts is None else given.index(value)]
+                    raise ValueError(f"steps[{step}]: argument {str(name)!r}: {error}") from None
+        parameters.append(_Parameter(kernel, list(numbers), of_call if texts is None else of_call[of_text]))
+    return parameters
 
 
 def _compared_pairs(calls: _Calls, is_witness: BoolArray) -> Iterator[tuple[IntArray, IntArray, FloatArray]]:
@@ -603,23 +615,29 @@ def _lift_advantages(
     rows, spans, amount = _segments(columns, transfer, cfg)
     if not len(rows):
         return 0
-    device = advantages.device
+    work = advantages
+    if advantages.device.type != "cpu" or advantages.dtype == torch.bfloat16:
+        work = advantages.to("cpu", torch.float32)
+    values, policy = work.numpy().reshape(-1), _as_array(response_mask).reshape(-1)
+    amount = amount.astype(values.dtype)
     lengths = spans[:, 1] - spans[:, 0]
     starts = rows * advantages.shape[1] + spans[:, 0]
     changed = 0
-    # Block by block of segments: small index arrays stay in the cache.
+    # Block by block of segments: small arrays stay in the cache.
     blocks = np.flatnonzero(np.diff(lengths.cumsum() // _TOKEN_BLOCK, prepend=-1))
     for first, last in zip(blocks.tolist(), [*blocks[1:].tolist(), len(rows)], strict=True):
         length, ends = lengths[first:last], lengths[first:last].cumsum()
         # Flat positions of all tokens of these segments, one after the other.
-        positions = np.arange(ends[-1]) + np.repeat(starts[first:last] - (ends - length), length)
-        where = torch.from_numpy(positions).to(device)
-        added = torch.from_numpy(np.repeat(amount[first:last], length)).to(device, advantages.dtype)
-        old = advantages.take(where)
-        negative = (old < 0) & (response_mask.take(where) != 0)
-        new = added.add_(old)
+        where = np.arange(ends[-1])
+        where += np.repeat(starts[first:last] - (ends - length), length)
+        old = values.take(where)
+        negative = (old < 0) & (policy.take(where) != 0)
+        new = np.repeat(amount[first:last], length)
+        new += old
         if cfg.clip:
-            new.clamp_(max=0)
-        advantages.put_(where, torch.where(negative, new, old))
-        changed += int(negative.sum())
+            np.minimum(new, 0, out=new)
+        values[where] = np.where(negative, new, old)
+        changed += int(np.count_nonzero(negative))
+    if work is not advantages:
+        advantages.copy_(work)
     return changed

@@ -58,7 +58,7 @@ Element: TypeAlias = tuple[int, int, str]  # byte span within a block, and the t
 # Kinds of places, as bits. Two response markers at most: bits 8 and 16.
 _OPEN, _CLOSE, _IMAGE, _RESPONSE, _INEXACT = 1, 2, 4, 8, 128
 _ANSWER_TOKENS, _HEAD = 8, 3  # a first look at an answer; widened where these characters may begin an error
-_CHUNK = 1 << 13  # tokens; small enough to stay in the innermost cache
+_CHUNK = 1 << 15  # tokens; few enough to stay in the cache
 _SAMPLES = (
     'Let me look: {"name": "zoom", "arguments": {"image": 0, "bbox": [1, 2.5, -3]}}\n\n',
     "def f(x):\n\treturn  x <= 3 and x != 'a'   # two  spaces\r\n",
@@ -221,39 +221,38 @@ def _read_kimi(text: str) -> tuple[str, Any]:
     return match[1] if match else name, arguments if isinstance(arguments, dict) else {}
 
 
-def _whole(block: bytes) -> Iterator[Element]:
+def _whole(block: bytes) -> list[Element]:
     """A block that is one call."""
-    yield 0, len(block), _decode(block)
+    return [(0, len(block), _decode(block))]
 
 
-def _functions(block: bytes) -> Iterator[Element]:
+def _functions(block: bytes) -> list[Element]:
     """Calls ``<function=...</function>`` of a block; the last one need not be closed."""
+    found = []
     at = block.find(b"<function=")
     while at >= 0:
         start = at + len(b"<function=")
         end = block.find(b"</function>", start)
-        if end < 0:
-            yield at, len(block), _decode(block[start:])
-            return
-        stop = end + len(b"</function>")
-        yield at, stop, _decode(block[start:end])
+        stop = end + len(b"</function>") if end >= 0 else len(block)
+        found.append((at, stop, _decode(block[start : end if end >= 0 else stop])))
         at = block.find(b"<function=", stop)
+    return found
 
 
-def _invokes(block: bytes) -> Iterator[Element]:
+def _invokes(block: bytes) -> list[Element]:
     """Calls ``<invoke name="...">...</invoke>`` of a block, and what lies between them and looks like one."""
+    found = []
     at = 0
     while at < len(block):
         match = _MINIMAX_INVOKE.search(block, at)
         end = block.find(b"</invoke>", match.end()) if match else -1
         start = match.start() if match and end >= 0 else len(block)
         if (bad := block.find(b"<invoke", at, start)) >= 0:
-            yield bad, start, ""
-        if match and end >= 0:
-            at = end + len(b"</invoke>")
-            yield start, at, _decode(block[start:end])
-        else:
-            at = len(block)
+            found.append((bad, start, ""))
+        at = end + len(b"</invoke>") if start < len(block) else start
+        if start < at:
+            found.append((start, at, _decode(block[start:end])))
+    return found
 
 
 class _Format(NamedTuple):
@@ -262,7 +261,7 @@ class _Format(NamedTuple):
     opening: bytes
     closing: bytes
     read: Callable[[str], tuple[str, Any]]
-    elements: Callable[[bytes], Iterator[Element]] = _whole
+    elements: Callable[[bytes], list[Element]] = _whole
     inner: bytes = b""
     """Must stand between opening and closing."""
     section: bytes = b""
@@ -353,7 +352,7 @@ def _read_text(fmt: _Format, text: bytes) -> tuple[list[_Call], int]:
             return calls, 1
         block = text[body:end] if closed else text[body:].removesuffix(b"\n")
         at = end + len(closing) if closed else len(text)
-        elements = list(fmt.elements(block))
+        elements = fmt.elements(block)
         if not elements and not closed:
             return calls, 1
         if len(elements) < 2:
@@ -560,7 +559,8 @@ class ToolCallParser:
         buffer = np.empty(min(len(ids), _CHUNK), np.uint8)
         for start in range(0, len(ids), _CHUNK):
             chunk = ids[start : start + _CHUNK]
-            found.append(np.flatnonzero(self._table.take(chunk, out=buffer[: len(chunk)], mode="clip")) + start)
+            kinds = self._table.take(chunk, out=buffer[: len(chunk)], mode="clip")
+            found.append(np.flatnonzero(kinds != 0) + start)  # several times faster on booleans
         position = np.concatenate(found) if found else np.zeros(0, np.int64)
         kinds = self._table.take(ids[position], mode="clip")
         # A placeholder repeated for an image's patches counts once.
@@ -568,16 +568,16 @@ class ToolCallParser:
         kinds[images[1:][np.diff(position[images]) == 1]] &= 255 - _IMAGE
         return position, kinds
 
-    def _kind(self, ids: IntArray, place: int, kind: int, limit: int) -> tuple[int, int]:
-        """What does begin in the token at ``place``, and where it has ended at the latest."""
-        if not kind & _INEXACT:
-            return kind, place + 1
+    def _begins(self, ids: IntArray, place: int, kind: int, limit: int) -> tuple[int, int]:
+        """Which of the markers that may begin in the token at ``place`` do, and where they have ended at the latest."""
         pieces = self._vocabulary.pieces
         text = pieces.get(int(ids[place]), b"")
         first = len(text)
         stop = place + 1
-        while stop < limit and len(text) < first + self._longest:
-            text += pieces.get(int(ids[stop]), b"")
+        for number in ids[stop : min(limit, stop + self._longest)].tolist():
+            if len(text) >= first + self._longest:
+                break
+            text += pieces.get(number, b"")
             stop += 1
         found = kind & _IMAGE
         for marker, marker_kind in self._markers:
@@ -596,9 +596,12 @@ class ToolCallParser:
             return self._fallback_calls(ids[start:end].tolist()), 0
         first = stop = -1
         for number in range(low, high):
-            kind, until = self._kind(ids, places.position[number], places.kind[number], end)
+            place, kind = places.position[number], places.kind[number]
+            until = place + 1
+            if kind & _INEXACT:
+                kind, until = self._begins(ids, place, kind, end)
             if kind & _OPEN and first < 0:
-                first = places.position[number]
+                first = place
             if first >= 0 and kind & (_OPEN | _CLOSE):
                 # What is not closed may run to the end of the turn.
                 stop = until if kind & _CLOSE or not self._format.unclosed else end
@@ -624,8 +627,9 @@ class ToolCallParser:
         blocks: dict[bytes, list[int]] = {marker: [] for marker, _ in self._responses}
         images = []
         for number in range(low, high):
-            place = places.position[number]
-            kind, _ = self._kind(ids, place, places.kind[number], end)
+            place, kind = places.position[number], places.kind[number]
+            if kind & _INEXACT:
+                kind, _ = self._begins(ids, place, kind, end)
             if kind & _IMAGE:
                 images.append(place)
             for marker, bit in self._responses:

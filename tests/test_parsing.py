@@ -1,0 +1,619 @@
+"""Tool calls and tool-use steps out of tokens, against veRL's own parsers and on rollouts written by hand."""
+
+import asyncio
+import json
+import logging
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from verl_tapo.parsing import (
+    MALFORMED,
+    MAX_CALL_CHARS,
+    NATIVE_FORMATS,
+    NOT_EXECUTED_PREFIX,
+    STOCK_ERRORS,
+    ToolCallParser,
+    answer_is_error,
+    parse_steps,
+)
+from verl_tapo.steps import MAX_DEPTH, canonical, step_columns
+
+SETTINGS = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+TOKENIZERS = ["qwen_like_tokenizer", "spelled_tokenizer", "metaspace_tokenizer"]
+QUERIES = ["capital of France", "Größe < 3 & > 2", "北京 😀", 'say "hi"\n', "null", "17", "[1, 2]", "<b>", ""]
+
+
+def written(fmt, tool, arguments):
+    """A well-formed call as a model writes it."""
+    plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+    if fmt == "hermes":
+        return f"<tool_call>\n{json.dumps({'name': tool, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
+    if fmt == "glm":
+        pairs = "".join(f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n" for k, v in plain.items())
+        return f"<tool_call>{tool}\n{pairs}</tool_call>"
+    if fmt == "kimi":
+        return (
+            f"<|tool_calls_section_begin|><|tool_call_begin|>functions.{tool}:0<|tool_call_argument_begin|>"
+            f"{json.dumps(arguments)}<|tool_call_end|><|tool_calls_section_end|>"
+        )
+    if fmt == "minimax":
+        pairs = "".join(f'<parameter name="{k}">{v}</parameter>\n' for k, v in plain.items())
+        return f'<minimax:tool_call>\n<invoke name="{tool}">\n{pairs}</invoke>\n</minimax:tool_call>'
+    pairs = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in plain.items())
+    prefix = "seed:" if fmt == "seed" else ""
+    return f"<{prefix}tool_call>\n<function={tool}>\n{pairs}</function>\n</{prefix}tool_call>"
+
+
+FRAGMENTS = {
+    "hermes": [
+        "<tool_call>",
+        "</tool_call>",
+        '{"name": "a", ',
+        '"arguments": {}}',
+        '"arguments": [1]}',
+        "[[[",
+        '"\\ud800"',
+    ],
+    "qwen3_coder": [
+        *("<tool_call>", "</tool_call>", "<function=", "<function=f>", "</function>", "<parameter=", "<parameter=p>"),
+        *("</parameter>", "\n", ">", "null", "Null\n", "{}"),
+    ],
+    "glm": [
+        "<tool_call>",
+        "</tool_call>",
+        "<arg_key>",
+        "</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+        "[1",
+        "\x1c",
+        "\u2003",
+    ],
+    "seed": [
+        *("<seed:tool_call>", "</seed:tool_call>", "<function=", "<function=f>", "</function>", "<parameter=p>"),
+        *("</parameter>", "\n", ">", "3.5"),
+    ],
+    "minimax": [
+        *("<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="', '<invoke name="i">', "</invoke>", '">'),
+        *('<parameter name="p">', "</parameter>", "true", "<invoke>"),
+    ],
+    "kimi": [
+        *("<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+        *("functions.zoom:3", "zoom", "{}", "[]", '{"a": 1}'),
+    ],
+}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-99, 99) | st.sampled_from(QUERIES),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@st.composite
+def turns(draw, fmt):
+    call = st.builds(
+        written,
+        st.just(fmt),
+        st.sampled_from(["zoom", "text_search"]),
+        st.dictionaries(st.sampled_from(["query", "image"]), JSON, max_size=2),
+    )
+    part = call | st.sampled_from(FRAGMENTS[fmt]) | st.sampled_from(QUERIES) | st.text(max_size=5)
+    parts = draw(st.lists(part, max_size=8))
+    return draw(st.sampled_from(["", " ", "\n"])).join(parts)
+
+
+@pytest.fixture(scope="session")
+def verl_calls():
+    """``(format, tokenizer, ids) -> [(name, arguments)]`` by veRL's own parser."""
+    tool_parser = pytest.importorskip("verl.experimental.agent_loop.tool_parser")
+    tool_parser.logger.setLevel(logging.CRITICAL)
+    loop = asyncio.new_event_loop()
+
+    def run(fmt, tokenizer, ids):
+        parser = tool_parser.ToolParser.get_tool_parser(fmt, tokenizer)
+        _, calls = loop.run_until_complete(parser.extract_tool_calls(ids))
+        return [(call.name, call.arguments) for call in calls]
+
+    yield run
+    loop.close()
+
+
+def encode(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def comparable(name, arguments):
+    return name, json.dumps(arguments, sort_keys=True)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("fmt", NATIVE_FORMATS)
+def test_agrees_with_verl(fmt, tokenizer, request, verl_calls):
+    tokenizer = request.getfixturevalue(tokenizer)
+    parser = ToolCallParser(fmt, tokenizer)
+
+    @settings(SETTINGS, max_examples=100)
+    @given(turns(fmt))
+    def check(text):
+        ids = encode(tokenizer, text)
+        try:
+            theirs = [(name, json.loads(raw)) for name, raw in verl_calls(fmt, tokenizer, ids)]
+        except Exception:  # theirs may give up on the whole turn; ours does not
+            assert fmt == "kimi"
+            parser.calls(ids)
+            return
+        if fmt == "qwen3_coder":  # theirs has no schema here, and so keeps values as text
+            theirs = [(name, {k: plain_json(v) for k, v in values.items()}) for name, values in theirs]
+        if fmt == "kimi":  # theirs finds the tool in the name where it has schemas
+            theirs = [
+                (re.sub(r"^functions\.(.+):\d+$", r"\1", name, flags=re.DOTALL), values) for name, values in theirs
+            ]
+        found = parser.calls(ids)
+        ours = [comparable(call.tool, call.arguments) for call in found if call.error is None]
+        assert ours == [comparable(*call) for call in theirs if isinstance(call[1], dict)]
+        for call in found:
+            assert 0 <= call.span[0] < call.span[1] <= len(ids)
+            assert (call.tool == MALFORMED) == (call.error is not None)
+            assert not (call.error and call.arguments)
+
+    check()
+
+
+def plain_json(value):
+    try:
+        return value if value is None else json.loads(value)
+    except ValueError:
+        return value
+
+
+class OddTokenizer:
+    """A tokenizer whose vocabulary does not tell what its tokens decode to."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __len__(self):
+        return len(self._tokenizer)
+
+    def get_vocab(self):
+        vocabulary, added = self._tokenizer.get_vocab(), self._tokenizer.get_added_vocab()
+        return {token if token in added else f"token {number}": number for token, number in vocabulary.items()}
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("fmt", NATIVE_FORMATS)
+def test_spans_are_exact(fmt, name, odd, request):
+    tokenizer = request.getfixturevalue(name)
+    parser = ToolCallParser(fmt, OddTokenizer(tokenizer) if odd else tokenizer)
+    texts = [written(fmt, "zoom", {"query": query, "image": 1}) for query in QUERIES]
+    if fmt == "kimi":
+        texts = [
+            text.removeprefix("<|tool_calls_section_begin|>").removesuffix("<|tool_calls_section_end|>")
+            for text in texts
+        ]
+        texts[0] = "<|tool_calls_section_begin|>" + texts[0]
+    ids = encode(tokenizer, "Größe <tool> 😀: a < b" + "\n".join(texts) + "\n<|im_end|>\n")
+    calls = parser.calls(ids)
+    assert [call.tool for call in calls] == ["zoom"] * len(texts)
+    # The XML-like formats do not tell texts from other values.
+    queries = QUERIES if fmt == "qwen3_coder" else [query.strip() for query in QUERIES]
+    expected = QUERIES if fmt in ("hermes", "kimi") else [plain_json(query) for query in queries]
+    assert [call.arguments["query"] for call in calls] == expected
+    for (start, end), text in zip((call.span for call in calls), texts, strict=True):
+        text = text.removeprefix("<|tool_calls_section_begin|>")
+        assert text in tokenizer.decode(ids[start:end])
+        assert text not in tokenizer.decode(ids[start + 1 : end])
+        assert text not in tokenizer.decode(ids[start : end - 1])
+
+
+@pytest.mark.parametrize(
+    ("fmt", "text", "why"),
+    [
+        ("hermes", "<tool_call>{broken</tool_call>", "not valid JSON"),
+        ("hermes", "<tool_call>[]</tool_call>", "not a JSON object"),
+        ("hermes", '<tool_call>{"name": 3, "arguments": {}}</tool_call>', "'name'"),
+        ("hermes", '<tool_call>{"name": "zoom"}</tool_call>', "no 'arguments'"),
+        ("hermes", '<tool_call>{"name": "zoom", "arguments": "{}"}</tool_call>', "arguments are not a JSON object"),
+        ("hermes", '<tool_call>{"name": "a", "arguments": {"q": "\\ud800"}}</tool_call>', "surrogate"),
+        ("hermes", '<tool_call>{"name": "a", "arguments": {"q": %s}}</tool_call>' % ("9" * 5000), "not valid JSON"),
+        ("hermes", "<tool_call>" + "[" * 60000 + "</tool_call>", "nested|not valid JSON"),
+        ("hermes", "<tool_call>" + " " * MAX_CALL_CHARS + "x</tool_call>", "longer than"),
+        ("qwen3_coder", "<tool_call>hello</tool_call>", "<function="),
+        ("seed", "<seed:tool_call><function=f></seed:tool_call>", "<function="),
+        ("minimax", "<minimax:tool_call><invoke name=f></invoke></minimax:tool_call>", "<invoke"),
+        ("kimi", "<|tool_calls_section_begin|><|tool_call_begin|>f<|tool_call_end|>", "argument_begin"),
+        (
+            "glm",
+            "<tool_call>f<arg_key>q</arg_key><arg_value>" + "x" * MAX_CALL_CHARS + "</arg_value></tool_call>",
+            "longer",
+        ),
+    ],
+)
+def test_malformed_calls_are_returned_with_a_reason(fmt, text, why, qwen_like_tokenizer):
+    ids = encode(qwen_like_tokenizer, "So: " + text)
+    (call,) = ToolCallParser(fmt, qwen_like_tokenizer).calls(ids)
+    assert (call.tool, call.arguments) == (MALFORMED, {})
+    assert any(part in call.error for part in why.split("|"))
+    assert len(call.error) < 300
+    assert call.span[1] == len(ids)
+
+
+@pytest.mark.parametrize("fmt", ["hermes", "glm", "minimax"])
+def test_depth_limit_is_what_canonical_takes(fmt, qwen_like_tokenizer):
+    parser = ToolCallParser(fmt, qwen_like_tokenizer)
+    for depth in (MAX_DEPTH - 1, MAX_DEPTH):
+        value = json.loads("[" * depth + "]" * depth)
+        (call,) = parser.calls(encode(qwen_like_tokenizer, written(fmt, "zoom", {"a": value})))
+        assert (call.error is None) == (depth < MAX_DEPTH)
+        canonical(call.arguments)
+
+
+def test_unclosed_calls(qwen_like_tokenizer):
+    text = "<tool_call>\n<function=zoom>\n<parameter=image>\n2\n"
+    ids = encode(qwen_like_tokenizer, "Look: " + text)
+    (call,) = ToolCallParser("qwen3_coder", qwen_like_tokenizer).calls(ids)
+    assert (call.tool, call.arguments, call.span[1]) == ("zoom", {"image": 2}, len(ids))
+    hermes = ToolCallParser("hermes", qwen_like_tokenizer)
+    assert hermes.calls(ids) == []
+    assert steps_of(hermes, qwen_like_tokenizer, [[(1, "Look: " + text)], [(1, "done")]]).unclosed == 1
+
+
+# --- Steps ----------------------------------------------------------------------------------------------------------
+
+
+def batch(tokenizer, rows, pad_to=None):
+    """Flat ids, mask and offsets of rows, each a list of (mask, text or ids)."""
+    ids, mask, offsets = [], [], [0]
+    for row in rows:
+        for policy, part in row:
+            part = encode(tokenizer, part) if isinstance(part, str) else part
+            ids += part
+            mask += [policy] * len(part)
+        if pad_to:
+            missing = offsets[-1] + pad_to - len(ids)
+            ids += [tokenizer.pad_token_id] * missing
+            mask += [0] * missing
+        offsets.append(len(ids))
+    return np.array(ids, np.int64), np.array(mask, np.int64), np.array(offsets)
+
+
+def steps_of(parser, tokenizer, rows, pad_to=None, **options):
+    ids, mask, offsets = batch(tokenizer, rows, pad_to)
+    parsed = parse_steps(parser, ids, mask, offsets, np.arange(len(rows)), **options)
+    if rows:
+        step_columns(parsed.steps, len(rows), max(np.diff(offsets)))  # spans are what the rule accepts
+    return parsed
+
+
+def call(query="q", tool="text_search"):
+    return written("hermes", tool, {"query": query})
+
+
+def answer(*texts):
+    blocks = "\n".join(f"<tool_response>\n{text}\n</tool_response>" for text in texts)
+    return f"\n<|im_start|>user\n{blocks}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(params=["qwen_like_tokenizer", "spelled_tokenizer"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def parser(tokenizer):
+    return ToolCallParser("hermes", tokenizer)
+
+
+def oks(parsed):
+    return [step.ok for step in parsed.steps]
+
+
+def test_turns_and_calls(parser, tokenizer):
+    rows = [
+        [
+            (1, "First. " + call("a") + "<|im_end|>"),
+            (0, answer("Paris")),
+            (1, "Then " + call("b")),
+            (0, answer("x")),
+            (1, "42"),
+        ],
+        [],
+        [(1, "no tools here, a < b")],
+        [(1, call("c")), (0, answer("y"))],
+    ]
+    parsed = steps_of(parser, tokenizer, rows)
+    assert [(s.row, s.tool, s.arguments, s.ok) for s in parsed.steps] == [
+        (0, "text_search", {"query": "a"}, True),
+        (0, "text_search", {"query": "b"}, True),
+        (3, "text_search", {"query": "c"}, True),
+    ]
+    assert parsed[1:] == (0, 0, 0, 0)
+    ids, mask, offsets = batch(tokenizer, rows)
+    for step, text in zip(parsed.steps, "abc", strict=True):
+        row = slice(offsets[step.row], offsets[step.row + 1])
+        assert mask[row][slice(*step.turn)].all()
+        edges = [at for at in (step.turn[0] - 1, step.turn[1]) if 0 <= at < offsets[step.row + 1] - offsets[step.row]]
+        assert not mask[row][edges].any()
+        assert call(text) in tokenizer.decode(ids[row][slice(*step.call)])
+    assert parsed.steps[0].turn[0] == 0 < parsed.steps[0].call[0]
+
+
+def test_markers_in_an_observation_are_no_calls(parser, tokenizer):
+    rows = [
+        [
+            (1, call() + "<|im_end|>"),
+            (0, answer("a page with " + call("other"))),
+            (1, "<tool_call>"),
+            (0, "x</tool_call>"),
+        ]
+    ]
+    parsed = steps_of(parser, tokenizer, rows)
+    assert [s.arguments["query"] for s in parsed.steps] == ["q"]
+    assert parsed.unclosed == 1
+
+
+@pytest.mark.parametrize(
+    "text", [error + "zoom' and more of it" for error in STOCK_ERRORS] + [NOT_EXECUTED_PREFIX + " no", "Oops: 1"]
+)
+def test_errors_are_not_ok(text, parser, tokenizer):
+    rows = [
+        [
+            (1, call()),
+            (0, answer(text)),
+            (1, call()),
+            (0, answer("  \n\n" + text)),
+            (1, call()),
+            (0, answer("about: " + text)),
+        ]
+    ]
+    parsed = steps_of(parser, tokenizer, rows, error_markers=["Oops"])
+    assert oks(parsed) == [False, False, True]
+    assert parsed.failed == 2
+    assert answer_is_error(text, ["Oops"])
+    assert not answer_is_error("about: " + text, ["Oops"])
+
+
+def test_answers_that_begin_like_an_error_but_are_none(parser, tokenizer):
+    rows = [
+        [
+            (1, call()),
+            (0, answer("Error rates in surveys")),
+            (1, call()),
+            (0, answer("Un")),
+            (1, call()),
+            (0, answer("")),
+        ]
+    ]
+    assert oks(steps_of(parser, tokenizer, rows)) == [True, True, True]
+
+
+def test_parallel_calls(parser, tokenizer):
+    three = call("a") + call("b") + call("c")
+    error = STOCK_ERRORS[2] + "zoom'"
+    rows = [
+        [(1, three), (0, answer("1", error, "3")), (1, "ok")],
+        [(1, three), (0, answer("1")), (1, "calls beyond max_parallel_calls are dropped")],
+        [(1, three)],
+        [(1, three), (0, "<|im_end|>\n")],
+    ]
+    parsed = steps_of(parser, tokenizer, rows)
+    assert oks(parsed) == [True, False, True, True] + [False] * 8
+    assert (parsed.failed, parsed.unanswered) == (1, 8)
+    assert {s.turn for s in parsed.steps[:3]} == {parsed.steps[0].turn}
+
+
+def test_malformed_calls_in_stock_and_own_rollouts(parser, tokenizer):
+    bad = "<tool_call>{oops</tool_call>"
+    error = STOCK_ERRORS[2] + "text_search'"
+    rows = [
+        [(1, bad + call("a") + call("b")), (0, answer("1", error)), (1, "stock: the malformed call has no answer")],
+        [(1, bad + call("a") + call("b")), (0, answer(NOT_EXECUTED_PREFIX, "1", error)), (1, "own: it has one")],
+        [(1, bad)],
+    ]
+    parsed = steps_of(parser, tokenizer, rows)
+    assert [s.tool for s in parsed.steps] == [MALFORMED, "text_search", "text_search"] * 2 + [MALFORMED]
+    assert oks(parsed) == [False, True, False] * 2 + [False]
+    assert parsed[1:] == (3, 0, 0, 2)
+    assert all(s.call[0] >= s.turn[0] for s in parsed.steps)
+
+
+def test_calls_that_only_stock_loops_accept_keep_their_answers(parser, tokenizer):
+    # veRL's parser takes arguments that are no object; its loop answers with an error.
+    odd = '<tool_call>{"name": "zoom", "arguments": [1]}</tool_call>'
+    rows = [[(1, "<tool_call>{</tool_call>" + odd + call()), (0, answer(STOCK_ERRORS[2] + "zoom'", "fine")), (1, "ok")]]
+    assert oks(steps_of(parser, tokenizer, rows)) == [False, False, True]
+
+
+def test_padding_is_no_answer_and_changes_nothing(parser, tokenizer):
+    rows = [
+        [(1, call("a")), (0, answer("1")), (1, "done")],
+        [(1, call("b"))],
+        [(1, "x" + call("c")), (0, answer("cut off").split("off")[0])],
+        [],
+    ]
+    jagged = steps_of(parser, tokenizer, rows)
+    assert oks(jagged) == [True, False, True]
+    assert steps_of(parser, tokenizer, rows, pad_to=128) == jagged
+    ids, mask, offsets = (torch.from_numpy(array) for array in batch(tokenizer, rows, 128))
+    assert parse_steps(parser, ids, mask.bool(), offsets, list(range(4))) == jagged
+    part = parse_steps(parser, ids, mask, offsets[1:3], [7])
+    assert part.steps == [jagged.steps[1]._replace(row=7)]
+
+
+def test_templates_without_a_known_answer_marker(spelled_tokenizer):
+    parser = ToolCallParser("hermes", spelled_tokenizer)
+    rows = [
+        [(1, call("a") + call("b")), (0, "<|im_end|>tool: 12 results"), (1, "ok")],
+        [(1, call()), (0, "<|im_end|>tool: " + STOCK_ERRORS[0] + "x'")],
+        [(1, call()), (0, "<|im_end|>\n<|endoftext|>")],
+    ]
+    assert oks(steps_of(parser, spelled_tokenizer, rows)) == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "observation"),
+    [
+        ("glm", "<|observation|>\n<tool_response>\n{}\n</tool_response>"),
+        ("glm", "<|observation|>\n{}"),
+        ("qwen3_coder", "<|im_start|>user\n<tool_response>\n{}\n</tool_response>"),
+        ("seed", "<seed:bos>tool\n{}<seed:eos>"),
+        ("minimax", "]~b]tool\n<response>{}</response>"),
+        ("kimi", "<|im_system|>zoom<|im_middle|>## Return of functions.zoom:0\n{}<|im_end|>"),
+    ],
+)
+def test_answers_of_other_templates(fmt, observation, tokenizer):
+    parser = ToolCallParser(fmt, tokenizer)
+    turn = written(fmt, "zoom", {"query": "a"})
+    rows = [[(1, turn), (0, observation.format(text)), (1, "ok")] for text in ("fine", STOCK_ERRORS[2] + "zoom': why")]
+    assert oks(steps_of(parser, tokenizer, rows)) == [True, False]
+
+
+def test_image_provenance(qwen_like_tokenizer):
+    tokenizer = qwen_like_tokenizer
+    parser = ToolCallParser("hermes", tokenizer)
+    picture = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+
+    def zoom(image, *box):
+        return written("hermes", "zoom", {"image": image, "bbox": box})
+
+    def row(box, then=1):
+        return [
+            (1, zoom(0, *box)),
+            (0, answer(picture + "cropped")),
+            (1, zoom(then, 5, 5, 9, 9)),
+            (0, answer(picture)),
+            (1, ""),
+        ]
+
+    asked = []
+
+    def prompt_images(number):
+        asked.append(number)
+        return ["the prompt's image"]
+
+    search = [(1, call()), (0, answer("no images")), (1, "ok")]
+    rows = [row((0, 0, 9, 9)), row((0, 0, 9, 9)), row((1, 1, 5, 5)), search, row((0, 0, 9, 9), 0), row((0, 0, 9, 9), 7)]
+    # Two answers with an image each, and one image in an observation that answers nothing.
+    both = zoom(0, 1, 1, 5, 5) + zoom(0, 0, 0, 9, 9)
+    two = [
+        (1, both),
+        (0, answer(picture, picture + picture)),
+        (1, "hm"),
+        (0, picture),
+        (1, zoom(2, 5, 5, 9, 9) + zoom(4, 1)),
+        (0, answer("", "")),
+    ]
+    parsed = steps_of(
+        parser, tokenizer, [*rows, two], image_parameters=["image"], image_index_base=0, prompt_images=prompt_images
+    )
+    images = {n: [s.arguments.get("image") for s in parsed.steps if s.row == n] for n in range(len(rows) + 1)}
+    assert images[0][0] == "the prompt's image"
+    assert images[0] == images[1]
+    assert images[2][0] == images[0][0]
+    assert images[2][1] != images[0][1], "two crops are two images, whatever their index"
+    assert images[4] == ["the prompt's image"] * 2
+    assert images[5][1] == "no image 7"
+    assert images[6][2] == images[0][1]
+    assert images[6][3].startswith("unknown ")
+    assert set(asked) == {0, 1, 2, 4, 5, 6}
+    assert len(asked) == 6
+    assert parser.count_images(encode(tokenizer, picture + "x" + picture)) == 2
+    assert parser.count_images([]) == 0
+    # Equal calls from an unknown start: indices as the model wrote them.
+    assert steps_of(parser, tokenizer, [rows[0]]).steps[0].arguments["image"] == 0
+
+
+def test_placeholders_repeated_for_patches_count_once(qwen_like_tokenizer):
+    parser = ToolCallParser("hermes", qwen_like_tokenizer, image_markers=["<|image_pad|>", "<absent>"])
+    assert parser.count_images(encode(qwen_like_tokenizer, "<|image_pad|>" * 9 + "a" + "<|image_pad|>" * 3)) == 2
+
+
+# --- Formats by fallback, bad input, garbage ------------------------------------------------------------------------
+
+
+def test_fallback_for_other_formats(qwen_like_tokenizer):
+    with pytest.raises(ValueError, match=r"'gemma9'.*hermes, qwen3_coder"):
+        ToolCallParser("gemma9", qwen_like_tokenizer)
+
+    def fallback(ids):
+        text = qwen_like_tokenizer.decode(ids)
+        if "crash" in text:
+            raise RuntimeError("boom")
+        return [("zoom", '{"a": 1}'), ("zoom", "{broken")] if "CALL" in text else []
+
+    parser = ToolCallParser("gemma9", qwen_like_tokenizer, fallback)
+    rows = [
+        [(1, "CALL"), (0, answer("1", STOCK_ERRORS[1] + "zoom'")), (1, "no"), (0, "x"), (1, "crash")],
+        [],
+        [(0, "CALL"), (1, "CALL")],
+    ]
+    parsed = steps_of(parser, qwen_like_tokenizer, rows)
+    assert [(s.row, s.tool, s.ok) for s in parsed.steps] == [
+        (0, "zoom", True),
+        (0, MALFORMED, False),
+        (0, MALFORMED, False),
+        (2, "zoom", False),
+        (2, MALFORMED, False),
+    ]
+    assert all(s.call == s.turn for s in parsed.steps)
+    assert parser.calls([]) == []
+
+
+@pytest.mark.parametrize(
+    ("arrays", "name"),
+    [
+        (([1, 2], [1], [0, 1], [0]), "response_mask"),
+        (([1, 2], [1, 1], [0, 3], [0]), "offsets"),
+        (([1, 2], [1, 1], [1, 0], [0]), "offsets"),
+        (([1, 2], [1, 1], [0, 2], [0, 1]), "rows"),
+        (([[1, 2]], [1, 1], [0, 2], [0]), "responses"),
+        (([1.5, 2], [1, 1], [0, 2], [0]), "responses"),
+    ],
+)
+def test_arrays_that_disagree(arrays, name, qwen_like_tokenizer):
+    with pytest.raises(ValueError, match=name):
+        parse_steps(ToolCallParser("hermes", qwen_like_tokenizer), *arrays)
+
+
+@pytest.mark.parametrize("fmt", NATIVE_FORMATS)
+@settings(SETTINGS, max_examples=60)
+@given(data=st.data())
+def test_garbage_never_raises(fmt, qwen_like_tokenizer, data):
+    tokenizer = qwen_like_tokenizer
+    markers = [t for part in FRAGMENTS[fmt] for t in encode(tokenizer, part)]
+    token = st.integers(0, len(tokenizer)) | st.sampled_from([*markers, -1, -(2**62), 2**62]) | st.sampled_from(markers)
+    ids = data.draw(st.lists(token, max_size=60))
+    mask = data.draw(st.lists(st.sampled_from([1, 1, 1, 0]), min_size=len(ids), max_size=len(ids)))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=3)))
+    parser = ToolCallParser(fmt, tokenizer)
+    parser.calls(ids)
+    parsed = parse_steps(parser, ids, mask, [0, *cuts, len(ids)], range(len(cuts) + 1), image_parameters=["p", "image"])
+    step_columns(parsed.steps, len(cuts) + 1, len(ids))
+    assert parsed.malformed + parsed.unanswered + parsed.failed + sum(oks(parsed)) == len(parsed.steps)
+    for step in parsed.steps:
+        canonical(step.arguments)
+
+
+@pytest.mark.parametrize("fmt", NATIVE_FORMATS)
+@pytest.mark.timeout(60)
+def test_endless_calls_take_linear_time(fmt, qwen_like_tokenizer):
+    parser = ToolCallParser(fmt, qwen_like_tokenizer)
+    whole = written(fmt, "zoom", {"query": "x" * 10_000_000})
+    opening, closing = whole.split("zoom")[0], whole[-30:]
+    long = encode(qwen_like_tokenizer, opening) + encode(qwen_like_tokenizer, " ab") * 2_000_000
+    for ids in (long, long + encode(qwen_like_tokenizer, closing)):
+        assert all(call.tool == MALFORMED or not call.arguments for call in parser.calls(ids))
+    for fragment in FRAGMENTS[fmt]:
+        parser.calls(encode(qwen_like_tokenizer, opening + fragment * 4000 + closing))
+        parser.calls(encode(qwen_like_tokenizer, (opening + fragment + closing) * 500))
