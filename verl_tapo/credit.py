@@ -276,8 +276,10 @@ def transfer_credit(
     gate[corrected] = _CORRECTED
 
     transfer = np.where(corrected, cfg.beta * alpha * matches.reference, 0.0)
-    advantages = base.detach().clone(memory_format=torch.contiguous_format)
-    changed = _lift_advantages(advantages, response_mask, columns, transfer, cfg)  # (8)
+    # On NumPy's view of the memory: thousands of short spans cost a fraction of what tensor operations would.
+    values = _as_array(base).copy(order="C")
+    changed = _lift_advantages(values, _as_array(response_mask), columns, transfer, cfg)  # (8)
+    advantages = torch.from_numpy(values).to(base.device, base.dtype)
     return advantages, CreditReport(columns, trajectories, role, gate, matches, alpha, transfer, changed)
 
 
@@ -375,11 +377,11 @@ def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, Fl
     result = sums.astype(np.float64)
     # NaN or inf: under the mask an error, outside it nothing to us; a sum of huge values may overflow, too.
     for row in np.flatnonzero(~np.isfinite(result)).tolist():
-        policy = mask[row] != 0
-        bad = torch.nonzero(policy & ~torch.isfinite(base[row])).flatten().tolist()
-        if bad:
-            raise ValueError(f"base[{row}, {bad[0]}] is {base[row, bad[0]].item()} under the response mask")
-        result[row] = base[row][policy].double().sum().item()
+        under_mask = values[row][policy[row] != 0].astype(np.float64)
+        if not np.isfinite(under_mask).all():
+            token = np.flatnonzero((policy[row] != 0) & ~np.isfinite(values[row]))[0]
+            raise ValueError(f"base[{row}, {token}] is {values[row, token]} under the response mask")
+        result[row] = under_mask.sum()
     return result, tokens
 
 
@@ -551,8 +553,7 @@ def _similarities(left: IntArray, right: IntArray, parameters: list[_Parameter])
         result[(u < 0) != (v < 0)] = 0.0
         both = np.flatnonzero((u >= 0) & (v >= 0))
         if len(both):
-            scores = kernel.pairs([values[i] for i in u[both].tolist()], [values[j] for j in v[both].tolist()])
-            result[both] = np.minimum(result[both], scores)
+            result[both] = np.minimum(result[both], kernel.pairs(values, u[both], v[both]))
     return result
 
 
@@ -609,19 +610,21 @@ def _split_overlaps(keys: IntArray, amount: FloatArray, rows: set[int]) -> tuple
 
 
 def _lift_advantages(
-    advantages: torch.Tensor, response_mask: torch.Tensor, columns: StepColumns, transfer: FloatArray, cfg: TapoConfig
+    advantages: npt.NDArray[Any],
+    policy: npt.NDArray[Any],
+    columns: StepColumns,
+    transfer: FloatArray,
+    cfg: TapoConfig,
 ) -> int:
     """Part 8 of the rule, in place on (B, L) ``advantages``; returns the number of tokens changed."""
     rows, spans, amount = _segments(columns, transfer, cfg)
     if not len(rows):
         return 0
-    work = advantages
-    if advantages.device.type != "cpu" or advantages.dtype == torch.bfloat16:
-        work = advantages.to("cpu", torch.float32)
-    values, policy = work.numpy().reshape(-1), _as_array(response_mask).reshape(-1)
+    width = advantages.shape[1]
+    values, policy = advantages.reshape(-1), policy.reshape(-1)
     amount = amount.astype(values.dtype)
     lengths = spans[:, 1] - spans[:, 0]
-    starts = rows * advantages.shape[1] + spans[:, 0]
+    starts = rows * width + spans[:, 0]
     changed = 0
     # Block by block of segments: small arrays stay in the cache.
     blocks = np.flatnonzero(np.diff(lengths.cumsum() // _TOKEN_BLOCK, prepend=-1))
@@ -638,6 +641,4 @@ def _lift_advantages(
             np.minimum(new, 0, out=new)
         values[where] = np.where(negative, new, old)
         changed += int(np.count_nonzero(negative))
-    if work is not advantages:
-        advantages.copy_(work)
     return changed

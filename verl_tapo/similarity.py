@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from rapidfuzz import fuzz, process
 
-from verl_tapo.steps import canonical
+from verl_tapo.steps import IntArray, canonical
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 KernelSpec: TypeAlias = str | Mapping[str, Any]
@@ -43,8 +43,8 @@ class Kernel(ABC):
         return canonical(value)
 
     @abstractmethod
-    def pairs(self, left: Sequence[Any], right: Sequence[Any]) -> FloatArray:
-        """(P,) similarities of ``left[k]`` and ``right[k]``, both (P,) prepared values."""
+    def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
+        """(P,) similarities of ``values[left[k]]`` and ``values[right[k]]``: distinct prepared values, (P,) indices."""
 
 
 _REGISTRY: dict[str, type[Kernel]] = {}
@@ -92,8 +92,9 @@ def make_kernel(spec: KernelSpec) -> Kernel:
         raise ValueError(f"kernel {name!r}: bad options {sorted(options)}: {error}") from None
 
 
-def _equality(left: Sequence[Hashable], right: Sequence[Hashable]) -> FloatArray:
-    return np.fromiter((a == b for a, b in zip(left, right, strict=True)), dtype=np.float64, count=len(left))
+def _equality(left: IntArray, right: IntArray) -> FloatArray:
+    equal: FloatArray = (left == right).astype(np.float64)  # values are distinct
+    return equal
 
 
 @register_kernel("exact")
@@ -102,7 +103,7 @@ class Exact(Kernel):
 
     identity_only = True
 
-    def pairs(self, left: Sequence[Any], right: Sequence[Any]) -> FloatArray:
+    def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
         return _equality(left, right)
 
 
@@ -112,7 +113,7 @@ class Ignore(Kernel):
 
     ignores = True
 
-    def pairs(self, left: Sequence[Any], right: Sequence[Any]) -> FloatArray:
+    def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
         return np.ones(len(left))
 
 
@@ -153,14 +154,13 @@ class Text(Kernel):
         text = " ".join(sorted(words))
         return text if len(text) <= TEXT_LIMIT else ("long text", text)
 
-    def pairs(self, left: Sequence[Any], right: Sequence[Any]) -> FloatArray:
-        if {*map(type, left), *map(type, right)} <= {str}:
-            scores = process.cpdist(left, right, scorer=fuzz.ratio, dtype=np.float64)
-            return np.asarray(scores, dtype=np.float64) / 100.0
+    def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
         result = _equality(left, right)
-        texts = [k for k, (a, b) in enumerate(zip(left, right, strict=True)) if type(a) is type(b) is str]
-        if texts:
-            result[texts] = self.pairs([left[k] for k in texts], [right[k] for k in texts])
+        is_text = np.array([type(value) is str for value in values])
+        texts = np.flatnonzero(is_text[left] & is_text[right])
+        if len(texts):
+            a, b = ([values[i] for i in side[texts].tolist()] for side in (left, right))
+            result[texts] = process.cpdist(a, b, scorer=fuzz.ratio, dtype=np.float64) / 100.0
         return result
 
 
@@ -184,10 +184,10 @@ class IoU(Kernel):
             return None
         return (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
 
-    def pairs(self, left: Sequence[Any], right: Sequence[Any]) -> FloatArray:
+    def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
         # An empty box has no area: with itself as with any other the intersection is 0.
-        a = np.array([box or (0.0,) * 4 for box in left])
-        b = np.array([box or (0.0,) * 4 for box in right])
+        boxes = np.array([box or (0.0,) * 4 for box in values], dtype=np.float64)
+        a, b = boxes[left], boxes[right]
         sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
         intersection = np.clip(sides, 0.0, None).prod(1)
         union = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - intersection
@@ -214,10 +214,9 @@ class Number(Kernel):
                 return number
         return ("no number", canonical(value))
 
-    def pairs(self, left: Sequence[Any], right: Sequence[Any]) -> FloatArray:
-        a = np.array([v if isinstance(v, float) else math.nan for v in left])
-        b = np.array([v if isinstance(v, float) else math.nan for v in right])
-        closeness = np.clip(1.0 - np.abs(a - b) / self.scale, 0.0, 1.0)
+    def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
+        numbers = np.array([value if isinstance(value, float) else math.nan for value in values])
+        closeness = np.clip(1.0 - np.abs(numbers[left] - numbers[right]) / self.scale, 0.0, 1.0)
         return np.where(np.isnan(closeness), _equality(left, right), closeness)
 
 
@@ -259,13 +258,15 @@ class Embedding(Kernel):
             self._vectors.update(zip(missing, np.asarray(vectors, dtype=np.float64), strict=True))
         return np.stack([self._vectors[text] for text in texts])
 
-    def pairs(self, left: Sequence[Any], right: Sequence[Any]) -> FloatArray:
+    def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
         result = _equality(left, right)
-        texts = [
-            k for k, (a, b) in enumerate(zip(left, right, strict=True)) if isinstance(a, str) and isinstance(b, str)
-        ]
-        if texts:
-            vectors = self._encode([left[k] for k in texts]), self._encode([right[k] for k in texts])
+        positions = [i for i, value in enumerate(values) if isinstance(value, str)]
+        if positions:
+            vectors = self._encode([values[i] for i in positions])
+            place = np.full(len(values), -1)
+            place[positions] = np.arange(len(positions))
+            texts = np.flatnonzero((place[left] >= 0) & (place[right] >= 0))
+            cosine = np.einsum("pd,pd->p", vectors[place[left[texts]]], vectors[place[right[texts]]])
             # Equal texts are 1, whatever the rounding of their cosine.
-            result[texts] = np.maximum(np.clip((vectors[0] * vectors[1]).sum(1), 0.0, 1.0), result[texts])
+            result[texts] = np.maximum(np.clip(cosine, 0.0, 1.0), result[texts])
         return result

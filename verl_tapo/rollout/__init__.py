@@ -1,0 +1,1 @@
+"""Agent loops for veRL that record what happened: imports veRL."""

@@ -1,0 +1,247 @@
+"""``tapo_tool_agent``: veRL's tool agent loop, with a record of every tool call, and no call left unanswered.
+
+What it does differently from the stock loop: malformed calls and calls beyond ``max_parallel_calls`` are answered with
+a message, where the stock loop drops them silently; every tool has a timeout; whatever a tool raises or returns is an
+answer, never a crash; control tokens in a tool's text do not reach the prompt; and each call's exact token spans, parsed
+arguments, status, latency and images are written to ``extra_fields["tapo_steps"]`` (see `verl_tapo.records`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import sys
+import time
+from functools import lru_cache, partial
+from typing import Any
+
+from verl.experimental.agent_loop.agent_loop import register
+from verl.experimental.agent_loop.tool_agent_loop import AgentState, ToolAgentLoop
+from verl.experimental.agent_loop.tool_parser import FunctionCall
+from verl.tools.schemas import ToolResponse
+
+from verl_tapo.images import content_hash
+from verl_tapo.parsing import NOT_EXECUTED_PREFIX, STOCK_ERRORS, FoundCall, ToolCallParser, answer_is_error
+from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryRecord
+from verl_tapo.trainer.verl_parser import verl_fallback
+
+_TOOL_MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+
+
+class RecordedCall(FunctionCall):  # type: ignore[misc]
+    """A call as the stock loop handles it, and where its record is."""
+
+    position: int
+    """Of its record in the trajectory's."""
+    number: int
+    """Among the turn's well-formed calls."""
+    problem: str | None = None
+    """Why it cannot be executed."""
+
+
+@lru_cache(maxsize=4)
+def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, *_TOOL_MARKERS}
+    tokens = {token for token in tokens if len(token.strip()) > 2}
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def strip_control_tokens(text: str, tokenizer: Any) -> str:
+    """Text without anything the tokenizer would turn into a control token: a literal image token or end of turn in a web
+    page would break the prompt. Also without tool markers, which would be read as answers.
+    """
+    pattern = _control_tokens(tokenizer)
+    while (stripped := pattern.sub("", text)) != text:  # taking one out may join another
+        text = stripped
+    return text
+
+
+@lru_cache(maxsize=4)
+def _parser(tool_format: str, tokenizer: Any) -> ToolCallParser:
+    return ToolCallParser(tool_format, tokenizer, fallback=verl_fallback(tool_format, tokenizer))
+
+
+def _status(text: str) -> CallStatus:
+    if not answer_is_error(text):
+        return "ok"
+    unknown, invalid, _ = STOCK_ERRORS
+    return "unknown_tool" if text.startswith(unknown) else "malformed" if text.startswith(invalid) else "error"
+
+
+def _count(images: Any) -> int:
+    return 0 if images is None else len(images) if isinstance(images, list | tuple) else 1
+
+
+@register("tapo_tool_agent")
+class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
+    """VeRL's `ToolAgentLoop` with a record; one instance runs one trajectory, as veRL makes them.
+
+    Args:
+        args: veRL's.
+        tool_timeout_s: seconds after which a tool's call counts as failed, > 0.
+        max_malformed_turns: turns of nothing but malformed calls that are answered before the trajectory ends, >= 0
+            (the stock loop ends it at the first).
+        kwargs: veRL's.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    def __init__(self, *args: Any, tool_timeout_s: float = 60.0, max_malformed_turns: int = 3, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(tool_timeout_s, bool) or not 0 < tool_timeout_s < math.inf:
+            raise ValueError(f"tapo_tool_agent: tool_timeout_s must be a positive number, got {tool_timeout_s!r}")
+        if isinstance(max_malformed_turns, bool) or int(max_malformed_turns) != max_malformed_turns:
+            raise ValueError(f"tapo_tool_agent: max_malformed_turns must be whole, got {max_malformed_turns!r}")
+        if max_malformed_turns < 0:
+            raise ValueError(f"tapo_tool_agent: max_malformed_turns must be >= 0, got {max_malformed_turns!r}")
+        self.tool_timeout_s = float(tool_timeout_s)
+        self.max_malformed_turns = int(max_malformed_turns)
+        # The stock loop cuts the list of calls there, silently; `_call_tool` answers those beyond instead.
+        self.parallel_limit, self.max_parallel_calls = self.max_parallel_calls, sys.maxsize
+        self._reset()
+
+    def _reset(self) -> None:
+        self._record = TrajectoryRecord()
+        self._malformed_turns = 0
+        self._new_images: dict[int, int] = {}  # by position of the record: images in the answer
+        self._agent_data: Any = None
+
+    async def run(self, sampling_params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the stock loop, with the record in ``extra_fields["tapo_steps"]`` of the output."""
+        self._reset()
+        output = await super().run(sampling_params, *args, **kwargs)
+        images = getattr(self._agent_data, "image_data", None)
+        if self._record.steps and images is not None:
+            images = list(images) if isinstance(images, list | tuple) else [images]
+            hashes = await self.loop.run_in_executor(None, lambda: [content_hash(image) for image in images])
+            self._record.images = hashes
+        output.extra_fields[RECORD_KEY] = self._record.to_dict()
+        return output
+
+    async def _handle_generating_state(
+        self, agent_data: Any, sampling_params: dict[str, Any], ignore_termination: bool = False
+    ) -> AgentState:
+        self._agent_data = agent_data
+        agent_data.tool_calls = []
+        state = await super()._handle_generating_state(agent_data, sampling_params, ignore_termination)
+        end = len(agent_data.response_mask)
+        start = end
+        while start and agent_data.response_mask[start - 1] == 1:
+            start -= 1
+        turn = agent_data.prompt_ids[len(agent_data.prompt_ids) - (end - start) :]
+        parser = _parser(self.tool_parser_name, self.tokenizer)
+        found = await self.loop.run_in_executor(None, parser.calls, turn)
+        calls = self._note(found, start, end, agent_data)
+        if self._at_limit(agent_data, ignore_termination):
+            return state
+        if calls and all(call.problem for call in calls):
+            self._malformed_turns += 1
+            if self._malformed_turns > self.max_malformed_turns:
+                calls = []
+        agent_data.tool_calls = calls
+        if not calls:
+            return AgentState.TERMINATED
+        if agent_data.messages and agent_data.messages[-1].get("role") == "assistant":
+            content = agent_data.messages[-1]["content"]
+            agent_data.messages[-1] = self._build_assistant_message(content, agent_data)
+        return AgentState.PROCESSING_TOOLS
+
+    def _at_limit(self, agent_data: Any, ignore_termination: bool) -> bool:
+        """The stock loop's conditions for ending a trajectory without looking for calls."""
+        if not ignore_termination and len(agent_data.response_mask) >= self.response_length:
+            return True
+        if self.max_assistant_turns and agent_data.assistant_turns >= self.max_assistant_turns:
+            return True
+        return bool(self.max_user_turns and agent_data.user_turns >= self.max_user_turns)
+
+    def _note(self, found: list[FoundCall], start: int, end: int, agent_data: Any) -> list[RecordedCall]:
+        """Records a turn's calls; returns them as the stock loop takes them, malformed ones included."""
+        stock = list(agent_data.tool_calls)
+        well_formed = [call for call in found if call.error is None]
+        if len(stock) != len(well_formed):
+            stock = []  # veRL reads this turn differently: ours are executed, as recorded
+        calls = []
+        for call in found:
+            problem = call.error
+            number = sum(known.problem is None for known in calls)
+            arguments, identity = dict(call.arguments), None
+            if stock and problem is None:
+                # veRL converts values by the tool's schema, where the format does not say their types.
+                identity = stock[number].tool_call_id
+                converted = json.loads(stock[number].arguments)
+                arguments = converted if isinstance(converted, dict) else arguments
+            position = len(self._record.steps)
+            span = (start + call.span[0], start + call.span[1])
+            self._record.steps.append(
+                CallRecord(
+                    call.tool,
+                    arguments,
+                    (start, end),
+                    span,
+                    status="not_executed" if problem is None else "malformed",
+                    images_at_hand=_count(agent_data.image_data),
+                )
+            )
+            calls.append(
+                RecordedCall(
+                    name=call.tool,
+                    arguments=json.dumps(arguments, ensure_ascii=False),
+                    tool_call_id=identity,
+                    position=position,
+                    number=number,
+                    problem=problem,
+                )
+            )
+        return calls
+
+    async def _handle_processing_tools_state(self, agent_data: Any) -> AgentState:
+        calls = list(agent_data.tool_calls)
+        image = _count(agent_data.image_data)
+        state = await super()._handle_processing_tools_state(agent_data)
+        for call in calls:
+            record = self._record.steps[call.position]
+            if state == AgentState.TERMINATED:  # the answers did not fit: the model never saw them
+                record.status = "malformed" if call.problem else "not_executed"
+                continue
+            produced = self._new_images.get(call.position, 0)
+            record.produced = list(range(image, image + produced))
+            image += produced
+        return state
+
+    async def _call_tool(self, tool_call: Any, tools_kwargs: dict[str, Any], agent_data: Any) -> Any:
+        record = self._record.steps[tool_call.position]
+        if tool_call.problem:
+            text = f"{NOT_EXECUTED_PREFIX} The call could not be read: {tool_call.problem}. Write it again, correctly."
+            return ToolResponse(text=strip_control_tokens(text, self.tokenizer)), None, {}
+        if tool_call.number >= self.parallel_limit:
+            record.status = "over_limit"
+            text = (
+                f"{NOT_EXECUTED_PREFIX} A turn may make {self.parallel_limit} call(s). Make this one in the next turn."
+            )
+            return ToolResponse(text=text), None, {}
+        start = time.perf_counter()
+        stock = partial(super()._call_tool, tool_call, tools_kwargs, agent_data)
+        try:
+            response, reward, metrics = await asyncio.wait_for(stock(), self.tool_timeout_s)
+            if response.video:
+                raise TypeError("video answers are not supported")
+            text = None if response.text is None else strip_control_tokens(response.text, self.tokenizer)
+            images = [image for image in response.image or [] if image is not None]
+            record.status = _status(text or "")
+        except asyncio.TimeoutError:
+            reward, metrics, images = None, {}, []
+            text = f"Error executing tool '{tool_call.name}': no answer within {self.tool_timeout_s:g} s"
+            record.status = "timeout"
+        except Exception as error:  # a tool's own errors are answered by veRL; this is what slips through there
+            reward, metrics, images = None, {}, []
+            text = strip_control_tokens(f"Error executing tool '{tool_call.name}': {error}", self.tokenizer)
+            record.status = "error"
+        record.latency_s = time.perf_counter() - start
+        record.metrics = metrics if isinstance(metrics, dict) else {}
+        self._new_images[tool_call.position] = len(images)
+        if isinstance(reward, bool) or not isinstance(reward, int | float):
+            reward = None
+        return ToolResponse(text=text, **({"image": images} if images else {})), reward, {}
