@@ -114,7 +114,10 @@ def test_unusual_but_valid_steps():
             {"tools": {"search": {"page": {"kernel": "number", "scale": 0}}}},
             "tools['search']: kernel 'number': scale must be a positive number, got 0",
         ),
-        ({"tools": {"search": {"page": {"kernel": "iou", "scale": 1}}}}, "tools['search']: kernel 'iou': bad options ['scale']"),
+        (
+            {"tools": {"search": {"page": {"kernel": "iou", "scale": 1}}}},
+            "tools['search']: kernel 'iou': bad options ['scale']",
+        ),
         ({"tools": {"search": "text"}}, "tools['search'] must map parameters to kernels"),
     ],
 )

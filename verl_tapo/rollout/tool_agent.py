@@ -2,8 +2,8 @@
 
 What it does differently from the stock loop: malformed calls and calls beyond ``max_parallel_calls`` are answered with
 a message, where the stock loop drops them silently; every tool has a timeout; whatever a tool raises or returns is an
-answer, never a crash; control tokens in a tool's text do not reach the prompt; and each call's exact token spans, parsed
-arguments, status, latency and images are written to ``extra_fields["tapo_steps"]`` (see `verl_tapo.records`).
+answer, never a crash; control tokens in a tool's text do not reach the prompt; and each call's exact token spans,
+parsed arguments, status, latency and images are written to ``extra_fields["tapo_steps"]`` (see `verl_tapo.records`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,9 +24,10 @@ from verl.experimental.agent_loop.tool_parser import FunctionCall
 from verl.tools.schemas import ToolResponse
 
 from verl_tapo.images import content_hash
-from verl_tapo.parsing import NOT_EXECUTED_PREFIX, STOCK_ERRORS, FoundCall, ToolCallParser, answer_is_error
+from verl_tapo.parsing import NOT_EXECUTED_PREFIX, STOCK_ERRORS, FoundCall, answer_is_error
 from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryRecord
-from verl_tapo.trainer.verl_parser import verl_fallback
+from verl_tapo.trainer.estimator import load_settings
+from verl_tapo.trainer.verl_parser import cached_parser
 
 _TOOL_MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
@@ -49,8 +51,8 @@ def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 
 def strip_control_tokens(text: str, tokenizer: Any) -> str:
-    """Text without anything the tokenizer would turn into a control token: a literal image token or end of turn in a web
-    page would break the prompt. Also without tool markers, which would be read as answers.
+    """Text without anything the tokenizer would turn into a control token: a literal image token or end of turn in a
+    web page would break the prompt. Also without tool markers, which would be read as answers.
     """
     pattern = _control_tokens(tokenizer)
     while (stripped := pattern.sub("", text)) != text:  # taking one out may join another
@@ -58,13 +60,8 @@ def strip_control_tokens(text: str, tokenizer: Any) -> str:
     return text
 
 
-@lru_cache(maxsize=4)
-def _parser(tool_format: str, tokenizer: Any) -> ToolCallParser:
-    return ToolCallParser(tool_format, tokenizer, fallback=verl_fallback(tool_format, tokenizer))
-
-
-def _status(text: str) -> CallStatus:
-    if not answer_is_error(text):
+def _status(text: str, markers: Iterable[str]) -> CallStatus:
+    if not answer_is_error(text, markers):
         return "ok"
     unknown, invalid, _ = STOCK_ERRORS
     return "unknown_tool" if text.startswith(unknown) else "malformed" if text.startswith(invalid) else "error"
@@ -100,7 +97,9 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         self.tool_timeout_s = float(tool_timeout_s)
         self.max_malformed_turns = int(max_malformed_turns)
         # The stock loop cuts the list of calls there, silently; `_call_tool` answers those beyond instead.
-        self.parallel_limit, self.max_parallel_calls = self.max_parallel_calls, sys.maxsize
+        self.parallel_limit: int = self.rollout_config.multi_turn.max_parallel_calls
+        self.max_parallel_calls = sys.maxsize
+        self.error_markers = load_settings(self.config.get("algorithm")).error_markers
         self._reset()
 
     def _reset(self) -> None:
@@ -132,7 +131,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         while start and agent_data.response_mask[start - 1] == 1:
             start -= 1
         turn = agent_data.prompt_ids[len(agent_data.prompt_ids) - (end - start) :]
-        parser = _parser(self.tool_parser_name, self.tokenizer)
+        parser = cached_parser(self.tool_parser_name, self.tokenizer)
         found = await self.loop.run_in_executor(None, parser.calls, turn)
         calls = self._note(found, start, end, agent_data)
         if self._at_limit(agent_data, ignore_termination):
@@ -163,7 +162,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         well_formed = [call for call in found if call.error is None]
         if len(stock) != len(well_formed):
             stock = []  # veRL reads this turn differently: ours are executed, as recorded
-        calls = []
+        calls: list[RecordedCall] = []
         for call in found:
             problem = call.error
             number = sum(known.problem is None for known in calls)
@@ -228,9 +227,9 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             response, reward, metrics = await asyncio.wait_for(stock(), self.tool_timeout_s)
             if response.video:
                 raise TypeError("video answers are not supported")
-            text = None if response.text is None else strip_control_tokens(response.text, self.tokenizer)
+            text = strip_control_tokens(response.text or "", self.tokenizer)
             images = [image for image in response.image or [] if image is not None]
-            record.status = _status(text or "")
+            record.status = _status(text, self.error_markers)
         except asyncio.TimeoutError:
             reward, metrics, images = None, {}, []
             text = f"Error executing tool '{tool_call.name}': no answer within {self.tool_timeout_s:g} s"

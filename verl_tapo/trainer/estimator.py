@@ -6,7 +6,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from verl_tapo.parsing import ToolCallParser, parse_steps
 from verl_tapo.records import recorded_steps
 from verl_tapo.steps import ToolStep, build_tool_mask
 from verl_tapo.trainer.rollout import CURRENT, Rollout
+from verl_tapo.trainer.verl_parser import cached_parser
 
 logger = logging.getLogger("verl_tapo")
 
@@ -101,13 +101,6 @@ def load_settings(algorithm: Any) -> TapoSettings:
     return _SettingsCache.settings
 
 
-@lru_cache(maxsize=4)
-def _parser(tool_format: str, tokenizer: Any) -> ToolCallParser:
-    from verl_tapo.trainer.verl_parser import verl_fallback
-
-    return ToolCallParser(tool_format, tokenizer, fallback=verl_fallback(tool_format, tokenizer))
-
-
 def make_parser(rollout: Rollout, settings: TapoSettings) -> ToolCallParser:
     """The parser of the run's tool format.
 
@@ -121,7 +114,7 @@ def make_parser(rollout: Rollout, settings: TapoSettings) -> ToolCallParser:
             f"TAPO cannot find tool calls in the tokens: the trainer handed over no {missing}. Record the calls with "
             f"the agent loop tapo_tool_agent, or set algorithm.tapo.tool_format; `verl-tapo doctor` shows the seams."
         )
-    return _parser(tool_format, rollout.tokenizer)
+    return cached_parser(tool_format, rollout.tokenizer)
 
 
 def find_steps(rollout: Rollout, settings: TapoSettings) -> list[ToolStep]:

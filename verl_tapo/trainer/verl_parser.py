@@ -1,11 +1,14 @@
-"""veRL's own tool parsers, for formats that `verl_tapo.parsing` does not read natively."""
+"""Parsers of the run's tool format: our own, or veRL's for formats that `verl_tapo.parsing` does not read natively."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
+
+from verl_tapo.parsing import ToolCallParser
 
 
 def verl_fallback(tool_format: str, tokenizer: Any) -> Callable[[Sequence[int]], list[tuple[str, str]]]:
@@ -25,3 +28,9 @@ def verl_fallback(tool_format: str, tokenizer: Any) -> Callable[[Sequence[int]],
         return [(call.name, call.arguments) for call in calls]
 
     return parse
+
+
+@lru_cache(maxsize=4)
+def cached_parser(tool_format: str, tokenizer: Any) -> ToolCallParser:
+    """The parser of a tool format; made once per process."""
+    return ToolCallParser(tool_format, tokenizer, fallback=verl_fallback(tool_format, tokenizer))
