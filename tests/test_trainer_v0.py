@@ -287,7 +287,6 @@ def test_a_run_without_any_call_is_reported(qwen_like_tokenizer, trainer, caplog
         ({"theta": 2}, {}, "algorithm.tapo.theta must be a number in"),
         ({"base_estimator": "gae"}, {}, "base_estimator=gae is no group estimator; known: "),
         ({"tool_format": "hermez"}, {}, "the tool format 'hermez' is not known; known: "),
-        ({}, {"n": 1}, "rollout.n=1"),
     ],
 )
 def test_a_bad_configuration_stops_the_trainer_in_its_constructor(tapo, rollout, message):

@@ -23,9 +23,7 @@ def main() -> None:
 
     recorded = json.loads(arguments.batch.read_text())
     rollouts = recorded["rollouts"]
-    cfg = TapoConfig(
-        beta=arguments.beta, theta=arguments.theta, alpha_min=arguments.alpha_min, tools=recorded["tools"]
-    )
+    cfg = TapoConfig(beta=arguments.beta, theta=arguments.theta, alpha_min=arguments.alpha_min, tools=recorded["tools"])
     success = [rollout["acc"] >= 0.5 for rollout in rollouts]
     mask = torch.zeros(len(rollouts), max(rollout["response_length"] for rollout in rollouts), dtype=torch.int64)
     steps = []
@@ -40,7 +38,10 @@ def main() -> None:
     advantages, report = transfer_credit(base, mask, [rollout["uid"] for rollout in rollouts], success, steps, cfg)
 
     print(f"Prompt: {recorded['prompt']}\n")
-    print(f"{'row':>3} {'outcome':8} {'tool':13} {'role':8} {'gate':12} {'sim':>5} {'sup':>5} {'A':>6} {'A new':>6}  call")
+    print(
+        f"{'row':>3} {'outcome':8} {'tool':13} {'role':8} {'gate':12} {'sim':>5} {'sup':>5} {'A':>6} {'new A':>6}",
+        " call",
+    )
     for step, credit in zip(steps, report.steps, strict=True):
         token = step.turn[0]
         before, after = base[step.row, token].item(), advantages[step.row, token].item()

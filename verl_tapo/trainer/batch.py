@@ -109,9 +109,16 @@ def _base(
         config=algorithm,
     )
     if "keys" in columns:
-        from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
-
-        data = compute_advantage_for_multi_trajectories(data, list(data.non_tensor_batch["keys"]), **options)
+        data = _for_multi_trajectories()(data, list(data.non_tensor_batch["keys"]), **options)
     else:
         data = compute_advantage(data, **options)
     return data.batch["advantages"], data.batch["returns"]
+
+
+def _for_multi_trajectories() -> Any:
+    """VeRL's rule for several outputs per session; before 0.9 it stands in the synchronous trainer's own module."""
+    try:
+        from verl.trainer.ppo.v1 import utils as home
+    except ImportError:
+        from verl.trainer import main_ppo_sync as home
+    return home.compute_advantage_for_multi_trajectories

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from verl_tapo.config import TapoSettings
 from verl_tapo.parsing import NATIVE_FORMATS
 from verl_tapo.trainer.estimator import load_settings
+
+logger = logging.getLogger("verl_tapo")
 
 # They need inputs that only their own code path in veRL gets, or know no prompt groups.
 _NO_GROUP_ESTIMATORS = frozenset({"gae", "remax", "optimal_token_baseline", "tir_optimal_token_baseline"})
@@ -24,6 +27,8 @@ def check_run(config: Any) -> TapoSettings | None:
     problems = find_problems(config, settings)
     if problems:
         raise ValueError("TAPO: " + "; ".join(problems))
+    for warning in find_warnings(config):
+        logger.warning("TAPO: %s", warning)
     return settings
 
 
@@ -44,8 +49,20 @@ def find_problems(config: Any, settings: TapoSettings) -> list[str]:
     if settings.step_source != "recorded" and tool_format not in {*NATIVE_FORMATS, *ToolParser._registry}:
         formats = ", ".join(sorted({*NATIVE_FORMATS, *ToolParser._registry}))
         problems.append(f"the tool format {tool_format!r} is not known; known: {formats}")
+    return problems
+
+
+def find_warnings(config: Any) -> list[str]:
+    """What in a run's configuration may leave TAPO with nothing to do."""
+    rollout = config.actor_rollout_ref.rollout
+    warnings = []
     if rollout.n < 2:
-        problems.append(
+        warnings.append(
             f"actor_rollout_ref.rollout.n={rollout.n}: a prompt's only rollout has no successful sibling to learn from"
         )
-    return problems
+    if rollout.get("agent", {}).get("default_agent_loop", None) == "single_turn_agent":
+        warnings.append(
+            "the default agent loop, single_turn_agent, calls no tools: TAPO has something to do only where the data "
+            "set names a tool agent, or actor_rollout_ref.rollout.agent.default_agent_loop=tapo_tool_agent"
+        )
+    return warnings

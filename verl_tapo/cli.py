@@ -1,0 +1,240 @@
+"""``verl-tapo doctor``: would TAPO run here, with this configuration?"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from verl_tapo import __version__
+
+_PACKAGES = (
+    "verl",
+    "torch",
+    "transformers",
+    "ray",
+    "tensordict",
+    "TransferQueue",
+    "hydra-core",
+    "numpy",
+    "rapidfuzz",
+    "wrapt",
+    "sentence-transformers",
+)
+_POLICY_VARIABLES = ("VERL_USE_EXTERNAL_PLUGINS", "VERL_USE_EXTERNAL_MODULES")
+
+
+@dataclass
+class Findings:
+    """What the doctor saw. A problem keeps TAPO from running, a warning may."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the command ``verl-tapo``; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="verl-tapo", description="TAPO for veRL.")
+    parser.add_argument("--version", action="version", version=f"verl-tapo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser(
+        "doctor",
+        help="show whether TAPO would run",
+        description="Shows versions, whether veRL sees the plug-in, which of its hooks are in place, and what would be "
+        "wrong in a configuration. Exit code 1 where TAPO would not run.",
+    )
+    doctor.add_argument(
+        "--config",
+        default="ppo_trainer",
+        metavar="NAME_OR_FILE",
+        help="a configuration by name (veRL's ppo_trainer, our tapo), or a YAML file: composed where it has "
+        "`defaults`, else laid over ppo_trainer",
+    )
+    doctor.add_argument("overrides", nargs="*", help="Hydra overrides, as on the command line of main_ppo")
+    doctor.add_argument(
+        "-v", "--verbose", action="store_true", help="do not hide what veRL prints while it is imported"
+    )
+    arguments = parser.parse_args(argv)
+    return run_doctor(arguments.config, arguments.overrides, arguments.verbose)
+
+
+def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False) -> int:
+    """Prints the examination; 0 where TAPO would run, else 1."""
+    findings = Findings()
+    _show("Versions", [("python", sys.version.split()[0]), ("verl-tapo", __version__), *_versions()])
+    with contextlib.nullcontext() if verbose else _quiet():
+        rows, loaded = _examine_plugin(findings)
+    _show("Plug-in", rows)
+    if loaded:
+        with contextlib.nullcontext() if verbose else _quiet():
+            composed = _compose(config, overrides, findings)
+            seams = _examine_seams(composed, findings)
+            settings = [] if composed is None else _examine_config(composed, findings)
+        _show("Seams", seams)
+        _show("Configuration", settings)
+    for title, messages in (("Warnings", findings.warnings), ("Problems", findings.problems)):
+        if messages:
+            print(f"{title}:")
+            for message in messages:
+                print(f"  - {message}")
+    print("TAPO would not run." if findings.problems else "TAPO would run.")
+    return 1 if findings.problems else 0
+
+
+def _show(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    if not rows:
+        return
+    width = max(len(name) for name, _ in rows)
+    print(f"{title}:")
+    for name, value in rows:
+        print(f"  {name:{width}}  {value}")
+    print()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what importing veRL prints and logs; our own complaints come as findings."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in _PACKAGES:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "not installed"
+
+
+def _examine_plugin(findings: Findings) -> tuple[list[tuple[str, str]], bool]:
+    """Whether veRL loads the plug-in by itself."""
+    names = [point.name for point in importlib.metadata.entry_points(group="verl.plugins") if point.name == "tapo"]
+    rows = [("entry point verl.plugins", "tapo" if names else "missing: reinstall verl-tapo")]
+    rows += [(name, os.environ[name]) for name in _POLICY_VARIABLES if name in os.environ]
+    try:
+        verl = importlib.import_module("verl")
+    except Exception as error:
+        findings.problems.append(
+            f"veRL cannot be imported ({type(error).__name__}: {error}); install it, for example with "
+            f"pip install 'verl-tapo[verl]'"
+        )
+        return rows, False
+    by_verl = "verl_tapo.plugin" in sys.modules
+    rows.append(("loaded by veRL", "yes" if by_verl else "no"))
+    if not by_verl:
+        findings.problems.append(
+            "veRL does not load the plug-in. veRL before 0.9 has no plug-ins: set VERL_USE_EXTERNAL_MODULES="
+            "verl_tapo.plugin. Later ones: check VERL_USE_EXTERNAL_PLUGINS (it must be unset, `auto`, or name `tapo`)"
+        )
+        importlib.import_module("verl_tapo.plugin")
+    from verl_tapo.plugin import TESTED_VERSIONS
+
+    version = str(verl.__version__)
+    if not version.startswith(TESTED_VERSIONS):
+        findings.warnings.append(f"veRL {version} was not tested; tested: {', '.join(TESTED_VERSIONS)}")
+    return rows, True
+
+
+def _examine_seams(config: Any, findings: Findings) -> list[tuple[str, str]]:
+    """Imports every module that is hooked, and shows what became of the hooks."""
+    from verl_tapo.plugin import SEAMS
+
+    v1 = config is None or bool(config.trainer.get("use_v1", False))
+    needed = {
+        "verl.trainer.ppo.core_algos",
+        "verl.trainer.ppo.v1.trainer_base" if v1 else "verl.trainer.ppo.ray_trainer",
+    }
+    rows = []
+    for seam in SEAMS:
+        try:
+            importlib.import_module(seam.module)
+            status = seam.status
+        except ImportError as error:
+            status = f"not there: {error}"
+        failed = status.startswith(("FAILED", "not there"))
+        name = f"{seam.module}.{seam.target}" if seam.target else seam.module
+        if failed and seam.module in needed:
+            findings.problems.append(f"{name}: {status}. For a missing package: pip install 'verl-tapo[verl]'")
+        rows.append((name, status))
+    return rows
+
+
+def _compose(name: str, overrides: Sequence[str], findings: Findings) -> Any:
+    """The configuration as the trainer would get it; None, and a problem, where it does not compose."""
+    from hydra import compose, initialize_config_dir, initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    chosen = list(overrides)
+    if name == "ppo_trainer" and not any(o.lstrip("+").startswith("algorithm.adv_estimator=") for o in chosen):
+        chosen.append("algorithm.adv_estimator=tapo")
+    path = Path(name)
+    try:
+        if path.suffix not in (".yaml", ".yml"):
+            with initialize_config_module("verl.trainer.config", version_base=None):
+                return compose(name, overrides=chosen)
+        loaded = OmegaConf.load(path)
+        if "defaults" in loaded:
+            with initialize_config_dir(str(path.resolve().parent), version_base=None):
+                return compose(path.stem, overrides=[*chosen, "hydra.searchpath=[pkg://verl.trainer.config]"])
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose("ppo_trainer")
+        OmegaConf.set_struct(config, False)
+        return OmegaConf.merge(config, loaded, OmegaConf.from_dotlist([o.lstrip("+") for o in chosen]))
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        first = str(error.__cause__ or error).strip().splitlines()[0]
+        findings.problems.append(f"the configuration does not compose: {first}")
+        return None
+
+
+def _examine_config(config: Any, findings: Findings) -> list[tuple[str, str]]:
+    """TAPO's settings in a configuration, and what is wrong there."""
+    from verl_tapo.trainer.check import find_problems, find_warnings
+    from verl_tapo.trainer.estimator import load_settings
+
+    rows = [("algorithm.adv_estimator", str(config.algorithm.adv_estimator))]
+    if config.algorithm.adv_estimator != "tapo":
+        findings.problems.append(f"algorithm.adv_estimator={config.algorithm.adv_estimator}, not tapo")
+        return rows
+    rollout = config.actor_rollout_ref.rollout
+    try:
+        settings = load_settings(config.algorithm)
+    except ValueError as error:
+        findings.problems.append(str(error))
+        return rows
+    findings.problems += find_problems(config, settings)
+    findings.warnings += find_warnings(config)
+    for part in (settings.rule, settings):
+        rows += [
+            (f"algorithm.tapo.{f.name}", str(getattr(part, f.name)))
+            for f in fields(part)
+            if f.init and f.name != "rule"
+        ]
+    rows += [
+        ("rollout.agent.default_agent_loop", str(rollout.agent.default_agent_loop)),
+        ("rollout.multi_turn.format", str(rollout.multi_turn.format)),
+        ("rollout.n", str(rollout.n)),
+        ("trainer", f"V1, {config.trainer.v1.trainer_mode}" if config.trainer.get("use_v1", False) else "V0"),
+    ]
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
