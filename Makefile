@@ -3,6 +3,8 @@ PYTHON ?= python3
 # A CUDA build, a CPU build: whatever your index serves under this name. Installed first, so that nothing pulls another.
 TORCH ?= torch==2.13.0
 VENV := .venv
+# Versions of veRL that patches/ is for: their wheels are unpacked, patched and tested.
+PATCHED := 0.8.0 0.9.1
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint benchmark clean
@@ -31,6 +33,7 @@ $(VENV)/.core: setup.cfg pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --editable '.[verl,dev]'
+	for version in $(PATCHED); do $(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/wheels verl==$$version || exit 1; done
 	touch $@
 
 clean:

@@ -5,8 +5,10 @@ import types
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from rollouts import data_proto, fake_batch
+from rollouts import FakeRollout, data_proto, fake_batch
 
 from verl_tapo import TapoConfig, transfer_credit
 from verl_tapo.records import recorded_steps
@@ -36,8 +38,29 @@ def algorithm(**tapo):
     )
 
 
+PATCHED = hasattr(ray_trainer, "ADV_CONTEXT_VERSION")
+"""One of our patches is applied: the trainer itself hands over what the hooks otherwise fetch (see test_patches.py)."""
+
+
+def context():
+    noted = v0._trainer() if v0._trainer is not None else None
+    given = {"tokenizer": getattr(noted, "tokenizer", None), "config": getattr(noted, "config", None)}
+    return {"adv_context": {**given, "metrics": v0._pending, "fields": {}}} if PATCHED else {}
+
+
+def step_metrics(data):
+    """The step's metrics, as the trainer puts them together."""
+    metrics = ray_trainer.compute_data_metrics(batch=data, use_critic=False)
+    if PATCHED:
+        metrics.update(v0._pending)
+        v0._pending.clear()
+    return metrics
+
+
 def compute(data, estimator_name="tapo", **tapo):
-    return ray_trainer.compute_advantage(data, estimator_name, norm_adv_by_std_in_grpo=True, config=algorithm(**tapo))
+    return ray_trainer.compute_advantage(
+        data, estimator_name, norm_adv_by_std_in_grpo=True, config=algorithm(**tapo), **context()
+    )
 
 
 def test_corrects_what_the_rule_says(qwen_like_tokenizer, trainer):
@@ -139,13 +162,13 @@ def test_policy_losses_and_gradients_equal_grpo_where_nothing_is_transferred(qwe
 def test_metrics_and_tool_mask_reach_the_trainer(qwen_like_tokenizer, trainer):
     rows = fake_batch(qwen_like_tokenizer)
     data = compute(data_proto(rows, qwen_like_tokenizer))
-    metrics = ray_trainer.compute_data_metrics(batch=data, use_critic=False)
+    metrics = step_metrics(data)
     assert metrics["tapo/corrected_steps"] == pytest.approx(6 / 8)
     assert metrics["tapo/successes_per_group"] == pytest.approx(4 / 3)
     assert metrics["tapo/recorded_rollouts"] == 1.0
     assert metrics["critic/rewards/mean"] == pytest.approx(4 / 11)  # veRL's own are still there
     assert not any(np.isnan(value) for name, value in metrics.items() if name.startswith("tapo/"))
-    assert not any(name.startswith("tapo/") for name in ray_trainer.compute_data_metrics(data, use_critic=False))
+    assert not any(name.startswith("tapo/") for name in step_metrics(data))
     mask = data.batch["tapo_tool_mask"]
     assert mask.shape == data.batch["responses"].shape
     assert mask.max() == 2
@@ -153,15 +176,14 @@ def test_metrics_and_tool_mask_reach_the_trainer(qwen_like_tokenizer, trainer):
 
 
 def test_the_aggregator_of_the_trainer_averages_every_metric(qwen_like_tokenizer, trainer):
-    from verl.trainer.ppo.v1.utils import MetricsAggregator
-
+    aggregators = pytest.importorskip("verl.trainer.ppo.v1.utils")
     data = compute(data_proto(fake_batch(qwen_like_tokenizer), qwen_like_tokenizer))
-    names = [n for n in ray_trainer.compute_data_metrics(batch=data, use_critic=False) if n.startswith("tapo/")]
+    names = [n for n in step_metrics(data) if n.startswith("tapo/")]
     tools = ["summarise", "MAX_search", "minimum", "total_recall", "sum", "terminal", "a b/c", "search_lr"]
     from verl_tapo.credit import metric_word
 
     names += [f"tapo/tool/{metric_word(tool)}/corrected_steps" for tool in tools]
-    aggregator = MetricsAggregator()
+    aggregator = aggregators.MetricsAggregator()
     assert {name: aggregator._get_aggregation_type(name) for name in names} == dict.fromkeys(names, "weighted_avg")
 
 
@@ -173,7 +195,7 @@ def test_a_reward_that_is_no_number_poisons_nothing(qwen_like_tokenizer, trainer
     data.batch["token_level_scores"][2, 0] = bad
     data.non_tensor_batch["acc"][2] = bad
     result = compute(data).batch["advantages"]
-    assert ray_trainer.compute_data_metrics(batch=data, use_critic=False)["tapo/dropped_rows"] == 1.0
+    assert step_metrics(data)["tapo/dropped_rows"] == 1.0
     assert torch.isfinite(result).all()
     assert (result[2] == 0).all()
     without = [row for number, row in enumerate(rows) if number != 2]
@@ -226,8 +248,8 @@ def test_single_rejected_tokens_cannot_be_parsed_round_in_v0(qwen_like_tokenizer
     config.rollout_correction = {"rollout_rs": "token_k1", "rollout_rs_threshold": 2.0}
     data = data_proto(rows, qwen_like_tokenizer, recorded=False)
     with pytest.raises(ValueError, match="rejects single tokens"):
-        ray_trainer.compute_advantage(data, "tapo", config=config)
-    ray_trainer.compute_advantage(data_proto(rows, qwen_like_tokenizer), "tapo", config=config)
+        ray_trainer.compute_advantage(data, "tapo", config=config, **context())
+    ray_trainer.compute_advantage(data_proto(rows, qwen_like_tokenizer), "tapo", config=config, **context())
 
 
 def test_no_rollout_data_is_an_error_not_plain_grpo(qwen_like_tokenizer):
@@ -258,6 +280,57 @@ def test_shape_of_pr_7473(qwen_like_tokenizer):
         something_new=None,
     )
     assert torch.equal(advantages, compute(data_proto(rows, qwen_like_tokenizer)).batch["advantages"])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_the_model_wrote_never_stops_a_run(qwen_like_tokenizer, trainer, data):
+    """Garbage tokens, markers anywhere, masks with holes, unicode, a call at the very last token."""
+    pieces = [
+        "<tool_call>",
+        "</tool_call>",
+        "<tool_response>",
+        "</tool_response>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        '{"name": "text_search", "arguments": {"query": "capital of France"}}',
+        '{"name": "zoom", "arguments": {"bbox_2d": [1, 2, 1e400, null], "image": -3}}',
+        '{"name": "text_search", "arguments": {"query": ["a", {"b": NaN}]}}',
+        '{"name": 7, "arguments": "x"}',
+        '{"name": "text_search", "arguments": ' + '{"a":' * 300 + "1" + "}" * 300 + "}",
+        "北京 😀 \x00",
+        '"""\\',
+    ]
+    rows = []
+    for number in range(4):
+        rollout = FakeRollout(qwen_like_tokenizer)
+        for piece in data.draw(st.lists(st.sampled_from(pieces), max_size=8)):
+            rollout._add(piece, data.draw(st.integers(0, 1)))
+        ids = data.draw(st.lists(st.integers(0, len(qwen_like_tokenizer) + 50), min_size=1, max_size=5))
+        rollout.ids += ids
+        rollout.mask += [data.draw(st.integers(0, 1))] * len(ids)
+        rows.append((rollout, number % 2 == 0, "u"))
+    batch = data_proto(rows, qwen_like_tokenizer, recorded=False)
+    stock = compute(data_proto(rows, qwen_like_tokenizer, recorded=False), "grpo").batch["advantages"]
+    result = compute(batch).batch["advantages"]
+    assert torch.isfinite(result).all()
+    assert (result >= stock).all()
+    assert torch.equal(result[::2], stock[::2])
+
+
+def test_ten_megabytes_of_arguments(qwen_like_tokenizer, trainer):
+    rows = fake_batch(qwen_like_tokenizer)
+    huge = "x" * 10_000_000
+    ids = qwen_like_tokenizer.encode("<tool_call>")
+    long = qwen_like_tokenizer.encode("xxxxxxxxxx" * 20)
+    rows[0][0].ids[:0] = ids + long * 2000
+    rows[0][0].mask[:0] = [1] * len(ids + long * 2000)
+    for rollout, _, _ in rows[2:4]:
+        for step in rollout.record.steps:
+            step.arguments = {"query": huge}
+    data = data_proto(rows, qwen_like_tokenizer)
+    data.non_tensor_batch["tapo_steps"][0] = None
+    assert torch.isfinite(compute(data).batch["advantages"]).all()
 
 
 def test_what_is_reported_once(qwen_like_tokenizer, trainer, caplog):

@@ -12,6 +12,10 @@ from verl_tapo.trainer import estimator
 pytest.importorskip("transfer_queue")
 pytest.importorskip("verl.trainer.ppo.v1")
 
+from verl.trainer.ppo import ray_trainer
+
+PATCHED = hasattr(ray_trainer, "ADV_CONTEXT_VERSION")
+"""One of our patches is applied (see test_patches.py)."""
 MODES = ["sync", "colocate_async", "separate_async"]
 
 
@@ -237,6 +241,8 @@ def test_rollout_correction_takes_rows_and_tokens_out(queue, make_trainer, qwen_
 def test_a_colocated_reward_model_writes_its_info_as_fields(queue, make_trainer, qwen_like_tokenizer):
     from verl.utils import tensordict_utils as tu
 
+    if PATCHED:
+        pytest.skip("the patch does not hand over fields it cannot know the names of, see patches/README.md")
     rows = fake_batch(qwen_like_tokenizer)
     batch = put(queue, rows)
     expected = advantages(queue, make_trainer(), batch)
@@ -257,6 +263,8 @@ def test_image_arguments_are_resolved_with_the_prompt(queue, make_trainer, qwen_
 
 def test_a_failed_hook_stops_tapo_and_nothing_else(queue, make_trainer, qwen_like_tokenizer):
     """Without the hook the estimator finds no rollout data: an error, never silently plain GRPO."""
+    if PATCHED:
+        pytest.skip("a patched veRL needs no hook")
     batch = put(queue, fake_batch(qwen_like_tokenizer))
     trainer = make_trainer()
     stock_method = type(trainer)._compute_advantage.__wrapped__

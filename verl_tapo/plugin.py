@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import wrapt
-
 TESTED_VERSIONS = ("0.8.0", "0.9.1")
 PATCH_MARK = "ADV_CONTEXT_VERSION"
 """Name in ``verl.trainer.ppo.ray_trainer`` that says one of our patches is applied: veRL hands over the rollout data
@@ -146,7 +144,9 @@ def _install(seam: Seam, module: Any) -> None:
         def hook(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
             return _resolve(seam.handler)(wrapped, instance, args, kwargs)
 
-        wrapt.wrap_function_wrapper(module, seam.target, hook)
+        from wrapt import wrap_function_wrapper
+
+        wrap_function_wrapper(module, seam.target, hook)
         seam.status = "active"
     except Exception as error:
         seam.status = f"FAILED: {type(error).__name__}: {error}"
@@ -160,6 +160,8 @@ def _patched() -> bool:
 
 
 def _load() -> None:
+    import wrapt
+
     for seam in SEAMS:
         wrapt.when_imported(seam.module)(partial(_install, seam))  # calls at once where the module is there already
 

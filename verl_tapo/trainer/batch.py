@@ -48,13 +48,19 @@ def rollout_from_batch(
     if attention is not None:
         lengths = attention[:, -length:].sum(-1).cpu().numpy().astype(np.int64)
     rollout_mask = batch.get("rollout_mask", None)
+
+    def tokens() -> Tokens | None:
+        if rollout_mask is None and _rejects_tokens(algorithm):
+            _refuse_to_parse()
+        return _tokens(batch, mask if rollout_mask is None else rollout_mask, lengths)
+
     config = context.get("config")
     return Rollout(
         base=lambda rows, rewards, mask, index: _base(settings, algorithm, batch, columns, rows),
         scores=scores,
         reward_infos=_reward_infos(settings, columns, rows),
         records=list(columns.get(RECORD_KEY, [None] * rows)),
-        tokens=lambda: _tokens(batch, mask if rollout_mask is None else rollout_mask, lengths),
+        tokens=tokens,
         prompt_ids=lambda row: _prompt(batch, row),
         lengths=lengths,
         padding=padding,
@@ -66,11 +72,26 @@ def rollout_from_batch(
     )
 
 
+def _rejects_tokens(algorithm: Any) -> bool:
+    """Whether rollout correction takes single tokens out of the response mask."""
+    correction = algorithm.get("rollout_correction", None)
+    return correction is not None and "token" in str(correction.get("rollout_rs", None) or "")
+
+
+def _refuse_to_parse() -> None:
+    raise ValueError(
+        "TAPO cannot parse tool calls here: rollout_correction.rollout_rs rejects single tokens, and veRL's V0 trainer "
+        "keeps no response mask from before that, so assistant turns cannot be told apart. Record the calls with the "
+        "agent loop tapo_tool_agent, or use the V1 trainer."
+    )
+
+
 def _reward_infos(settings: TapoSettings, columns: Mapping[str, Any], rows: int) -> Sequence[Mapping[str, Any]]:
-    if "reward_extra_info" in columns:
-        return [info if isinstance(info, Mapping) else {} for info in columns["reward_extra_info"]]
+    # a colocated reward model's extra info comes as columns of its own, beside what the agent loop wrote
     values = columns.get(settings.success_key)
-    return [{}] * rows if values is None else [{settings.success_key: value} for value in values]
+    infos = [{}] * rows if values is None else [{settings.success_key: value} for value in values]
+    nested = columns.get("reward_extra_info", [None] * rows)
+    return [{**info, **more} if isinstance(more, Mapping) else info for info, more in zip(infos, nested, strict=True)]
 
 
 def _tokens(batch: Mapping[str, Any], mask: torch.Tensor, lengths: IntArray) -> Tokens | None:

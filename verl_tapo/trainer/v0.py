@@ -45,8 +45,6 @@ def compute_advantage_hook(wrapped: Callable[..., Any], _: Any, args: Any, kwarg
     rollout = rollout_from_batch(
         load_settings(algorithm), algorithm, data.batch, data.non_tensor_batch, {**context, "metrics": {}, "fields": {}}
     )
-    if rejects_tokens(algorithm):
-        rollout.tokens = _refuse_to_parse
     token = CURRENT.set(rollout)
     try:
         data = wrapped(*args, **kwargs)
@@ -56,20 +54,6 @@ def compute_advantage_hook(wrapped: Callable[..., Any], _: Any, args: Any, kwarg
         data.batch[name] = value
     _pending.update(rollout.metrics)
     return data
-
-
-def rejects_tokens(algorithm: Any) -> bool:
-    """Whether rollout correction takes single tokens out of the response mask."""
-    correction = algorithm.get("rollout_correction", None)
-    return correction is not None and "token" in str(correction.get("rollout_rs", None) or "")
-
-
-def _refuse_to_parse() -> None:
-    raise ValueError(
-        "TAPO cannot parse tool calls here: rollout_correction.rollout_rs rejects single tokens, and veRL's V0 trainer "
-        "keeps no response mask from before that, so assistant turns cannot be told apart. Record the calls with the "
-        "agent loop tapo_tool_agent, or use the V1 trainer."
-    )
 
 
 def compute_data_metrics_hook(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> dict[str, Any]:

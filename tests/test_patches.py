@@ -1,0 +1,94 @@
+"""Each patch of ``patches/`` on the unpacked wheel of its version, the adapters' own tests run against the result."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WHEELS = Path(os.environ.get("VERL_WHEELS", ROOT / ".venv" / "wheels"))
+SEAMS = """
+import importlib, verl, verl_tapo.plugin as plugin
+for seam in plugin.SEAMS:
+    try:
+        importlib.import_module(seam.module)
+    except ImportError:
+        continue
+    print(verl.__file__, "|", seam.module, "|", seam.target, "|", seam.status)
+"""
+
+
+def patched_tree(tmp_path, patch, version):
+    """The wheel's veRL with the patch applied, exactly: no fuzz, no offsets."""
+    wheels = list(WHEELS.glob(f"verl-{version}-*.whl"))
+    if not wheels:
+        message = f"no wheel of verl {version} in {WHEELS}: `make test` downloads it, or set VERL_WHEELS"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        members = [name for name in wheel.namelist() if name.startswith("verl/")]
+        wheel.extractall(tmp_path, members)
+    assert shutil.which("patch"), "the test needs the program `patch`"
+    command = ["patch", "-p1", "--forward", "--fuzz=0", "-i", str(ROOT / "patches" / patch)]
+    applied = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert applied.returncode == 0, applied.stdout + applied.stderr
+    assert "offset" not in applied.stdout
+    assert "fuzz" not in applied.stdout
+    return tmp_path
+
+
+def run(tree, *arguments):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "VERL_USE_EXTERNAL_MODULES": "verl_tapo.plugin",  # how veRL before 0.9 loads a plug-in; harmless later
+    }
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("patch", "version", "tests", "status"),
+    [
+        ("verl-0.8.0.patch", "0.8.0", ["test_trainer_v0.py"], "not needed: veRL is patched"),
+        ("verl-0.9.1.patch", "0.9.1", ["test_trainer_v0.py", "test_trainer_v1.py"], "not needed: veRL is patched"),
+        ("verl-0.9.1-pr7473.patch", "0.9.1", ["test_trainer_v0.py"], "active"),
+    ],
+)
+def test_patch(tmp_path, patch, version, tests, status):
+    tree = patched_tree(tmp_path, patch, version)
+    seams = [line.split(" | ") for line in run(tree, "-c", SEAMS).splitlines() if " | " in line]
+    assert {file for file, *_ in seams} == {str(tree / "verl" / "__init__.py")}
+    statuses = {(module, target): state for _, module, target, state in seams}
+    assert statuses["verl.trainer.ppo.ray_trainer", "compute_advantage"] == status
+    assert statuses["verl.trainer.ppo.ray_trainer", "RayPPOTrainer.__init__"] == "active"
+    if version == "0.9.1":
+        assert statuses["verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_advantage"] == status
+    report = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests))
+    passed = int(report.split(" passed")[0].split()[-1])
+    assert passed >= 35 * len(tests) - 15, report[-2000:]
+
+
+def test_other_estimators_are_untouched_by_the_patch(tmp_path):
+    tree = patched_tree(tmp_path, "verl-0.9.1.patch", "0.9.1")
+    script = """
+import sys, torch
+sys.path.insert(0, "tests")
+from rollouts import data_proto, fake_batch
+import conftest, verl
+from omegaconf import OmegaConf
+from verl.trainer.ppo.ray_trainer import compute_advantage
+tokenizer = conftest._byte_level(conftest.TOOL_TOKENS)
+config = OmegaConf.create({"gdpo_reward_keys": ["acc"], "gamma": 1.0, "lam": 1.0})
+for name in ("grpo", "gdpo", "opo", "grpo_vectorized", "reinforce_plus_plus"):
+    data = data_proto(fake_batch(tokenizer), tokenizer)
+    data.non_tensor_batch["acc"] = data.non_tensor_batch["acc"].astype(float)
+    print(name, compute_advantage(data, name, config=config).batch["advantages"].double().sum().item())
+"""
+    assert run(tree, "-c", script) == run(ROOT, "-c", script)
