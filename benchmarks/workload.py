@@ -34,7 +34,7 @@ def make_batch(
         position = 0
         for _ in range(calls):
             turn = position, position + int(rng.integers(share // 8, share // 3))
-            call = turn[1] - 48, turn[1]
+            call = max(turn[0], turn[1] - 48), turn[1]
             mask[row, turn[0] : turn[1]] = 1
             tool = ("text_search", "text_search", "image_search", "zoom")[rng.integers(4)]
             arguments: dict[str, object]

@@ -41,7 +41,8 @@ def test_a_good_configuration(capsys):
     [
         (["--config", "tapo", "algorithm.tapo.theta=3"], "algorithm.tapo.theta must be a number in [0, 1], got 3"),
         (["+algorithm.tapo.bta=1"], "algorithm.tapo.bta: unknown setting; did you mean 'beta'?"),
-        (["algorithm.tapo.beta=1"], "the configuration does not compose: "),
+        (["algorithm.tapo.beta=1"], "To append to your config use +algorithm.tapo.beta=1"),
+        (["actor_rollout_ref.rollout.n=${oc.env:NO_SUCH}"], "Environment variable 'NO_SUCH' not found"),
         (["--config", "no_such_file.yaml"], "the configuration does not compose: "),
         (["--config", "no_such_name"], "the configuration does not compose: "),
         (["algorithm.adv_estimator=grpo"], "algorithm.adv_estimator=grpo, not tapo"),
@@ -69,6 +70,12 @@ def test_files(capsys, tmp_path):
     code, out = doctor(capsys, "--config", str(composed))
     assert code == 0, out
     assert "beta               0.6" in out
+    for number, text in enumerate(["a: [1\n", "- 1\n", "algorithm: 3\n"]):
+        broken = tmp_path / f"broken{number}.yaml"
+        broken.write_text(text)
+        code, out = doctor(capsys, "--config", str(broken))
+        assert code == 1
+        assert "  - the configuration " in out.split("Problems:")[1]
 
 
 def run(code, **environment):
@@ -88,6 +95,22 @@ def test_without_verl():
     assert done.returncode == 1
     assert "veRL cannot be imported" in done.stdout
     assert "pip install 'verl-tapo[verl]'" in done.stdout
+
+
+def test_a_package_that_v1_needs_is_missing():
+    code = "import sys\nsys.modules['transfer_queue'] = None\n"
+    code += "from verl_tapo.cli import main; raise SystemExit(main(['doctor', *sys.argv[1:]]))"
+    done = run(code)
+    assert done.returncode == 1
+    problems = done.stdout.split("Problems:")[1]
+    assert "PPOTrainer._compute_advantage: not there: import of transfer_queue halted" in problems
+    assert "pip install 'verl-tapo[verl]'" in problems
+    assert done.stderr == ""
+
+
+def test_wrong_usage():
+    with pytest.raises(SystemExit, match="2"):
+        main(["doktor"])
 
 
 def test_a_plugin_that_cannot_load_says_so_on_stderr():

@@ -79,7 +79,7 @@ def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False) -> 
         with contextlib.nullcontext() if verbose else _quiet():
             composed = _compose(config, overrides, findings)
             seams = _examine_seams(composed, findings)
-            settings = [] if composed is None else _examine_config(composed, findings)
+            settings = [] if composed is None else _examine_config_safely(composed, findings)
         _show("Seams", seams)
         _show("Configuration", settings)
     for title, messages in (("Warnings", findings.warnings), ("Problems", findings.problems)):
@@ -146,6 +146,7 @@ def _examine_plugin(findings: Findings) -> tuple[list[tuple[str, str]], bool]:
     from verl_tapo.plugin import TESTED_VERSIONS
 
     version = str(verl.__version__)
+    rows.append(("veRL", f"{version}, {Path(str(verl.__file__)).parent}; tested: {', '.join(TESTED_VERSIONS)}"))
     if not version.startswith(TESTED_VERSIONS):
         findings.warnings.append(f"veRL {version} was not tested; tested: {', '.join(TESTED_VERSIONS)}")
     return rows, True
@@ -153,7 +154,7 @@ def _examine_plugin(findings: Findings) -> tuple[list[tuple[str, str]], bool]:
 
 def _examine_seams(config: Any, findings: Findings) -> list[tuple[str, str]]:
     """Imports every module that is hooked, and shows what became of the hooks."""
-    from verl_tapo.plugin import SEAMS
+    from verl_tapo.plugin import PATCH_MARK, SEAMS
 
     v1 = config is None or bool(config.trainer.get("use_v1", False))
     needed = {
@@ -167,20 +168,22 @@ def _examine_seams(config: Any, findings: Findings) -> list[tuple[str, str]]:
             status = seam.status
         except ImportError as error:
             status = f"not there: {error}"
+        except Exception as error:  # an import that dies of another version of what it imports
+            status = f"FAILED: {type(error).__name__}: {error}"
         failed = status.startswith(("FAILED", "not there"))
         name = f"{seam.module}.{seam.target}" if seam.target else seam.module
         if failed and seam.module in needed:
             findings.problems.append(f"{name}: {status}. For a missing package: pip install 'verl-tapo[verl]'")
         rows.append((name, status))
+    mark = getattr(sys.modules.get("verl.trainer.ppo.ray_trainer"), PATCH_MARK, None)
+    rows.append(("a patch of patches/ in veRL", "no" if mark is None else f"yes, {PATCH_MARK} = {mark}"))
     return rows
 
 
 def _compose(name: str, overrides: Sequence[str], findings: Findings) -> Any:
     """The configuration as the trainer would get it; None, and a problem, where it does not compose."""
     from hydra import compose, initialize_config_dir, initialize_config_module
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     chosen = list(overrides)
     if name == "ppo_trainer" and not any(o.lstrip("+").startswith("algorithm.adv_estimator=") for o in chosen):
@@ -198,10 +201,25 @@ def _compose(name: str, overrides: Sequence[str], findings: Findings) -> Any:
             config = compose("ppo_trainer")
         OmegaConf.set_struct(config, False)
         return OmegaConf.merge(config, loaded, OmegaConf.from_dotlist([o.lstrip("+") for o in chosen]))
-    except (HydraException, OmegaConfBaseException, OSError) as error:
-        first = str(error.__cause__ or error).strip().splitlines()[0]
-        findings.problems.append(f"the configuration does not compose: {first}")
+    except Exception as error:  # Hydra's, OmegaConf's, YAML's, the file system's
+        findings.problems.append(f"the configuration does not compose: {_one_line(error)}")
         return None
+
+
+def _one_line(error: BaseException) -> str:
+    """An error's first paragraph; Hydra and OmegaConf add where in their object tree they were, on lines of its own."""
+    lines = [line.strip() for line in str(error).strip().partition("\n\n")[0].splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    return " ".join(lines) or type(error).__name__
+
+
+def _examine_config_safely(config: Any, findings: Findings) -> list[tuple[str, str]]:
+    """A configuration may have any shape: whatever is raised over it is a problem of its own."""
+    try:
+        return _examine_config(config, findings)
+    except Exception as error:
+        findings.problems.append(f"the configuration cannot be used: {_one_line(error)}")
+        return []
 
 
 def _examine_config(config: Any, findings: Findings) -> list[tuple[str, str]]:
@@ -217,7 +235,7 @@ def _examine_config(config: Any, findings: Findings) -> list[tuple[str, str]]:
     try:
         settings = load_settings(config.algorithm)
     except ValueError as error:
-        findings.problems.append(str(error))
+        findings.problems.append(_one_line(error))
         return rows
     findings.problems += find_problems(config, settings)
     findings.warnings += find_warnings(config)

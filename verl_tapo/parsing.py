@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from verl_tapo.images import resolve_images
 from verl_tapo.steps import MAX_DEPTH, IntArray, ToolStep, canonical
+from verl_tapo.turns import PlainTurns, plain_turns, run_bounds
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ IMAGE_STARTS = (
 IMAGE_PLACEHOLDERS = ("[IMG]", "<image>", "<|image|>")
 """Tokens that are repeated for an image's patches; looked at where the vocabulary has none of `IMAGE_STARTS`."""
 
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Fallback: TypeAlias = Callable[[Sequence[int]], list[tuple[str, str]]]
 Element: TypeAlias = tuple[int, int, str]  # byte span within a block, and the text of the call
 
@@ -421,6 +423,8 @@ class _Vocabulary:
             # SentencePiece puts a space in front of a text and takes it off again.
             self.exact = all(text in (raw, raw.removeprefix(" ")) for raw, text in zip(joined, decoded, strict=True))
             if self.exact:
+                self.lengths = np.zeros(max(self.pieces, default=0) + 2, np.int64)  # the last stands for all others
+                self.lengths[list(self.pieces)] = [len(piece) for piece in self.pieces.values()]
                 return
         logger.warning("%s: its tokens have to be decoded one by one, which is slow", type(tokenizer).__name__)
         anchor = samples[0][-1:]
@@ -543,6 +547,36 @@ class ToolCallParser:
         self._longest = max(len(marker) for marker, _ in self._markers)
         self._table = self._vocabulary.table(self._markers, next(filter(None, found), ()))
 
+    @property
+    def bulk(self) -> bool:
+        """Whether plain turns can be read in bulk: every marker says what it says, wherever it stands."""
+        fmt = self._format
+        simple = fmt is not None and not (fmt.unclosed or fmt.section or fmt.inner) and fmt.elements is _whole
+        return simple and self._vocabulary.exact and self._response_known
+
+    @property
+    def format(self) -> _Format:
+        """The format, or that of a fallback's calls."""
+        return self._format or _FALLBACK
+
+    def piece(self, number: int) -> bytes:
+        """The text of one token."""
+        return self._vocabulary.pieces.get(number, b"")
+
+    def piece_lengths(self, numbers: IntArray) -> IntArray:
+        """The length of each token's text, in bytes."""
+        known = self._vocabulary.lengths
+        lengths: IntArray = known.take(np.where(numbers < 0, len(known) - 1, numbers), mode="clip")
+        return lengths
+
+    def pieces(self, numbers: list[int]) -> list[bytes]:
+        """The text of each token; those outside the vocabulary are nothing."""
+        pieces = self._vocabulary.pieces
+        try:
+            return list(map(pieces.__getitem__, numbers))
+        except KeyError:
+            return [pieces.get(number, b"") for number in numbers]
+
     def calls(self, token_ids: Sequence[int]) -> list[FoundCall]:
         """The calls of one assistant turn, in order; spans are relative to ``token_ids``. No token makes it raise."""
         ids = _flat("token_ids", token_ids)
@@ -568,7 +602,7 @@ class ToolCallParser:
         kinds[images[1:][np.diff(position[images]) == 1]] &= 255 - _IMAGE
         return position, kinds
 
-    def _begins(self, ids: IntArray, place: int, kind: int, limit: int) -> tuple[int, int]:
+    def begins(self, ids: IntArray, place: int, kind: int, limit: int) -> tuple[int, int]:
         """Which of the markers that may begin in the token at ``place`` do, and where they have ended at the latest."""
         pieces = self._vocabulary.pieces
         text = pieces.get(int(ids[place]), b"")
@@ -599,7 +633,7 @@ class ToolCallParser:
             place, kind = places.position[number], places.kind[number]
             until = place + 1
             if kind & _INEXACT:
-                kind, until = self._begins(ids, place, kind, end)
+                kind, until = self.begins(ids, place, kind, end)
             if kind & _OPEN and first < 0:
                 first = place
             if first >= 0 and kind & (_OPEN | _CLOSE):
@@ -629,7 +663,7 @@ class ToolCallParser:
         for number in range(low, high):
             place, kind = places.position[number], places.kind[number]
             if kind & _INEXACT:
-                kind, _ = self._begins(ids, place, kind, end)
+                kind, _ = self.begins(ids, place, kind, end)
             if kind & _IMAGE:
                 images.append(place)
             for marker, bit in self._responses:
@@ -798,17 +832,22 @@ def parse_steps(
         raise ValueError(f"rows must hold one number for each of {len(bounds) - 1} rows, got {len(numbers)}")
 
     position, kinds = parser.places(ids)
-    inside = (position >= bounds[0]) & (position < bounds[-1])
+    keep = (position >= bounds[0]) & (position < bounds[-1])
+    position, kinds = position[keep], kinds[keep]
     policy = mask[position] != 0
-    acting = inside & policy & (kinds & (_OPEN | _CLOSE) != 0)
-    observed = inside & ~policy & (kinds & ~np.uint8(_OPEN | _CLOSE | _INEXACT) != 0)
-    calls_at = _Places(position[acting].tolist(), kinds[acting].tolist())
-    seen_at = _Places(position[observed].tolist(), kinds[observed].tolist())
+    acting = policy & (kinds & (_OPEN | _CLOSE) != 0)
+    observed = ~policy & (kinds & ~np.uint8(_OPEN | _CLOSE | _INEXACT) != 0)
     errors = _Errors(error_markers)
     image_parameters = frozenset(image_parameters)
+    bulk = _Bulk(parser, ids, mask, np.asarray(bounds, dtype=np.int64), errors)
+    if parser.bulk:
+        close_by = bulk.take(position, kinds, acting, observed)
+        acting, observed = acting & close_by, observed & close_by
+    calls_at = _Places(position[acting].tolist(), kinds[acting].tolist())
+    seen_at = _Places(position[observed].tolist(), kinds[observed].tolist())
 
     steps: list[ToolStep] = []
-    malformed = unanswered = unclosed = failed = 0
+    malformed, unanswered, unclosed, failed = bulk.malformed, bulk.unanswered, 0, bulk.failed
     current = -1
     for row, start, end, stop, low, high in _turns(mask, bounds, calls_at.position if parser.native else None):
         calls, open_ended = parser.turn_calls(ids, start, end, calls_at, low, high)
@@ -859,7 +898,106 @@ def parse_steps(
                 history.append(_made_by(answered[block], ordinal - earlier))
             else:
                 history.append(f"unknown {number} {image - origin}")
+    if bulk.steps:
+        current = -1
+        for row, step in bulk.steps:
+            if not image_parameters.isdisjoint(step.arguments):
+                if row != current:
+                    current = row
+                    at_hand = prompt_images(numbers[row]) if prompt_images else ()
+                resolved = resolve_images(step.arguments, image_parameters, at_hand, image_index_base)
+                step = step._replace(arguments=resolved)
+            steps.append(step if numbers[row] == row else step._replace(row=numbers[row]))
+        if len(steps) > len(bulk.steps):
+            place = {number: position for position, number in enumerate(numbers)}
+            steps.sort(key=lambda step: (place[step.row], step.turn[0]))  # stable: calls of a turn stay in order
     return ParsedBatch(steps, malformed, unanswered, unclosed, failed)
+
+
+class _Bulk:
+    """The steps of rows with none but plain turns (see `verl_tapo.turns`), for a whole batch at once."""
+
+    def __init__(self, parser: ToolCallParser, ids: IntArray, mask: IntArray, bounds: IntArray, errors: _Errors):
+        self.parser, self.ids, self.mask, self.bounds, self.errors = parser, ids, mask, bounds, errors
+        self.steps: list[tuple[int, ToolStep]] = []  # with the row, counted from 0
+        self.malformed = self.unanswered = self.failed = 0
+
+    def take(
+        self, position: IntArray, kinds: npt.NDArray[np.uint8], acting: BoolArray, observed: BoolArray
+    ) -> BoolArray:
+        """Reads all plain rows; returns which of the places (K,) are of other rows."""
+        runs = run_bounds(self.mask, self.bounds)
+        odd = (acting | observed) & (kinds & (_INEXACT | _IMAGE) != 0)
+        # Most tokens that may begin a marker begin none.
+        inexact = np.flatnonzero((acting | observed) & (kinds & _INEXACT != 0))
+        limits = runs[np.searchsorted(runs, position[inexact], side="right")]
+        for place, limit in zip(inexact.tolist(), limits.tolist(), strict=True):
+            found, _ = self.parser.begins(self.ids, int(position[place]), int(kinds[place]), limit)
+            odd[place] = found != 0
+        exact = kinds & _INEXACT == 0
+        turns, plain = plain_turns(
+            self.bounds,
+            runs,
+            position,
+            acting & exact & (kinds & _OPEN != 0),
+            acting & exact & (kinds & _CLOSE != 0),
+            observed & exact & (kinds & ~np.uint8(_OPEN | _CLOSE | _INEXACT | _IMAGE) != 0),
+            odd,
+        )
+        self._read(turns)
+        mine: BoolArray = plain[np.searchsorted(self.bounds, position, side="right") - 1]
+        return ~mine
+
+    def _read(self, turns: PlainTurns) -> None:
+        fmt, origin = self.parser.format, self.bounds[turns.row]
+        bodies = self._texts(turns.opening + 1, turns.closing)
+        answers = self._texts(
+            np.where(turns.answer < 0, 0, turns.answer + 1),
+            np.where(turns.answer < 0, 0, np.minimum(turns.answer + _ANSWER_TOKENS, turns.stop)),
+        )
+        heads = tuple(head.encode() for head in self.errors.heads)
+        read: dict[bytes, _Call] = {}  # rollouts of a prompt often make the same call
+        columns = (
+            turns.row,
+            turns.start - origin,
+            turns.end - origin,
+            turns.opening - origin,
+            turns.closing - origin + 1,
+            turns.answer,
+            turns.stop,
+        )
+        for body, answer, row, start, end, opening, closing, answered, stop in zip(
+            bodies, answers, *(column.tolist() for column in columns), strict=True
+        ):
+            call = read.get(body)
+            if call is None:
+                call = read[body] = _read_call(fmt, _decode(body), 0, 0)
+            ok = False
+            if call.error is not None:
+                self.malformed += 1
+            elif answered < 0:
+                self.unanswered += 1
+            else:
+                head = answer.lstrip()
+                ok = len(head) >= _HEAD and head[:1] < b"\x80" and not head.startswith(heads)
+                if not ok:
+                    marker = self.parser.piece(int(self.ids[answered]))
+                    ok = not self.parser.answer_failed(self.ids, answered, stop, marker, self.errors)
+                self.failed += not ok
+            self.steps.append((row, ToolStep(row, call.tool, call.arguments, (start, end), (opening, closing), ok)))
+
+    def _texts(self, start: IntArray, end: IntArray) -> list[bytes]:
+        """The text of the tokens in each of the spans ``[start[k], end[k])``."""
+        if not len(start):
+            return []
+        lengths = np.maximum(end - start, 0)
+        stops = np.cumsum(lengths)
+        chosen = self.ids[np.arange(stops[-1]) + np.repeat(start - (stops - lengths), lengths)]
+        pieces = self.parser.pieces(chosen.tolist())
+        ends = np.concatenate([[0], np.cumsum(self.parser.piece_lengths(chosen))])
+        text = b"".join(pieces)
+        cuts = zip(ends[stops - lengths].tolist(), ends[stops].tolist(), strict=True)
+        return [text[first:last] for first, last in cuts]
 
 
 def _made_by(step: ToolStep, ordinal: int) -> str:
