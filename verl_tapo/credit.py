@@ -263,7 +263,10 @@ def transfer_credit(
     role[eligible & y & (a > 0)] = _WITNESS  # (1)
     role[eligible & ~y & (a < 0)] = _FAILING  # (2)
 
-    matches = _match(columns, trajectories, role, cfg)  # (3) to (6)
+    # The result's copy is memory's work, matching is the interpreter's: they go side by side.
+    with ThreadPoolExecutor(1) as beside:
+        copying = beside.submit(_as_array(base).copy, "C")
+        matches = _match(columns, trajectories, role, cfg)  # (3) to (6)
     compared = (role == _FAILING) & np.isfinite(matches.similarity)
     matches = matches._replace(similarity=np.where(compared, matches.similarity, 0.0))
     found = compared & (matches.component >= 0)
@@ -276,8 +279,7 @@ def transfer_credit(
     gate[corrected] = _CORRECTED
 
     transfer = np.where(corrected, cfg.beta * alpha * matches.reference, 0.0)
-    # On NumPy's view of the memory: thousands of short spans cost a fraction of what tensor operations would.
-    values = _as_array(base).copy(order="C")
+    values = copying.result()
     changed = _lift_advantages(values, _as_array(response_mask), columns, transfer, cfg)  # (8)
     advantages = torch.from_numpy(values).to(base.device, base.dtype)
     return advantages, CreditReport(columns, trajectories, role, gate, matches, alpha, transfer, changed)
@@ -341,6 +343,10 @@ def _as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def _threads(tasks: int) -> int:
+    return max(1, min(_THREADS, os.cpu_count() or 1, tasks))
+
+
 def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, FloatArray]:
     """Per row: the sum of ``base`` under the mask, and the number of mask-1 tokens; both (B,).
 
@@ -365,7 +371,7 @@ def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, Fl
             block *= values[start:end]
             np.matmul(block, ones, out=sums[start:end])
 
-    threads = max(1, min(_THREADS, os.cpu_count() or 1, rows // _ROW_BLOCK))
+    threads = _threads(rows // _ROW_BLOCK)
     bounds = np.linspace(0, rows, threads + 1).astype(int).tolist()
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(add_up, bounds[:-1], bounds[1:]))
@@ -625,10 +631,8 @@ def _lift_advantages(
     amount = amount.astype(values.dtype)
     lengths = spans[:, 1] - spans[:, 0]
     starts = rows * width + spans[:, 0]
-    changed = 0
-    # Block by block of segments: small arrays stay in the cache.
-    blocks = np.flatnonzero(np.diff(lengths.cumsum() // _TOKEN_BLOCK, prepend=-1))
-    for first, last in zip(blocks.tolist(), [*blocks[1:].tolist(), len(rows)], strict=True):
+
+    def lift(first: int, last: int) -> int:
         length, ends = lengths[first:last], lengths[first:last].cumsum()
         # Flat positions of all tokens of these segments, one after the other.
         where = np.arange(ends[-1])
@@ -640,5 +644,9 @@ def _lift_advantages(
         if cfg.clip:
             np.minimum(new, 0, out=new)
         values[where] = np.where(negative, new, old)
-        changed += int(np.count_nonzero(negative))
-    return changed
+        return int(np.count_nonzero(negative))
+
+    # Block by block of segments, which share no token: small arrays stay in the cache.
+    blocks = np.flatnonzero(np.diff(lengths.cumsum() // _TOKEN_BLOCK, prepend=-1)).tolist()
+    with ThreadPoolExecutor(_threads(len(blocks))) as pool:
+        return sum(pool.map(lift, blocks, [*blocks[1:], len(rows)]))

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from verl_tapo.images import resolve_images
 from verl_tapo.steps import MAX_DEPTH, IntArray, ToolStep, canonical
-from verl_tapo.turns import PlainTurns, plain_turns, run_bounds
+from verl_tapo.turns import PlainTurns, in_pieces, plain_turns, run_bounds
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,6 @@ Element: TypeAlias = tuple[int, int, str]  # byte span within a block, and the t
 # Kinds of places, as bits. Two response markers at most: bits 8 and 16.
 _OPEN, _CLOSE, _IMAGE, _RESPONSE, _INEXACT = 1, 2, 4, 8, 128
 _ANSWER_TOKENS, _HEAD = 8, 3  # a first look at an answer; widened where these characters may begin an error
-_CHUNK = 1 << 15  # tokens; few enough to stay in the cache
 _SAMPLES = (
     'Let me look: {"name": "zoom", "arguments": {"image": 0, "bbox": [1, 2.5, -3]}}\n\n',
     "def f(x):\n\treturn  x <= 3 and x != 'a'   # two  spaces\r\n",
@@ -589,13 +588,12 @@ class ToolCallParser:
 
     def places(self, ids: IntArray) -> tuple[IntArray, npt.NDArray[np.uint8]]:
         """Positions (K,), in order, and kinds (K,)."""
-        found = []
-        buffer = np.empty(min(len(ids), _CHUNK), np.uint8)
-        for start in range(0, len(ids), _CHUNK):
-            chunk = ids[start : start + _CHUNK]
-            kinds = self._table.take(chunk, out=buffer[: len(chunk)], mode="clip")
-            found.append(np.flatnonzero(kinds != 0) + start)  # several times faster on booleans
-        position = np.concatenate(found) if found else np.zeros(0, np.int64)
+
+        def marked(start: int, stop: int) -> IntArray:
+            kinds = self._table.take(ids[start:stop], mode="clip")
+            return np.flatnonzero(kinds != 0) + start  # several times faster on booleans
+
+        position = np.concatenate([np.zeros(0, np.int64), *in_pieces(marked, 0, len(ids))])
         kinds = self._table.take(ids[position], mode="clip")
         # A placeholder repeated for an image's patches counts once.
         images = np.flatnonzero(kinds & _IMAGE)
@@ -953,7 +951,7 @@ class _Bulk:
         bodies = self._texts(turns.opening + 1, turns.closing)
         answers = self._texts(
             np.where(turns.answer < 0, 0, turns.answer + 1),
-            np.where(turns.answer < 0, 0, np.minimum(turns.answer + _ANSWER_TOKENS, turns.stop)),
+            np.where(turns.answer < 0, 0, np.minimum(turns.answer + _ANSWER_TOKENS // 2, turns.stop)),
         )
         heads = tuple(head.encode() for head in self.errors.heads)
         read: dict[bytes, _Call] = {}  # rollouts of a prompt often make the same call

@@ -4,6 +4,9 @@ found for a whole batch by array operations; `verl_tapo.parsing` goes through ev
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +14,8 @@ import numpy.typing as npt
 
 from verl_tapo.steps import IntArray
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 16  # tokens
+_THREADS = 4
 
 
 class PlainTurns(NamedTuple):
@@ -26,14 +30,23 @@ class PlainTurns(NamedTuple):
     stop: IntArray  # where the observation ends
 
 
+def in_pieces(function: Callable[[int, int], IntArray], start: int, stop: int) -> list[IntArray]:
+    """What ``function(start, stop)`` gives for pieces of ``[start, stop)`` that stay in the cache; in a few threads."""
+    starts = range(start, stop, _CHUNK)
+    stops = [min(first + _CHUNK, stop) for first in starts]
+    with ThreadPoolExecutor(max(1, min(_THREADS, os.cpu_count() or 1, len(stops)))) as pool:
+        return list(pool.map(function, starts, stops))
+
+
 def run_bounds(mask: IntArray, bounds: IntArray) -> IntArray:
     """Where runs of equal mask begin, row by row, and the last one's end; rows are ``[bounds[r], bounds[r + 1])``."""
-    changes = [bounds]
-    # In pieces that stay in the cache, each with the last token of the one before.
-    for start in range(int(bounds[0]), int(bounds[-1]) - 1, _CHUNK):
-        policy = mask[start : min(start + _CHUNK + 1, int(bounds[-1]))] != 0
-        changes.append(np.flatnonzero(policy[1:] != policy[:-1]) + start + 1)
-    return np.unique(np.concatenate(changes))
+    first, last = int(bounds[0]), int(bounds[-1])
+
+    def changes(start: int, stop: int) -> IntArray:
+        policy = mask[start : min(stop + 1, last)] != 0  # with the first token of the next piece
+        return np.flatnonzero(policy[1:] != policy[:-1]) + start + 1
+
+    return np.unique(np.concatenate([bounds, *in_pieces(changes, first, last)]))
 
 
 def plain_turns(
