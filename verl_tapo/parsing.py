@@ -897,18 +897,19 @@ def parse_steps(
             else:
                 history.append(f"unknown {number} {image - origin}")
     if bulk.steps:
+        if not steps and numbers == list(range(len(numbers))) and image_parameters.isdisjoint(bulk.parameters()):
+            return ParsedBatch(bulk.steps, malformed, unanswered, unclosed, failed)
         current = -1
-        for row, step in bulk.steps:
+        for step in bulk.steps:
             if not image_parameters.isdisjoint(step.arguments):
-                if row != current:
-                    current = row
-                    at_hand = prompt_images(numbers[row]) if prompt_images else ()
+                if step.row != current:
+                    current = step.row
+                    at_hand = prompt_images(numbers[current]) if prompt_images else ()
                 resolved = resolve_images(step.arguments, image_parameters, at_hand, image_index_base)
                 step = step._replace(arguments=resolved)
-            steps.append(step if numbers[row] == row else step._replace(row=numbers[row]))
-        if len(steps) > len(bulk.steps):
-            place = {number: position for position, number in enumerate(numbers)}
-            steps.sort(key=lambda step: (place[step.row], step.turn[0]))  # stable: calls of a turn stay in order
+            steps.append(step._replace(row=numbers[step.row]))
+        place = {number: position for position, number in enumerate(numbers)}
+        steps.sort(key=lambda step: (place[step.row], step.turn[0]))  # stable: calls of a turn stay in order
     return ParsedBatch(steps, malformed, unanswered, unclosed, failed)
 
 
@@ -917,7 +918,7 @@ class _Bulk:
 
     def __init__(self, parser: ToolCallParser, ids: IntArray, mask: IntArray, bounds: IntArray, errors: _Errors):
         self.parser, self.ids, self.mask, self.bounds, self.errors = parser, ids, mask, bounds, errors
-        self.steps: list[tuple[int, ToolStep]] = []  # with the row, counted from 0
+        self.steps: list[ToolStep] = []  # with rows counted from 0
         self.malformed = self.unanswered = self.failed = 0
 
     def take(
@@ -948,41 +949,46 @@ class _Bulk:
 
     def _read(self, turns: PlainTurns) -> None:
         fmt, origin = self.parser.format, self.bounds[turns.row]
-        bodies = self._texts(turns.opening + 1, turns.closing)
-        answers = self._texts(
-            np.where(turns.answer < 0, 0, turns.answer + 1),
-            np.where(turns.answer < 0, 0, np.minimum(turns.answer + _ANSWER_TOKENS // 2, turns.stop)),
-        )
-        heads = tuple(head.encode() for head in self.errors.heads)
         read: dict[bytes, _Call] = {}  # rollouts of a prompt often make the same call
-        columns = (
-            turns.row,
-            turns.start - origin,
-            turns.end - origin,
-            turns.opening - origin,
-            turns.closing - origin + 1,
-            turns.answer,
-            turns.stop,
-        )
-        for body, answer, row, start, end, opening, closing, answered, stop in zip(
-            bodies, answers, *(column.tolist() for column in columns), strict=True
-        ):
+        calls: list[_Call] = []
+        for body in self._texts(turns.opening + 1, turns.closing):
             call = read.get(body)
             if call is None:
                 call = read[body] = _read_call(fmt, _decode(body), 0, 0)
-            ok = False
-            if call.error is not None:
-                self.malformed += 1
-            elif answered < 0:
-                self.unanswered += 1
-            else:
-                head = answer.lstrip()
-                ok = len(head) >= _HEAD and head[:1] < b"\x80" and not head.startswith(heads)
-                if not ok:
-                    marker = self.parser.piece(int(self.ids[answered]))
-                    ok = not self.parser.answer_failed(self.ids, answered, stop, marker, self.errors)
-                self.failed += not ok
-            self.steps.append((row, ToolStep(row, call.tool, call.arguments, (start, end), (opening, closing), ok)))
+            calls.append(call)
+        readable = np.array([call.error is None for call in calls], dtype=bool)
+        answered = turns.answer >= 0
+        ok = readable & answered
+        # Whatever does not begin like an error is none; the others are few, and looked at closely.
+        begin = np.where(answered, turns.answer + 1, 0)
+        end = np.where(answered, np.minimum(turns.answer + _ANSWER_TOKENS // 2, turns.stop), 0)
+        risky = {error[:1].encode()[:1] for error in self.errors.texts} | {b""}
+        doubtful = [head[:1] in risky or head > b"\x7f" for head in map(bytes.lstrip, self._texts(begin, end))]
+        for number in np.flatnonzero(ok & np.array(doubtful, dtype=bool)).tolist():
+            answer, stop = int(turns.answer[number]), int(turns.stop[number])
+            marker = self.parser.piece(int(self.ids[answer]))
+            ok[number] = not self.parser.answer_failed(self.ids, answer, stop, marker, self.errors)
+        self.malformed += int((~readable).sum())
+        self.unanswered += int((readable & ~answered).sum())
+        self.failed += int((readable & answered & ~ok).sum())
+        make = tuple.__new__  # half the time of the named tuple's own constructor
+        self.steps = [
+            make(ToolStep, (row, call.tool, call.arguments, (start, end), (opening, closing), good))
+            for row, call, start, end, opening, closing, good in zip(
+                turns.row.tolist(),
+                calls,
+                (turns.start - origin).tolist(),
+                (turns.end - origin).tolist(),
+                (turns.opening - origin).tolist(),
+                (turns.closing - origin + 1).tolist(),
+                ok.tolist(),
+                strict=True,
+            )
+        ]
+
+    def parameters(self) -> set[str]:
+        """Names of all parameters that occur."""
+        return {name for step in self.steps for name in step.arguments}
 
     def _texts(self, start: IntArray, end: IntArray) -> list[bytes]:
         """The text of the tokens in each of the spans ``[start[k], end[k])``."""

@@ -33,9 +33,14 @@ class PlainTurns(NamedTuple):
 def in_pieces(function: Callable[[int, int], IntArray], start: int, stop: int) -> list[IntArray]:
     """What ``function(start, stop)`` gives for pieces of ``[start, stop)`` that stay in the cache; in a few threads."""
     starts = range(start, stop, _CHUNK)
-    stops = [min(first + _CHUNK, stop) for first in starts]
-    with ThreadPoolExecutor(max(1, min(_THREADS, os.cpu_count() or 1, len(stops)))) as pool:
-        return list(pool.map(function, starts, stops))
+    threads = max(1, min(_THREADS, os.cpu_count() or 1, len(starts)))
+    share = -(-len(starts) // threads)
+
+    def work(thread: int) -> list[IntArray]:
+        return [function(at, min(at + _CHUNK, stop)) for at in starts[thread * share : (thread + 1) * share]]
+
+    with ThreadPoolExecutor(threads) as pool:
+        return [piece for pieces in pool.map(work, range(threads)) for piece in pieces]
 
 
 def run_bounds(mask: IntArray, bounds: IntArray) -> IntArray:
