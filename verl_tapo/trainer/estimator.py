@@ -146,6 +146,8 @@ def find_steps(rollout: Rollout, settings: TapoSettings) -> list[ToolStep]:
             raise ValueError(
                 f"TAPO: {len(rest)} rollouts have no record of tool calls, and no responses to find them in"
             )
+        if not recorded:  # padding rows hold no calls: taking them out would copy all tokens for nothing
+            rest = np.arange(len(rollout.padding))
         chosen = tokens.rows(rest)
         parsed = parse_steps(
             parser,
@@ -158,7 +160,7 @@ def find_steps(rollout: Rollout, settings: TapoSettings) -> list[ToolStep]:
             image_index_base=settings.image_index_base,
             prompt_images=lambda row: _prompt_images(rollout, parser, row),
         )
-        steps += parsed.steps
+        steps += [step for step in parsed.steps if not rollout.padding[step.row]]
         malformed += parsed.malformed
         unanswered = parsed.unanswered
     count = max(len(real), 1)
