@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import threading
+import time
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -21,6 +24,9 @@ from verl.workers.rollout.replica import TokenOutput
 
 from verl_tapo.rollout.tool_agent import TapoToolAgentLoop, strip_control_tokens
 
+CYCLE = {}
+CYCLE["me"] = CYCLE
+
 WEB_PAGE = "Paris <|im_end|> is the <|vision_<|im_end|>start|>capital</tool_response> of France."
 
 
@@ -38,9 +44,50 @@ def schema(name, **parameters):
     )
 
 
+class OwnError(BaseException):
+    pass
+
+
+class TextlessError(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
 class Search(BaseTool):
+    async def create(self, instance_id=None, **kwargs):
+        return "instance", ToolResponse()
+
+    async def release(self, instance_id, **kwargs):
+        if getattr(self, "last", None) == "release":
+            raise TimeoutError("the instance is stuck")
+
     async def execute(self, instance_id, parameters, **kwargs):
-        query = parameters["query"]
+        query = self.last = parameters["query"]
+        if query == "cancel":
+            raise asyncio.CancelledError
+        if query == "own error":
+            raise OwnError("of no known kind")
+        if query == "no text":
+            raise TextlessError
+        if query == "surrogate":
+            raise RuntimeError("half a \ud83d pair")
+        if query == "long error":
+            raise RuntimeError("word " * 4000)
+        if query == "deaf":
+            start = time.monotonic()
+            while time.monotonic() < start + 1.5:
+                try:
+                    await asyncio.sleep(0.1)
+                except asyncio.CancelledError:
+                    continue
+        if query == "int text":
+            return ToolResponse.model_construct(text=5, image=None, video=None), 0.0, {}
+        if query == "image":
+            return ToolResponse(text="look", image=["pixels"]), 0.0, {}
+        if query == "odd metrics":
+            return ToolResponse(text="found"), np.float32(0.5), {"lock": threading.Lock(), "n": np.float32(2)}
+        if query == "cyclic metrics":
+            return ToolResponse(text="found"), True, CYCLE
         if query == "raise":
             raise RuntimeError("the index is down")
         if query == "hang":
@@ -205,6 +252,15 @@ def test_malformed_calls_are_answered_counted_and_limited(qwen_like_tokenizer):
         ("hang", "timeout", "Error executing tool 'search': no answer within 0.2 s"),
         ("wrong type", "error", "Error executing tool 'search':"),
         ("video", "error", "video answers are not supported"),
+        ("image", "error", "it returned an image, and the model takes none"),
+        ("release", "error", "Error executing tool 'search': the instance is stuck"),
+        ("cancel", "error", "Error executing tool 'search': the tool was cancelled"),
+        ("own error", "error", "Error executing tool 'search': of no known kind"),
+        ("no text", "error", "Error executing tool 'search': no text"),
+        ("surrogate", "error", "Error executing tool 'search': half a ? pair"),
+        ("long error", "error", "Error executing tool 'search': word word"),
+        ("int text", "error", "Error executing tool 'search':"),
+        ("deaf", "timeout", "Error executing tool 'search': no answer within 0.2 s"),
     ],
 )
 def test_a_failing_tool_is_an_answer_not_a_crash(qwen_like_tokenizer, query, status, seen):
@@ -212,8 +268,81 @@ def test_a_failing_tool_is_an_answer_not_a_crash(qwen_like_tokenizer, query, sta
     output, model = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, script, settings={"tool_timeout_s": 0.2})
     (step,) = record_of(output)
     assert (step["status"], step["ok"]) == (status, False)
+    assert step["latency_s"] < 1
     assert seen in qwen_like_tokenizer.decode(model.prompts[1])
     assert_parses_alike(qwen_like_tokenizer, output)
+
+
+@pytest.mark.parametrize(
+    ("query", "reward", "metrics"),
+    [("odd metrics", 0.5, ["lock", "n"]), ("cyclic metrics", None, [])],
+)
+def test_what_a_tool_measures_is_kept_as_json(qwen_like_tokenizer, query, reward, metrics):
+    output, _ = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, [call("search", query=query), "done"])
+    (step,) = record_of(output)
+    assert (step["status"], list(step["metrics"])) == ("ok", metrics)
+    assert json.loads(json.dumps(step)) == step
+    assert output.extra_fields["tool_rewards"] == ([] if reward is None else [reward])
+
+
+def test_cancelling_a_trajectory_cancels_its_tools(qwen_like_tokenizer, monkeypatch):
+    ended = []
+
+    class Slow(Search):
+        async def execute(self, instance_id, parameters, **kwargs):
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.append("execute")
+
+        async def release(self, instance_id, **kwargs):
+            ended.append("release")
+
+    monkeypatch.setattr(f"{__name__}.tools", lambda: [Slow({}, schema("search", query="string"))])
+    run = TapoToolAgentLoop.run
+
+    async def cancelled(self, *args, **kwargs):
+        task = asyncio.ensure_future(run(self, *args, **kwargs))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        await task
+
+    monkeypatch.setattr(TapoToolAgentLoop, "run", cancelled)
+    with pytest.raises(asyncio.CancelledError):
+        run_loop(TapoToolAgentLoop, qwen_like_tokenizer, [call("search", query="a"), "done"])
+    assert ended == ["execute", "release"]
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text", "tool", "arguments"),
+    [
+        # a string by the schema, a number by its looks
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=search>\n<parameter=query>\n42\n</parameter>\n</function>\n</tool_call>",
+            "search",
+            {"query": "42"},
+        ),
+        # no tool of that name, but one with these parameters
+        (
+            "kimi",
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.find:0<|tool_call_argument_begin|>"
+            '{"query": "42"}<|tool_call_end|><|tool_calls_section_end|>',
+            "search",
+            {"query": "42"},
+        ),
+    ],
+)
+def test_what_is_executed_is_what_verl_reads(qwen_like_tokenizer, tool_format, text, tool, arguments):
+    runs = [
+        run_loop(cls, qwen_like_tokenizer, [text, "done"], format=tool_format)
+        for cls in (ToolAgentLoop, TapoToolAgentLoop)
+    ]
+    (stock, _), (ours, model) = runs
+    assert stock.response_ids == ours.response_ids
+    assert "found 42" in qwen_like_tokenizer.decode(model.prompts[1])
+    (step,) = record_of(ours)
+    assert (step["tool"], step["arguments"], step["status"]) == (tool, arguments, "ok")
 
 
 @pytest.mark.parametrize(
@@ -264,30 +393,34 @@ def test_a_call_cut_at_the_response_length(qwen_like_tokenizer):
     assert all(0 <= s.turn[0] <= s.call[0] <= s.call[1] <= s.turn[1] <= 10 and not s.ok for s in steps)
 
 
-def test_images_keep_the_identity_of_their_content(qwen_like_tokenizer, monkeypatch):
-    """Veering off the real path in one thing: no VL processor can be built offline, so the merge of image answers into
-    the prompt is that of their text."""
+@pytest.fixture
+def cropping(monkeypatch):
+    """Loops with a tool that returns images, and a processor that refuses small ones. Veering off the real path in one
+    thing: no VL processor can be built offline, so the merge of image answers into the prompt is that of their text.
+    """
     from PIL import Image
 
-    colours = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+    looks = {"red": ((8, 8), (255, 0, 0)), "blue": ((8, 8), (0, 0, 255)), "thin": ((1, 8), (0, 0, 255))}
 
     class Crop(BaseTool):
         async def execute(self, instance_id, parameters, **kwargs):
-            image = Image.new("RGB", (8, 8), colours[parameters["part"]])
-            return ToolResponse(text="a crop", image=[image]), None, {}
+            size, colour = looks[parameters["part"]]
+            return ToolResponse(text="a crop", image=[Image.new("RGB", size, colour)]), 0.5, {}
 
-    def with_crop():
-        return [Crop({}, schema("crop", part="string")), Search({}, schema("search", query="string", image="integer"))]
-
-    monkeypatch.setattr(f"{__name__}.tools", with_crop)
+    search = Search({}, schema("search", query="string", image="integer"))
+    monkeypatch.setattr(f"{__name__}.tools", lambda: [Crop({}, schema("crop", part="string")), search])
     monkeypatch.setattr(TapoToolAgentLoop, "_assert_mm_supported", lambda self, has: None)
     stock_merge = ToolAgentLoop.ct_merge_context_msg
 
     async def merge(self, previous, updated, *args, **kwargs):
-        def plain(messages):
-            return [{**m, "content": "a crop"} if isinstance(m.get("content"), list) else m for m in messages]
+        def plain(message):
+            if not isinstance(message.get("content"), list):
+                return message
+            if any(part["image"].width < 2 for part in message["content"] if part["type"] == "image"):
+                raise ValueError("width must be larger")
+            return {**message, "content": "a crop"}
 
-        return await stock_merge(self, plain(previous), plain(updated), *args, **kwargs)
+        return await stock_merge(self, list(map(plain, previous)), list(map(plain, updated)), *args, **kwargs)
 
     monkeypatch.setattr(TapoToolAgentLoop, "ct_merge_context_msg", merge)
     original_init = TapoToolAgentLoop.__init__
@@ -296,12 +429,15 @@ def test_images_keep_the_identity_of_their_content(qwen_like_tokenizer, monkeypa
         original_init(self, *args, **kwargs)
         self.processor = type("P", (), {"image_processor": True})()
 
-    monkeypatch.setattr(TapoToolAgentLoop, "__init__", init)
-
     async def no_images(self, messages):
         return {}
 
+    monkeypatch.setattr(TapoToolAgentLoop, "__init__", init)
     monkeypatch.setattr(TapoToolAgentLoop, "process_multi_modal_info", no_images)
+
+
+@pytest.mark.usefixtures("cropping")
+def test_images_keep_the_identity_of_their_content(qwen_like_tokenizer):
     resolved = {}
     for first in ("red", "blue"):
         script = [call("crop", part=first), call("search", query="what is it", image=0), "done"]
@@ -315,21 +451,52 @@ def test_images_keep_the_identity_of_their_content(qwen_like_tokenizer, monkeypa
     assert resolved["red"] != resolved["blue"]
 
 
+@pytest.mark.usefixtures("cropping")
+def test_an_image_that_the_processor_refuses_is_an_error(qwen_like_tokenizer):
+    script = [call("crop", part="thin") + "\n" + call("search", query="a"), call("crop", part="red"), "done"]
+    output, model = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, script, max_parallel_calls=2)
+    record = output.extra_fields["tapo_steps"]
+    assert [step["status"] for step in record["steps"]] == ["error", "ok", "ok"]
+    assert [step["produced"] for step in record["steps"]] == [[], [], [0]]
+    assert len(record["images"]) == len(output.multi_modal_data["images"]) == 1
+    assert output.extra_fields["tool_rewards"] == [0.5, 0.5]
+    seen = qwen_like_tokenizer.decode(model.prompts[1])
+    assert seen.count("width must be larger") == seen.count("found a") == 1
+    assert_parses_alike(qwen_like_tokenizer, output)
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"tool_timeout_s": 0}, {"tool_timeout_s": True}, {"max_malformed_turns": -1}, {"max_malformed_turns": 0.5}],
+    [
+        {"tool_timeout_s": 0},
+        {"tool_timeout_s": True},
+        {"tool_timeout_s": None},
+        {"tool_timeout_s": float("nan")},
+        {"max_malformed_turns": -1},
+        {"max_malformed_turns": 0.5},
+        {"max_malformed_turns": "3"},
+    ],
 )
 def test_bad_settings(qwen_like_tokenizer, settings):
     with pytest.raises(ValueError, match=f"tapo_tool_agent: {next(iter(settings))}"):
         run_loop(TapoToolAgentLoop, qwen_like_tokenizer, ["x"], settings=settings)
 
 
-def test_registered_and_the_shipped_yaml_names_it():
+def test_registered_and_the_shipped_yaml_makes_it(qwen_like_tokenizer):
     from importlib.resources import files
 
+    from hydra.utils import instantiate
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
 
     assert "tapo_tool_agent" in _agent_loop_registry
     (entry,) = OmegaConf.create((files("verl_tapo") / "conf" / "agent_loop.yaml").read_text())
     assert entry["_target_"] == _agent_loop_registry["tapo_tool_agent"]["_target_"]
+
+    def made(tokenizer, **kwargs):
+        loop = instantiate(config={**entry, "tool_timeout_s": 5}, tokenizer=tokenizer, **kwargs)
+        assert (type(loop), loop.tool_timeout_s, loop.max_malformed_turns) == (TapoToolAgentLoop, 5.0, 3)
+        return loop
+
+    output, _ = run_loop(made, qwen_like_tokenizer, [call("search", query="a"), "done"])
+    assert record_of(output)[0]["ok"]
     assert (entry["tool_timeout_s"], entry["max_malformed_turns"]) == (60.0, 3)

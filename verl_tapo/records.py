@@ -87,15 +87,15 @@ def recorded_steps(
     """
     if record.get("version") != RECORD_VERSION:
         raise ValueError(f"row {row}: {RECORD_KEY} has version {record.get('version')!r}, expected {RECORD_VERSION}")
-    images = record["images"]
+    images, parameters = record["images"], frozenset(image_parameters)
     steps = []
     for step in record["steps"]:
         (start, end), (call_start, call_end) = step["turn"], step["call"]
         if start >= length:
             continue
-        arguments = resolve_images(
-            step["arguments"], image_parameters, images[: step["images_at_hand"]], image_index_base
-        )
+        arguments = step["arguments"]
+        if not parameters.isdisjoint(arguments):
+            arguments = resolve_images(arguments, parameters, images[: step["images_at_hand"]], image_index_base)
         turn = (start, min(end, length))
         call = (min(call_start, length), min(call_end, length))
         steps.append(ToolStep(row, step["tool"], arguments, turn, call, step["ok"]))

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import re
 import sys
 import time
-from collections.abc import Iterable
-from functools import lru_cache, partial
+from collections.abc import Coroutine, Iterable
+from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 from verl.experimental.agent_loop.agent_loop import register
@@ -29,7 +31,25 @@ from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryReco
 from verl_tapo.trainer.estimator import load_settings
 from verl_tapo.trainer.verl_parser import cached_parser
 
-_TOOL_MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+logger = logging.getLogger(__name__)
+
+# Of the formats that models without such tokens spell out.
+_TOOL_MARKERS = tuple(
+    f"<{slash}{name}>"
+    for name in ("tool_call", "tool_response", "seed:tool_call", "minimax:tool_call")
+    for slash in ("", "/")
+)
+_ERROR_CHARS = 256  # of an error's text are kept, whatever the limit for answers: it must still read as an error
+
+
+class _ToolFailed(Exception):
+    """A call without a usable answer."""
+
+    status: CallStatus = "error"
+
+
+class _NoAnswer(_ToolFailed):
+    status: CallStatus = "timeout"
 
 
 class RecordedCall(FunctionCall):  # type: ignore[misc]
@@ -52,9 +72,11 @@ def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 def strip_control_tokens(text: str, tokenizer: Any) -> str:
     """Text without anything the tokenizer would turn into a control token: a literal image token or end of turn in a
-    web page would break the prompt. Also without tool markers, which would be read as answers.
+    web page would break the prompt. Also without tool markers, which would be read as answers, and without halves of
+    surrogate pairs, which tokenizers refuse.
     """
     pattern = _control_tokens(tokenizer)
+    text = text.encode("utf-8", "replace").decode()
     while (stripped := pattern.sub("", text)) != text:  # taking one out may join another
         text = stripped
     return text
@@ -69,6 +91,35 @@ def _status(text: str, markers: Iterable[str]) -> CallStatus:
 
 def _count(images: Any) -> int:
     return 0 if images is None else len(images) if isinstance(images, list | tuple) else 1
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error) or type(error).__name__
+    except Exception:  # an error whose text fails
+        return type(error).__name__
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _plain(metrics: Any) -> dict[str, Any]:
+    """A tool's metrics as JSON values, because the record crosses processes; empty where they are none."""
+    try:
+        text = json.dumps(
+            metrics,
+            default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value),
+            skipkeys=True,
+            ensure_ascii=False,
+        )
+    except Exception:  # a cycle, or whatever a foreign object's conversion raises
+        return {}
+    return _json_object(text.encode("utf-8", "replace").decode()) or {}
 
 
 @register("tapo_tool_agent")
@@ -88,14 +139,13 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
 
     def __init__(self, *args: Any, tool_timeout_s: float = 60.0, max_malformed_turns: int = 3, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if isinstance(tool_timeout_s, bool) or not 0 < tool_timeout_s < math.inf:
-            raise ValueError(f"tapo_tool_agent: tool_timeout_s must be a positive number, got {tool_timeout_s!r}")
-        if isinstance(max_malformed_turns, bool) or int(max_malformed_turns) != max_malformed_turns:
-            raise ValueError(f"tapo_tool_agent: max_malformed_turns must be whole, got {max_malformed_turns!r}")
-        if max_malformed_turns < 0:
-            raise ValueError(f"tapo_tool_agent: max_malformed_turns must be >= 0, got {max_malformed_turns!r}")
-        self.tool_timeout_s = float(tool_timeout_s)
-        self.max_malformed_turns = int(max_malformed_turns)
+        timeout, turns = tool_timeout_s, max_malformed_turns
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+            raise ValueError(f"tapo_tool_agent: tool_timeout_s must be a positive number, got {timeout!r}")
+        if isinstance(turns, bool) or not isinstance(turns, int) or turns < 0:
+            raise ValueError(f"tapo_tool_agent: max_malformed_turns must be a whole number >= 0, got {turns!r}")
+        self.tool_timeout_s = float(timeout)
+        self.max_malformed_turns = turns
         # The stock loop cuts the list of calls there, silently; `_call_tool` answers those beyond instead.
         self.parallel_limit: int = self.rollout_config.multi_turn.max_parallel_calls
         self.max_parallel_calls = sys.maxsize
@@ -105,7 +155,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
     def _reset(self) -> None:
         self._record = TrajectoryRecord()
         self._malformed_turns = 0
-        self._new_images: dict[int, int] = {}  # by position of the record: images in the answer
+        self._answers: dict[int, tuple[ToolResponse, float | None]] = {}  # of tools, by position of the record
         self._agent_data: Any = None
 
     async def run(self, sampling_params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -158,25 +208,28 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
 
     def _note(self, found: list[FoundCall], start: int, end: int, agent_data: Any) -> list[RecordedCall]:
         """Records a turn's calls; returns them as the stock loop takes them, malformed ones included."""
+        tools: Any = getattr(agent_data, "_active_tools", self.tools)
         stock = list(agent_data.tool_calls)
         well_formed = [call for call in found if call.error is None]
         if len(stock) != len(well_formed):
             stock = []  # veRL reads this turn differently: ours are executed, as recorded
         calls: list[RecordedCall] = []
+        number = 0
         for call in found:
             problem = call.error
-            number = sum(known.problem is None for known in calls)
-            arguments, identity = dict(call.arguments), None
+            name, arguments, identity = call.tool, dict(call.arguments), None
             if stock and problem is None:
-                # veRL converts values by the tool's schema, where the format does not say their types.
-                identity = stock[number].tool_call_id
-                converted = json.loads(stock[number].arguments)
-                arguments = converted if isinstance(converted, dict) else arguments
+                # veRL converts values by the tool's schema, where the format does not say their types, and may tell
+                # which tool is meant by a name that is none.
+                theirs = stock[number]
+                identity = theirs.tool_call_id
+                name = name if name in tools else theirs.name
+                arguments = _json_object(theirs.arguments) or arguments
             position = len(self._record.steps)
             span = (start + call.span[0], start + call.span[1])
             self._record.steps.append(
                 CallRecord(
-                    call.tool,
+                    name,
                     arguments,
                     (start, end),
                     span,
@@ -186,7 +239,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             )
             calls.append(
                 RecordedCall(
-                    name=call.tool,
+                    name=name,
                     arguments=json.dumps(arguments, ensure_ascii=False),
                     tool_call_id=identity,
                     position=position,
@@ -194,53 +247,106 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
                     problem=problem,
                 )
             )
+            number += problem is None
         return calls
 
     async def _handle_processing_tools_state(self, agent_data: Any) -> AgentState:
         calls = list(agent_data.tool_calls)
         image = _count(agent_data.image_data)
-        state = await super()._handle_processing_tools_state(agent_data)
+        messages, rewards = len(agent_data.messages), len(agent_data.tool_rewards)
+        self._answers = {}
+        try:
+            state = await super()._handle_processing_tools_state(agent_data)
+        except Exception as error:
+            if not self._withdraw_images(calls, error):
+                raise
+            del agent_data.messages[messages:], agent_data.tool_rewards[rewards:]
+            state = await super()._handle_processing_tools_state(agent_data)
         for call in calls:
             record = self._record.steps[call.position]
             if state == AgentState.TERMINATED:  # the answers did not fit: the model never saw them
                 record.status = "malformed" if call.problem else "not_executed"
-                continue
-            produced = self._new_images.get(call.position, 0)
-            record.produced = list(range(image, image + produced))
-            image += produced
+            elif call.position in self._answers:
+                produced = _count(self._answers[call.position][0].image)
+                record.produced = list(range(image, image + produced))
+                image += produced
         return state
 
+    def _withdraw_images(self, calls: list[RecordedCall], error: Exception) -> bool:
+        """Makes errors of the answers with images, which the processor refused: a crop one pixel wide, say."""
+        withdrawn = False
+        for call in calls:
+            response, _ = self._answers.get(call.position, (None, None))
+            if response is not None and response.image:
+                failure = _ToolFailed(f"its image cannot be used: {_words(error)}")
+                self._answers[call.position] = self._failed(call, failure), None
+                withdrawn = True
+        return withdrawn
+
+    def _failed(self, call: RecordedCall, error: BaseException) -> ToolResponse:
+        """The answer to a call that failed; its status is recorded."""
+        self._record.steps[call.position].status = error.status if isinstance(error, _ToolFailed) else "error"
+        text = strip_control_tokens(f"Error executing tool '{call.name}': {_words(error)}", self.tokenizer)
+        logger.warning(text)
+        return ToolResponse(text=text[: max(self.max_tool_response_length, _ERROR_CHARS)])
+
+    async def _in_time(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """The result of a tool's call, or `_ToolFailed`."""
+        # In a task of its own, a tool's cancellation is not the trajectory's; and one that does not heed its own is
+        # left behind, where `wait_for` would wait for it.
+        task = asyncio.ensure_future(call)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, so that none is logged
+        try:
+            await asyncio.wait({task}, timeout=self.tool_timeout_s)
+        finally:
+            task.cancel()
+        if not task.done():
+            raise _NoAnswer(f"no answer within {self.tool_timeout_s:g} s")
+        if task.cancelled():
+            raise _ToolFailed("the tool was cancelled")
+        error = task.exception()
+        if error is None or isinstance(error, KeyboardInterrupt | SystemExit):
+            return task.result()
+        raise _ToolFailed(_words(error)) from error
+
     async def _call_tool(self, tool_call: Any, tools_kwargs: dict[str, Any], agent_data: Any) -> Any:
-        record = self._record.steps[tool_call.position]
         if tool_call.problem:
             text = f"{NOT_EXECUTED_PREFIX} The call could not be read: {tool_call.problem}. Write it again, correctly."
             return ToolResponse(text=strip_control_tokens(text, self.tokenizer)), None, {}
+        record = self._record.steps[tool_call.position]
         if tool_call.number >= self.parallel_limit:
             record.status = "over_limit"
             text = (
                 f"{NOT_EXECUTED_PREFIX} A turn may make {self.parallel_limit} call(s). Make this one in the next turn."
             )
             return ToolResponse(text=text), None, {}
-        start = time.perf_counter()
-        stock = partial(super()._call_tool, tool_call, tools_kwargs, agent_data)
+        if tool_call.position not in self._answers:
+            start = time.perf_counter()
+            response, reward = await self._run_tool(tool_call, super()._call_tool(tool_call, tools_kwargs, agent_data))
+            self._answers[tool_call.position] = response, reward
+            record.latency_s = time.perf_counter() - start
+        return *self._answers[tool_call.position], {}
+
+    async def _run_tool(
+        self, call: RecordedCall, answer: Coroutine[Any, Any, Any]
+    ) -> tuple[ToolResponse, float | None]:
+        """A tool's answer, fit for the prompt, and its reward; status and metrics are recorded."""
+        record = self._record.steps[call.position]
         try:
-            response, reward, metrics = await asyncio.wait_for(stock(), self.tool_timeout_s)
-            if response.video:
-                raise TypeError("video answers are not supported")
+            response, reward, metrics = await self._in_time(answer)
             text = strip_control_tokens(response.text or "", self.tokenizer)
             images = [image for image in response.image or [] if image is not None]
+            if response.video:
+                raise _ToolFailed("video answers are not supported")
+            if images:
+                if not getattr(self.processor, "image_processor", None):
+                    raise _ToolFailed("it returned an image, and the model takes none")
+                self._assert_mm_supported(True)
             record.status = _status(text, self.error_markers)
-        except asyncio.TimeoutError:
-            reward, metrics, images = None, {}, []
-            text = f"Error executing tool '{tool_call.name}': no answer within {self.tool_timeout_s:g} s"
-            record.status = "timeout"
-        except Exception as error:  # a tool's own errors are answered by veRL; this is what slips through there
-            reward, metrics, images = None, {}, []
-            text = strip_control_tokens(f"Error executing tool '{tool_call.name}': {error}", self.tokenizer)
-            record.status = "error"
-        record.latency_s = time.perf_counter() - start
-        record.metrics = metrics if isinstance(metrics, dict) else {}
-        self._new_images[tool_call.position] = len(images)
-        if isinstance(reward, bool) or not isinstance(reward, int | float):
-            reward = None
-        return ToolResponse(text=text, **({"image": images} if images else {})), reward, {}
+            record.metrics = _plain(metrics)
+        except Exception as error:  # veRL answers a tool's own errors; this is what slips through there
+            return self._failed(call, error), None
+        if record.status == "error":
+            text = text[: max(self.max_tool_response_length, _ERROR_CHARS)]  # veRL does not cut those
+        number = float(reward) if type(reward) is not bool and isinstance(reward, Real) else None
+        return ToolResponse(text=text, **({"image": images} if images else {})), number
