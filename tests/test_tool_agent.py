@@ -72,7 +72,7 @@ class Search(BaseTool):
         if query == "surrogate":
             raise RuntimeError("half a \ud83d pair")
         if query == "long error":
-            raise RuntimeError("word " * 4000)
+            raise RuntimeError("word " * 4000 + "<|im_" * 60_000 + "end|>" * 60_000)
         if query == "deaf":
             start = time.monotonic()
             while time.monotonic() < start + 1.5:

@@ -40,6 +40,7 @@ _TOOL_MARKERS = tuple(
     for slash in ("", "/")
 )
 _ERROR_CHARS = 256  # of an error's text are kept, whatever the limit for answers: it must still read as an error
+_ANSWER_CHARS = 4096  # of an answer are looked at, or as many as the limit allows and veRL's note that it was cut
 
 
 class _ToolFailed(Exception):
@@ -286,9 +287,13 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
     def _failed(self, call: RecordedCall, error: BaseException) -> ToolResponse:
         """The answer to a call that failed; its status is recorded."""
         self._record.steps[call.position].status = error.status if isinstance(error, _ToolFailed) else "error"
-        text = strip_control_tokens(f"Error executing tool '{call.name}': {_words(error)}", self.tokenizer)
+        text = self._clean(f"Error executing tool '{call.name}': {_words(error)}")
         logger.warning(text)
         return ToolResponse(text=text[: max(self.max_tool_response_length, _ERROR_CHARS)])
+
+    def _clean(self, text: str) -> str:
+        # veRL cuts what a tool returns, but no error; nested tokens in a long one would take forever to strip.
+        return strip_control_tokens(text[: max(self.max_tool_response_length + 64, _ANSWER_CHARS)], self.tokenizer)
 
     async def _in_time(self, call: Coroutine[Any, Any, Any]) -> Any:
         """The result of a tool's call, or `_ToolFailed`."""
@@ -312,7 +317,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
     async def _call_tool(self, tool_call: Any, tools_kwargs: dict[str, Any], agent_data: Any) -> Any:
         if tool_call.problem:
             text = f"{NOT_EXECUTED_PREFIX} The call could not be read: {tool_call.problem}. Write it again, correctly."
-            return ToolResponse(text=strip_control_tokens(text, self.tokenizer)), None, {}
+            return ToolResponse(text=self._clean(text)), None, {}
         record = self._record.steps[tool_call.position]
         if tool_call.number >= self.parallel_limit:
             record.status = "over_limit"
@@ -334,7 +339,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         record = self._record.steps[call.position]
         try:
             response, reward, metrics = await self._in_time(answer)
-            text = strip_control_tokens(response.text or "", self.tokenizer)
+            text = self._clean(response.text or "")
             images = [image for image in response.image or [] if image is not None]
             if response.video:
                 raise _ToolFailed("video answers are not supported")
