@@ -21,7 +21,6 @@ Everything else stays bit for bit as it was.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from verl_tapo.arrays import span_positions, thread_count
 from verl_tapo.config import TapoConfig
 from verl_tapo.similarity import FloatArray, Kernel
 from verl_tapo.steps import IntArray, StepColumns, ToolStep, step_columns
@@ -48,7 +48,6 @@ _NO_GATE, _NO_WITNESS, _BELOW_THETA, _BELOW_ALPHA, _CORRECTED = range(5)
 _ABSENT = object()  # stands for the value of a parameter that a call lacks
 
 _PAIR_BLOCK = 1_000_000  # pairs of calls compared at a time
-_THREADS = 4  # at the most; more do not make memory faster
 _TOKEN_BLOCK = 1 << 16  # tokens corrected at a time
 _ROW_BLOCK = 16  # rows whose masked sums are taken at a time: small enough for the cache
 
@@ -343,10 +342,6 @@ def _as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _threads(tasks: int) -> int:
-    return max(1, min(_THREADS, os.cpu_count() or 1, tasks))
-
-
 def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, FloatArray]:
     """Per row: the sum of ``base`` under the mask, and the number of mask-1 tokens; both (B,).
 
@@ -371,7 +366,7 @@ def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, Fl
             block *= values[start:end]
             np.matmul(block, ones, out=sums[start:end])
 
-    threads = _threads(rows // _ROW_BLOCK)
+    threads = thread_count(rows // _ROW_BLOCK)
     bounds = np.linspace(0, rows, threads + 1).astype(int).tolist()
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(add_up, bounds[:-1], bounds[1:]))
@@ -508,20 +503,21 @@ def _parameters(columns: StepColumns, steps: IntArray, tool: str, cfg: TapoConfi
         if kernel.ignores:
             continue
         given = [call.get(name, _ABSENT) for call in calls]
-        texts: dict[Any, int] | None = None
+        which = np.arange(len(given))  # of the values to prepare, the one each call has
         if set(map(type, given)) == {str}:  # in a batch the same texts come again and again: prepare each once
-            texts = {}
-            of_text = np.array([texts.setdefault(value, len(texts)) for value in given], dtype=np.int64)
+            texts: dict[Any, int] = {}
+            which = np.array([texts.setdefault(value, len(texts)) for value in given], dtype=np.int64)
+            given = list(texts)
         numbers: dict[Hashable, int] = {}
-        of_call = np.full(len(given if texts is None else texts), -1)
-        for position, value in enumerate(given if texts is None else texts):
+        number = np.full(len(given), -1)
+        for position, value in enumerate(given):
             if value is not _ABSENT:
                 try:
-                    of_call[position] = numbers.setdefault(kernel.prepare(value), len(numbers))
+                    number[position] = numbers.setdefault(kernel.prepare(value), len(numbers))
                 except ValueError as error:
-                    step = steps[position if texts is None else given.index(value)]
+                    step = steps[np.flatnonzero(which == position)[0]]
                     raise ValueError(f"steps[{step}]: argument {str(name)!r}: {error}") from None
-        parameters.append(_Parameter(kernel, list(numbers), of_call if texts is None else of_call[of_text]))
+        parameters.append(_Parameter(kernel, list(numbers), number[which]))
     return parameters
 
 
@@ -633,13 +629,10 @@ def _lift_advantages(
     starts = rows * width + spans[:, 0]
 
     def lift(first: int, last: int) -> int:
-        length, ends = lengths[first:last], lengths[first:last].cumsum()
-        # Flat positions of all tokens of these segments, one after the other.
-        where = np.arange(ends[-1])
-        where += np.repeat(starts[first:last] - (ends - length), length)
+        where = span_positions(starts[first:last], lengths[first:last])
         old = values.take(where)
         negative = (old < 0) & (policy.take(where) != 0)
-        new = np.repeat(amount[first:last], length)
+        new = np.repeat(amount[first:last], lengths[first:last])
         new += old
         if cfg.clip:
             np.minimum(new, 0, out=new)
@@ -648,5 +641,5 @@ def _lift_advantages(
 
     # Block by block of segments, which share no token: small arrays stay in the cache.
     blocks = np.flatnonzero(np.diff(lengths.cumsum() // _TOKEN_BLOCK, prepend=-1)).tolist()
-    with ThreadPoolExecutor(_threads(len(blocks))) as pool:
+    with ThreadPoolExecutor(thread_count(len(blocks))) as pool:
         return sum(pool.map(lift, blocks, [*blocks[1:], len(rows)]))

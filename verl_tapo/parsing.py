@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from verl_tapo.arrays import span_positions
 from verl_tapo.images import resolve_images
 from verl_tapo.steps import MAX_DEPTH, IntArray, ToolStep, canonical
 from verl_tapo.turns import PlainTurns, in_pieces, plain_turns, run_bounds
@@ -996,7 +997,7 @@ class _Bulk:
             return []
         lengths = np.maximum(end - start, 0)
         stops = np.cumsum(lengths)
-        chosen = self.ids[np.arange(stops[-1]) + np.repeat(start - (stops - lengths), lengths)]
+        chosen = self.ids[span_positions(start, lengths)]
         pieces = self.parser.pieces(chosen.tolist())
         ends = np.concatenate([[0], np.cumsum(self.parser.piece_lengths(chosen))])
         text = b"".join(pieces)

@@ -4,7 +4,6 @@ found for a whole batch by array operations; `verl_tapo.parsing` goes through ev
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -12,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from verl_tapo.arrays import thread_count
 from verl_tapo.steps import IntArray
 
 _CHUNK = 1 << 16  # tokens
-_THREADS = 4
 
 
 class PlainTurns(NamedTuple):
@@ -33,7 +32,7 @@ class PlainTurns(NamedTuple):
 def in_pieces(function: Callable[[int, int], IntArray], start: int, stop: int) -> list[IntArray]:
     """What ``function(start, stop)`` gives for pieces of ``[start, stop)`` that stay in the cache; in a few threads."""
     starts = range(start, stop, _CHUNK)
-    threads = max(1, min(_THREADS, os.cpu_count() or 1, len(starts)))
+    threads = thread_count(len(starts))
     share = -(-len(starts) // threads)
 
     def work(thread: int) -> list[IntArray]:

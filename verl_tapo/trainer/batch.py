@@ -56,7 +56,7 @@ def rollout_from_batch(
 
     config = context.get("config")
     return Rollout(
-        base=lambda rows, rewards, mask, index: _base(settings, algorithm, batch, columns, rows),
+        base=lambda rows, rewards, mask, index: base_advantages(settings, algorithm, batch, columns, rows),
         scores=scores,
         reward_infos=_reward_infos(settings, columns, rows),
         records=list(columns.get(RECORD_KEY, [None] * rows)),
@@ -108,10 +108,13 @@ def _prompt(batch: Mapping[str, Any], row: int) -> list[int]:
     return [] if prompts is None else [int(token) for token in prompts[row].tolist()]
 
 
-def _base(
+def base_advantages(
     settings: TapoSettings, algorithm: Any, batch: Mapping[str, Any], columns: Mapping[str, Any], chosen: IntArray
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The base estimator on the chosen rows, through the trainer's own function."""
+    """Base advantages and returns of the chosen rows, (R, L) each, through the trainer's own function.
+
+    With a column ``keys`` by its rule for several outputs per session.
+    """
     from tensordict import TensorDict
     from verl.protocol import DataProto
     from verl.trainer.ppo.ray_trainer import compute_advantage

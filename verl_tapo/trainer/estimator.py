@@ -209,13 +209,14 @@ def estimate(
         base[rows], returns[rows] = rollout.base(usable, token_level_rewards, response_mask, index)
     base, returns, poisoned = _without_nan(base, returns)
     dropped = ~finite | poisoned
-    if (dropped & ~rollout.padding).any():
+    lost = np.flatnonzero(dropped & ~rollout.padding)
+    if len(lost):
         logger.warning(
             "TAPO: %d rows have a reward or a base advantage that is not finite, the first is row %d (uid %s): "
             "their advantage is set to 0",
-            int((dropped & ~rollout.padding).sum()),
-            int(np.flatnonzero(dropped & ~rollout.padding)[0]),
-            index[int(np.flatnonzero(dropped & ~rollout.padding)[0])],
+            len(lost),
+            int(lost[0]),
+            index[int(lost[0])],
         )
     based = time.perf_counter()
     success = rollout.success(settings) & ~dropped
@@ -241,7 +242,7 @@ def estimate(
     real = max(int((~rollout.padding).sum()), 1)
     rollout.metrics.update(report.metrics())
     rollout.metrics["tapo/success_rate"] = float((success & ~rollout.padding).sum()) / real
-    rollout.metrics["tapo/dropped_rows"] = float((dropped & ~rollout.padding).sum())
+    rollout.metrics["tapo/dropped_rows"] = float(len(lost))
     rollout.metrics["tapo/ms/base"] = (based - start) * 1e3
     rollout.metrics["tapo/ms/steps"] = (found - based) * 1e3
     rollout.metrics["tapo/ms/credit"] = (done - found) * 1e3

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from verl_tapo.arrays import span_positions
 from verl_tapo.config import TapoSettings
 from verl_tapo.steps import IntArray
 
@@ -33,7 +34,7 @@ class Tokens(NamedTuple):
             return self
         lengths = np.diff(self.offsets)[chosen]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        where = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][chosen] - offsets[:-1], lengths)
+        where = span_positions(self.offsets[:-1][chosen], lengths)
         return Tokens(self.ids[where], self.policy[where], offsets)
 
 

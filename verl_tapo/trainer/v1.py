@@ -7,6 +7,7 @@ data besides and lays it ready for the estimator; the stock method then runs as 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from verl_tapo.config import TapoSettings
 from verl_tapo.records import RECORD_KEY
-from verl_tapo.steps import IntArray
+from verl_tapo.trainer.batch import base_advantages
 from verl_tapo.trainer.check import check_run
 from verl_tapo.trainer.estimator import load_settings
 from verl_tapo.trainer.rollout import CURRENT, Rollout, Sessions, Tokens
@@ -58,8 +59,10 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
     """The rollout of a V1 batch out of TransferQueue, and its (B, nested) response mask."""
     import transfer_queue as tq
 
-    names = ["uid", "response_mask", "responses", "rm_scores", "extra_fields", settings.success_key]
-    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+    def get(*names: str) -> Any:
+        return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(names))
+
+    data = get("response_mask", "rm_scores", "extra_fields", settings.success_key)
     response_mask = data["response_mask"]
     offsets = response_mask.offsets().cpu().numpy().astype(np.int64)
     rows = len(batch)
@@ -72,21 +75,29 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
     padding = np.array([bool(tag.get("is_padding", False)) for tag in batch.tags])
 
     def tokens() -> Tokens | None:
-        if "responses" not in data:
+        stored = get("responses")
+        if "responses" not in stored:
             return None
-        return Tokens(data["responses"].values().cpu().numpy(), response_mask.values().cpu().numpy(), offsets)
+        return Tokens(stored["responses"].values().cpu().numpy(), response_mask.values().cpu().numpy(), offsets)
 
-    def prompt_ids(row: int) -> list[int]:
-        prompt = tq.kv_batch_get(keys=[batch.keys[row]], partition_id=batch.partition_id, select_fields=["prompts"])
-        return [int(token) for token in prompt["prompts"].values().tolist()]
+    @cache
+    def prompts() -> list[list[int]]:
+        return [prompt.tolist() for prompt in get("prompts")["prompts"].unbind()]
 
+    algorithm = trainer.config.algorithm
     rollout = Rollout(
-        base=lambda *given: _base(trainer, settings, batch.keys, *given),
+        base=lambda chosen, rewards, mask, index: base_advantages(
+            settings,
+            algorithm,
+            {"token_level_rewards": rewards, "response_mask": mask},
+            {"uid": index, "keys": batch.keys},
+            chosen,
+        ),
         scores=np.add.reduceat(data["rm_scores"].values().double().cpu().numpy(), offsets[:-1]),
         reward_infos=infos,
         records=[fields.get(RECORD_KEY) for fields in extra],
         tokens=tokens,
-        prompt_ids=prompt_ids,
+        prompt_ids=lambda row: prompts()[row],
         lengths=np.diff(offsets),
         padding=padding,
         sessions=Sessions.from_keys(batch.keys),
@@ -94,39 +105,3 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
         tool_format=trainer.config.actor_rollout_ref.rollout.multi_turn.format,
     )
     return rollout, response_mask
-
-
-def _base(
-    trainer: Any,
-    settings: TapoSettings,
-    keys: list[str],
-    rows: IntArray,
-    token_level_rewards: torch.Tensor,
-    response_mask: torch.Tensor,
-    index: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The base estimator as V1 runs it, its rule for several outputs per session included."""
-    from tensordict import TensorDict
-    from verl.protocol import DataProto
-    from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
-
-    algorithm = trainer.config.algorithm
-    tensors = {"token_level_rewards": token_level_rewards, "response_mask": response_mask}
-    data = DataProto(
-        batch=TensorDict(tensors, batch_size=len(response_mask)),
-        non_tensor_batch={"uid": np.asarray(index, dtype=object)},
-    )
-    if len(rows) < len(response_mask):
-        data = data.select_idxs(rows)
-        keys = [keys[row] for row in rows.tolist()]
-    data = compute_advantage_for_multi_trajectories(
-        data,
-        batch_keys=keys,
-        adv_estimator=settings.base_estimator,
-        gamma=algorithm.gamma,
-        lam=algorithm.lam,
-        num_repeat=trainer.config.actor_rollout_ref.rollout.n,
-        norm_adv_by_std_in_grpo=algorithm.get("norm_adv_by_std_in_grpo", True),
-        config=algorithm,
-    )
-    return data.batch["advantages"], data.batch["returns"]

@@ -1,0 +1,24 @@
+"""Two things that array code here needs in several places."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from verl_tapo.steps import IntArray
+
+_THREADS = 4  # at the most; more do not make memory faster
+
+
+def thread_count(tasks: int) -> int:
+    """How many threads to share ``tasks`` pieces of array work among; at least 1."""
+    return max(1, min(_THREADS, os.cpu_count() or 1, tasks))
+
+
+def span_positions(starts: IntArray, lengths: IntArray) -> IntArray:
+    """The positions in the spans ``[starts[k], starts[k] + lengths[k])``, one span after the other."""
+    ends = lengths.cumsum()
+    positions = np.arange(ends[-1] if len(ends) else 0)
+    positions += np.repeat(starts - (ends - lengths), lengths)
+    return positions
