@@ -32,7 +32,7 @@ $(VENV)/.core: setup.cfg pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --editable '.[verl,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	for version in $(PATCHED); do $(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/wheels verl==$$version || exit 1; done
 	touch $@
 

@@ -1,0 +1,77 @@
+"""Writes the questions as parquet files in veRL's format.
+
+    python examples/quickstart/prepare.py --out examples/quickstart/out/data
+
+``train.parquet`` and ``val.parquet`` ask about the training countries, ``heldout.parquet`` about the others, which
+occur in no training question, in no training image and in no answer of a tool during training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from flags_and_facts.questions import SYSTEM, Question, questions
+from flags_and_facts.search import load_index
+from flags_and_facts.world import Split, World, load_world
+
+TOOLS = ("image_search", "text_search", "zoom")
+
+
+def row(question: Question, world: World, index: int, name: str, searched: Split | None) -> dict[str, Any]:
+    """One question as veRL's `RLHFDataset` reads it; ``searched`` limits what the tools may find."""
+    image = io.BytesIO()
+    question.image(world).save(image, format="PNG")
+    return {
+        "data_source": f"flags_and_facts/{name}",
+        "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"<image>{question.text}"}],
+        "images": [{"bytes": image.getvalue()}],
+        "ability": question.kind,
+        "reward_model": {"style": "rule", "ground_truth": list(question.answers)},
+        "extra_info": {
+            "index": index,
+            "kind": question.kind,
+            "country": world.countries[question.code].name,
+            "need_tools_kwargs": True,
+            "tools_kwargs": {tool: {"create_kwargs": {"split": searched}} for tool in TOOLS},
+        },
+    }
+
+
+def prepare(out: Path, counts: dict[str, int], seed: int = 0) -> None:
+    """Writes ``{name}.parquet`` for each name in ``counts``; no question is in two of them."""
+    out.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    world, index = load_world("train"), load_index("train")
+    asked = questions(world, index, counts["train"] + counts["val"], rng)
+    heldout_world = load_world("heldout")
+    # Held-out questions search among all countries: more to confuse, nothing to help.
+    heldout = questions(heldout_world, load_index(), counts["heldout"], rng)
+    parts: list[tuple[str, list[Question], World, Split | None]] = [
+        ("train", asked[: counts["train"]], world, "train"),
+        ("val", asked[counts["train"] :], world, "train"),
+        ("heldout", heldout, heldout_world, None),
+    ]
+    for name, chosen, of, searched in parts:
+        rows = [row(question, of, number, name, searched) for number, question in enumerate(chosen)]
+        pd.DataFrame(rows).to_parquet(out / f"{name}.parquet")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train", type=int, default=1024, help="number of questions")
+    parser.add_argument("--val", type=int, default=96)
+    parser.add_argument("--heldout", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    prepare(args.out, {"train": args.train, "val": args.val, "heldout": args.heldout}, args.seed)
+    print(*(f"{file}  {file.stat().st_size // 1024} KiB" for file in sorted(args.out.glob("*.parquet"))), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
