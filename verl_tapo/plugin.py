@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 import traceback
 from dataclasses import dataclass, field
@@ -85,6 +86,23 @@ SEAMS = [
         )
     ),
 ]
+
+CPU_SEAMS = [
+    *(
+        Seam(
+            f"transformers.models.{family}.processing_{family}",
+            "",
+            "verl_tapo.cpu.processor:leave_out_video",
+            (),
+            "a Qwen-VL processor needs torchvision for its video part, and veRL goes on without a processor",
+        )
+        for family in ("qwen2_5_vl", "qwen3_vl")
+    ),
+]
+"""Where the CPU platform meets veRL; in `SEAMS` under ``VERL_PLATFORM=cpu`` only."""
+
+if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":  # as veRL reads it
+    SEAMS += CPU_SEAMS
 
 
 def complain(message: str) -> None:

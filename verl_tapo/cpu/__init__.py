@@ -1,0 +1,1 @@
+"""VeRL on a CPU: platform, FSDP2 engine and a rollout replica on transformers. Switched on by ``VERL_PLATFORM=cpu``."""
