@@ -1,4 +1,5 @@
-# make demo: TAPO on a recorded batch.  make test: everything CI runs.  Both set up .venv on a fresh machine.
+# make quickstart: the real trainer on a small task, on a CPU.  make demo: the rule on a recorded batch.
+# make test: everything CI runs.  Each sets up .venv on a fresh machine.
 PYTHON ?= python3
 # A CUDA build, a CPU build: whatever your index serves under this name. Installed first, so that nothing pulls another.
 TORCH ?= torch==2.13.0
@@ -7,7 +8,16 @@ VENV := .venv
 PATCHED := 0.8.0 0.9.1
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint benchmark clean
+# For example: make quickstart ARGS="--loss gspo --steps 40"
+ARGS ?=
+
+.PHONY: quickstart quickstart-compare demo test lint benchmark clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/python examples/quickstart/run.py $(ARGS)
+
+quickstart-compare: $(VENV)/.quickstart
+	$(BIN)/python examples/quickstart/compare.py $(ARGS)
 
 demo: $(VENV)/.core
 	$(BIN)/python examples/recorded_batch/demo.py
@@ -29,6 +39,10 @@ $(VENV)/.core: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.quickstart: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --editable '.[quickstart]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core

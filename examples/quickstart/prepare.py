@@ -20,6 +20,8 @@ from flags_and_facts.search import load_index
 from flags_and_facts.world import Split, World, load_world
 
 TOOLS = ("image_search", "text_search", "zoom")
+COUNTS = {"train": 1024, "val": 96, "heldout": 96}
+"""Questions in each file."""
 
 
 def row(question: Question, world: World, index: int, name: str, searched: Split | None) -> dict[str, Any]:
@@ -64,12 +66,11 @@ def prepare(out: Path, counts: dict[str, int], seed: int = 0) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=1024, help="number of questions")
-    parser.add_argument("--val", type=int, default=96)
-    parser.add_argument("--heldout", type=int, default=96)
+    for name, count in COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, default=count, help="number of questions")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    prepare(args.out, {"train": args.train, "val": args.val, "heldout": args.heldout}, args.seed)
+    prepare(args.out, {name: getattr(args, name) for name in COUNTS}, args.seed)
     print(*(f"{file}  {file.stat().st_size // 1024} KiB" for file in sorted(args.out.glob("*.parquet"))), sep="\n")
 
 

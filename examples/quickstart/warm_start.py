@@ -30,6 +30,8 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from verl_tapo.cpu.processor import save_processor
+
 TOOLS = ("image_search", "text_search", "zoom")
 MADE_UP = 0.75  # of the trajectories
 CONTEXT_WEIGHT = 0.3  # of the loss on what the model does not say itself: answers repeat names, which teaches copying
@@ -149,7 +151,7 @@ def answer_call(said: str, images: list[Image.Image], index: Index) -> tuple[str
     try:
         call = json.loads(said.split("<tool_call>")[1].split("</tool_call>")[0])
         return index.run(call["name"], call["arguments"], images)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"Error: {error}", None
 
 
@@ -233,7 +235,7 @@ def main() -> None:
             print(f"step {step}  loss {np.mean(losses[-50:]):.3f}  {time.time() - start:.0f} s", flush=True)
         if step % 500 == 0 or step == args.steps:
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(args.out)
-            tokenizer.save_pretrained(args.out)
+            save_processor(tokenizer, args.out, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
         if step == args.steps:
             break
 
