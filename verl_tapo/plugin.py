@@ -36,6 +36,8 @@ class Seam:
     """Parameters the target must have for the handler to make sense."""
     reason: str
     replaced_by_patch: bool = False
+    serves: str = "adv_estimator=tapo"
+    """What will not run without it."""
     status: str = field(default="waiting for import", init=False)
 
 
@@ -88,6 +90,69 @@ SEAMS = [
 ]
 
 CPU_SEAMS = [
+    Seam(
+        "verl.plugin.platform.platform_manager",
+        "",
+        "verl_tapo.cpu.registration:register_platform",
+        (),
+        "veRL's platform registry",
+    ),
+    Seam(
+        "verl.workers.engine.fsdp.transformer_impl",
+        "",
+        "verl_tapo.cpu.registration:register_engines",
+        (),
+        "veRL's engine registry; its FSDP engines are registered for cuda and npu",
+    ),
+    Seam(
+        "verl.workers.rollout.replica",
+        "",
+        "verl_tapo.cpu.registration:register_replica",
+        (),
+        "veRL's registry of rollout replicas",
+    ),
+    Seam(
+        "verl.workers.rollout.base",
+        "",
+        "verl_tapo.cpu.registration:register_rollout",
+        (),
+        "veRL's registry of the workers' side of a rollout",
+    ),
+    Seam(
+        "verl.utils.config",
+        "validate_config",
+        "verl_tapo.cpu.check:validate_hook",
+        ("config", "use_reference_policy", "use_critic"),
+        "a configuration for a GPU must stop the run before Ray starts; veRL has no check of a platform's own",
+    ),
+    Seam(
+        "verl.utils.distributed",
+        "initialize_global_process_group_ray",
+        "verl_tapo.cpu.engine:process_group_hook",
+        ("timeout_second", "backend"),
+        "veRL asks torch for the backends cpu:gloo,cpu:gloo, which it refuses",
+    ),
+    Seam(
+        "verl.single_controller.ray.base",
+        "RayWorkerGroup.__init__",
+        "verl_tapo.cpu.engine:worker_group_hook",
+        ("self", "kwargs"),
+        "veRL's master port is one that the system gives to the next connection: every ninth start failed",
+    ),
+    Seam(
+        "verl.trainer.ppo.v1.replay_buffer",
+        "ReplayBuffer._materialize_batch",
+        "verl_tapo.cpu.order:materialize_hook",
+        ("self", "partition_id", "selected_prompt_uids", "partition_snapshot"),
+        "rows come in the order in which rollouts finish: the same rollouts would train to other weights",
+    ),
+    Seam(
+        "verl.utils.dataset.rl_dataset",
+        "RLHFDataset._process_multi_modal_info",
+        "verl_tapo.cpu.images:process_hook",
+        ("messages", "image_patch_size", "config"),
+        "veRL reads images with qwen-vl-utils, which needs torchvision",
+    ),
     *(
         Seam(
             f"transformers.models.{family}.processing_{family}",
@@ -101,6 +166,8 @@ CPU_SEAMS = [
 ]
 """Where the CPU platform meets veRL; in `SEAMS` under ``VERL_PLATFORM=cpu`` only."""
 
+for _seam in CPU_SEAMS:
+    _seam.serves = "VERL_PLATFORM=cpu"
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":  # as veRL reads it
     SEAMS += CPU_SEAMS
 
@@ -169,7 +236,7 @@ def _install(seam: Seam, module: Any) -> None:
     except Exception as error:
         seam.status = f"FAILED: {type(error).__name__}: {error}"
         place = f"{seam.module}.{seam.target}" if seam.target else seam.module
-        complain(f"cannot hook into {place}: {error}. adv_estimator=tapo will not run; `verl-tapo doctor` shows more.")
+        complain(f"cannot hook into {place}: {error}. {seam.serves} will not run; `verl-tapo doctor` shows more.")
 
 
 def _patched() -> bool:

@@ -1,1 +1,4 @@
 """VeRL on a CPU: platform, FSDP2 engine and a rollout replica on transformers. Switched on by ``VERL_PLATFORM=cpu``."""
+
+ROLLOUT_NAME = "transformers"
+"""``actor_rollout_ref.rollout.name``."""

@@ -1,0 +1,115 @@
+"""Genuine runs of veRL's ``main_ppo`` on the CPU platform, as subprocesses."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+
+COLOURS = ("red", "green", "blue", "white", "black", "yellow", "orange", "purple")
+# Varies among the rollouts of a prompt, whatever a random model says.
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    score = sum(map(ord, solution_str)) % 7 / 6
+    return {"score": score, "acc": float(score > 0.5)}
+"""
+PROCESS_OVERHEAD = {"RAY_DEDUP_LOGS": "0", "TOKENIZERS_PARALLELISM": "false", "HYDRA_FULL_ERROR": "1"}
+
+
+@dataclass
+class Run:
+    """What a run left behind."""
+
+    metrics: list[dict[str, float]]
+    """Of each step, from veRL's file logger."""
+    stdout: str
+    folder: Path
+
+    def weights(self):
+        """Of the last checkpoint: (name, tensor) pairs of every rank's shards."""
+        import torch
+
+        step = (self.folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
+        files = sorted((self.folder / "checkpoints" / f"global_step_{step}" / "actor").glob("model_*.pt"))
+        return [
+            (f"{file.name}/{name}", getattr(value, "_local_tensor", value))
+            for file in files
+            for name, value in torch.load(file, weights_only=False).items()
+        ]
+
+
+def write_prompts(path: Path, count: int, images: bool = True) -> Path:
+    """A parquet file of prompts as veRL's `RLHFDataset` reads it, with an image each."""
+    rows = []
+    for index in range(count):
+        buffer = io.BytesIO()
+        Image.new("RGB", (60 + 4 * index, 60), COLOURS[index % len(COLOURS)]).save(buffer, format="PNG")
+        text = f"{'<image>' if images else ''}Which colour is number {index}?"
+        row = {
+            "data_source": "colours",
+            "prompt": [{"role": "user", "content": text}],
+            "reward_model": {"style": "rule", "ground_truth": COLOURS[index % len(COLOURS)]},
+            "extra_info": {"index": index},
+        }
+        rows.append(row | ({"images": [{"bytes": buffer.getvalue()}]} if images else {}))
+    pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+def run_main_ppo(overrides: list[str], folder: Path, env: dict[str, str] | None = None, timeout: float = 300) -> Run:
+    """Runs ``python -m verl.trainer.main_ppo --config-name cpu`` in a folder.
+
+    Args:
+        overrides: Hydra's; ``actor_rollout_ref.model.path`` must be among them. Data and reward function are made here
+            unless ``data.train_files`` is given.
+        folder: for whatever the run writes; made if it does not exist.
+        env: further environment variables.
+        timeout: seconds.
+
+    Raises:
+        AssertionError: if the run fails, with the end of what it said.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(override.startswith("data.train_files=") for override in overrides):
+        prompts = write_prompts(folder / "prompts.parquet", 8)
+        reward = folder / "reward.py"
+        reward.write_text(REWARD)
+        overrides = [
+            f"data.train_files={prompts}",
+            f"data.val_files={prompts}",
+            f"reward.custom_reward_function.path={reward}",
+            *overrides,
+        ]
+    log = folder / "metrics.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "verl.trainer.main_ppo",
+        "--config-name",
+        "cpu",
+        "trainer.logger=[console,file]",
+        f"trainer.default_local_dir={folder / 'checkpoints'}",
+        f"hydra.run.dir={folder / 'hydra'}",
+        *overrides,
+    ]
+    environment = os.environ | PROCESS_OVERHEAD | {"VERL_PLATFORM": "cpu", "VERL_FILE_LOGGER_PATH": str(log)}
+    with (folder / "output.txt").open("w+") as output:
+        code = subprocess.run(
+            command,
+            env=environment | (env or {}),
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=timeout,
+            check=False,
+        ).returncode
+        output.seek(0)
+        said = output.read()
+    assert code == 0, f"main_ppo ended with {code}:\n{said[-6000:]}"
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    return Run([step["data"] for step in steps], said, folder)
