@@ -15,6 +15,7 @@ import math
 import re
 import sys
 import time
+import zlib
 from collections.abc import Coroutine, Iterable
 from functools import lru_cache
 from numbers import Real
@@ -25,6 +26,7 @@ from verl.experimental.agent_loop.tool_agent_loop import AgentState, ToolAgentLo
 from verl.experimental.agent_loop.tool_parser import FunctionCall
 from verl.tools.schemas import ToolResponse
 
+from verl_tapo.cpu import ROLLOUT_NAME
 from verl_tapo.images import content_hash
 from verl_tapo.parsing import NOT_EXECUTED_PREFIX, STOCK_ERRORS, FoundCall, answer_is_error
 from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryRecord
@@ -162,6 +164,10 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
     async def run(self, sampling_params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the stock loop, with the record in ``extra_fields["tapo_steps"]`` of the output."""
         self._reset()
+        if self.rollout_config.name == ROLLOUT_NAME and "session_id" in kwargs:
+            # That engine draws reproducibly if it can tell the rollouts of a prompt apart; others mean by it a seed.
+            number = zlib.crc32(f"{kwargs.get('index')}/{kwargs['session_id']}".encode())
+            sampling_params = {**sampling_params, "seed": number}
         output = await super().run(sampling_params, *args, **kwargs)
         images = getattr(self._agent_data, "image_data", None)
         if self._record.steps and images is not None:
