@@ -1,0 +1,30 @@
+"""``python -m verl.trainer.main_ppo`` itself, on a CPU: Ray, FSDP2, TransferQueue, agent loop, reward, checkpoint."""
+
+import math
+
+import pytest
+from cpu_runs import run_main_ppo
+from tiny_models import save_tiny_model
+
+pytestmark = pytest.mark.timeout(900)
+
+SMALL = [
+    "data.train_batch_size=2",
+    "data.max_prompt_length=128",
+    "data.max_response_length=24",
+    "trainer.total_training_steps=2",
+    "trainer.save_freq=2",
+]
+
+
+def test_two_steps_of_a_vision_model(tmp_path):
+    model = save_tiny_model(tmp_path / "model", "qwen2_5_vl")
+    run = run_main_ppo([f"actor_rollout_ref.model.path={model}", *SMALL], tmp_path / "run")
+    assert len(run.metrics) == 2
+    for step in run.metrics:
+        assert step["training/rollout_probs_diff_max"] < 1e-4
+        assert step["actor/grad_norm"] > 0
+        assert all(math.isfinite(value) for value in step.values())
+    weights = run.weights()
+    assert weights
+    assert all(value.isfinite().all() for _, value in weights)
