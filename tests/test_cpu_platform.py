@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from hydra import compose, initialize_config_module
 from omegaconf import open_dict
 
@@ -142,16 +141,3 @@ def test_images_are_read_in_their_order(tmp_path):
     for block, message in (({"type": "video"}, "videos"), ({"type": "image", "image": "http://x/y.png"}, "in memory")):
         with pytest.raises(ValueError, match=message):
             read_images([{"content": [block]}])
-
-
-def test_torch_threads_are_those_of_this_process():
-    from verl_tapo.cpu.platform import usable_cores, use_cores
-
-    before = torch.get_num_threads()
-    try:
-        use_cores(10**6)
-        assert torch.get_num_threads() == 1
-        use_cores()
-        assert torch.get_num_threads() == usable_cores()
-    finally:
-        torch.set_num_threads(before)

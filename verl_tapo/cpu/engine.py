@@ -6,10 +6,7 @@ import copy
 import random
 from typing import Any
 
-import torch
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
-
-from verl_tapo.cpu.platform import use_cores
 
 PORTS = (20000, 30000)
 """Below the ports that Linux and macOS give to outgoing connections, above those that Ray gives to its workers."""
@@ -19,10 +16,6 @@ class _CpuEngine:
     """What differs from a GPU."""
 
     engine_config: Any
-
-    def initialize(self) -> Any:
-        use_cores(torch.distributed.get_world_size())
-        return super().initialize()  # type: ignore[misc]
 
     def _build_fsdp_module(self, module: Any) -> Any:
         # A reference policy would be offloaded to pinned memory of the CPU: there is none without an accelerator.

@@ -6,7 +6,6 @@ number of processes.
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -18,21 +17,6 @@ import torch
 from verl.plugin.platform.platform_base import PlatformBase
 
 _PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes; of ru_maxrss
-
-
-def usable_cores() -> int:
-    """CPU cores this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def use_cores(processes: int = 1) -> None:
-    """Gives torch this process's share of the cores; Ray leaves it one thread.
-
-    Args:
-        processes: that compute at the same time, >= 1.
-    """
-    torch.set_num_threads(max(1, usable_cores() // processes))
 
 
 def _peak_memory(*_: Any, **__: Any) -> int:

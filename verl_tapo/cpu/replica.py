@@ -39,7 +39,7 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
                 max_concurrency=self.max_concurrency,
                 scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False),
             )
-            .remote(self.config, self.model_config, self.replica_rank, servers=max(1, self.gpus_per_node))
+            .remote(self.config, self.model_config, self.replica_rank)
         )
         await server.set_global_steps.remote(0)  # raises here what its constructor raised
         self.servers = [server]

@@ -20,7 +20,6 @@ from verl.workers.rollout.utils import get_max_position_embeddings, get_vision_p
 
 from verl_tapo.cpu.decoding import Decoder, Request
 from verl_tapo.cpu.inputs import model_inputs
-from verl_tapo.cpu.platform import use_cores
 from verl_tapo.cpu.sampling import Sampling, request_seed
 
 T = TypeVar("T")
@@ -56,10 +55,9 @@ class TransformersServer:
         config: veRL's rollout configuration.
         model_config: veRL's model configuration.
         replica_rank: of this server, from 0.
-        servers: that share this machine's cores.
     """
 
-    def __init__(self, config: Any, model_config: Any, replica_rank: int, servers: int = 1) -> None:
+    def __init__(self, config: Any, model_config: Any, replica_rank: int) -> None:
         self.config: RolloutConfig = omega_conf_to_dataclass(config)
         self.model_config: HFModelConfig = omega_conf_to_dataclass(model_config, dataclass_type=HFModelConfig)
         self.replica_rank = replica_rank
@@ -69,8 +67,6 @@ class TransformersServer:
         self._end_tokens = end_tokens(self.model_config)
         self._siblings: Counter[int] = Counter()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self._thread.submit(use_cores, servers).result()
-        use_cores(servers)
         model = build_model(self.model_config, self.config)
         self._loaded = self.config.load_format != "dummy"
         own = {name: name for name in model.state_dict()}
