@@ -20,10 +20,13 @@ PIECES = [
     ("<tool_response>\nfine, and quite long enough\n</tool_response>", 0),
     ("<tool_response>\nError executing tool 'search': down\n</tool_response>", 0),
     ("<tool_response>ok</tool_response>", 0),
+    ("<tool_response>\x1c Error executing tool 'search': down</tool_response>", 0),
     ("<|vision_start|><|image_pad|><|vision_end|>", 0),
     ("<html> <t <tool", 0),
     ('<tool_call>{"name": "search", "arguments": {}}</tool_call>', 0),
     ("\n", 0),
+    ([-7, 2**40], 1),  # token ids of no vocabulary
+    ([2**40], 0),
 ]
 
 
@@ -55,7 +58,12 @@ def test_bulk_is_turn_by_turn(qwen_like_tokenizer, monkeypatch, data):
     for _ in range(data.draw(st.integers(1, 4))):
         rollout = FakeRollout(qwen_like_tokenizer)
         for text, policy in data.draw(st.lists(st.sampled_from(PIECES), max_size=9)):
-            rollout._add(text, policy)
+            policy *= data.draw(st.sampled_from([1, 7]))  # all but 0 are the policy's
+            if isinstance(text, str):
+                rollout._add(text, policy)
+            else:
+                rollout.ids += text
+                rollout.mask += [policy] * len(text)
         rows.append(rollout)
     assert parse(parser, rows, True, monkeypatch) == parse(parser, rows, False, monkeypatch)
 

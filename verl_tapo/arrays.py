@@ -1,4 +1,4 @@
-"""Two things that array code here needs in several places."""
+"""Some things that array code here needs in several places."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ def span_positions(starts: IntArray, lengths: IntArray) -> IntArray:
     positions = np.arange(ends[-1] if len(ends) else 0)
     positions += np.repeat(starts - (ends - lengths), lengths)
     return positions
+
+
+def sorted_unique(values: IntArray) -> IntArray:
+    """The distinct values, rising. NumPy 2.3 and later hash them instead, which takes twenty times as long."""
+    values = np.sort(values)
+    new = np.append(True, values[1:] != values[:-1])
+    distinct: IntArray = values[new[: len(values)]]
+    return distinct

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from verl_tapo.arrays import span_positions
 from verl_tapo.images import resolve_images
 from verl_tapo.steps import MAX_DEPTH, IntArray, ToolStep, canonical
 from verl_tapo.turns import PlainTurns, in_pieces, plain_turns, run_bounds
@@ -60,6 +59,7 @@ Element: TypeAlias = tuple[int, int, str]  # byte span within a block, and the t
 
 # Kinds of places, as bits. Two response markers at most: bits 8 and 16.
 _OPEN, _CLOSE, _IMAGE, _RESPONSE, _INEXACT = 1, 2, 4, 8, 128
+_BLANK = ord(" ")
 _ANSWER_TOKENS, _HEAD = 8, 3  # a first look at an answer; widened where these characters may begin an error
 _SAMPLES = (
     'Let me look: {"name": "zoom", "arguments": {"image": 0, "bbox": [1, 2.5, -3]}}\n\n',
@@ -401,6 +401,30 @@ class _PrefixLengths(Sequence[int]):
         return len(self._vocabulary.text(self._ids[: index + 1]))
 
 
+class _Columns(NamedTuple):
+    """A vocabulary's tokens by their number, (V + 1,) each; the last entry stands for all other numbers."""
+
+    piece: npt.NDArray[np.object_]
+    """The bytes."""
+    first: npt.NDArray[np.uint8]
+    """The first byte after white space, `_BLANK` where there is none."""
+
+    @classmethod
+    def of(cls, pieces: Mapping[int, bytes]) -> _Columns:
+        size = max(pieces, default=0) + 2
+        columns = cls(np.full(size, b"", object), np.full(size, _BLANK, np.uint8))
+        numbers = list(pieces)
+        columns.piece[numbers] = list(pieces.values())
+        columns.first[numbers] = [(piece.lstrip() or b" ")[0] for piece in pieces.values()]
+        return columns
+
+    def find(self, ids: IntArray) -> IntArray:
+        """Where the columns tell about each of ``ids``."""
+        unsigned = ids.astype(np.int64, copy=False).view(np.uint64)  # negative ones become huge
+        index: IntArray = np.minimum(unsigned, np.uint64(len(self.piece) - 1)).view(np.int64)
+        return index
+
+
 class _Vocabulary:
     """A tokenizer's tokens as bytes.
 
@@ -423,8 +447,7 @@ class _Vocabulary:
             # SentencePiece puts a space in front of a text and takes it off again.
             self.exact = all(text in (raw, raw.removeprefix(" ")) for raw, text in zip(joined, decoded, strict=True))
             if self.exact:
-                self.lengths = np.zeros(max(self.pieces, default=0) + 2, np.int64)  # the last stands for all others
-                self.lengths[list(self.pieces)] = [len(piece) for piece in self.pieces.values()]
+                self.columns = _Columns.of(self.pieces)
                 return
         logger.warning("%s: its tokens have to be decoded one by one, which is slow", type(tokenizer).__name__)
         anchor = samples[0][-1:]
@@ -563,19 +586,10 @@ class ToolCallParser:
         """The text of one token."""
         return self._vocabulary.pieces.get(number, b"")
 
-    def piece_lengths(self, numbers: IntArray) -> IntArray:
-        """The length of each token's text, in bytes."""
-        known = self._vocabulary.lengths
-        lengths: IntArray = known.take(np.where(numbers < 0, len(known) - 1, numbers), mode="clip")
-        return lengths
-
-    def pieces(self, numbers: list[int]) -> list[bytes]:
-        """The text of each token; those outside the vocabulary are nothing."""
-        pieces = self._vocabulary.pieces
-        try:
-            return list(map(pieces.__getitem__, numbers))
-        except KeyError:
-            return [pieces.get(number, b"") for number in numbers]
+    @property
+    def columns(self) -> _Columns:
+        """The vocabulary as columns; of a parser that reads in `bulk`."""
+        return self._vocabulary.columns
 
     def calls(self, token_ids: Sequence[int]) -> list[FoundCall]:
         """The calls of one assistant turn, in order; spans are relative to ``token_ids``. No token makes it raise."""
@@ -949,23 +963,12 @@ class _Bulk:
         return ~mine
 
     def _read(self, turns: PlainTurns) -> None:
-        fmt, origin = self.parser.format, self.bounds[turns.row]
-        read: dict[bytes, _Call] = {}  # rollouts of a prompt often make the same call
-        calls: list[_Call] = []
-        for body in self._texts(turns.opening + 1, turns.closing):
-            call = read.get(body)
-            if call is None:
-                call = read[body] = _read_call(fmt, _decode(body), 0, 0)
-            calls.append(call)
+        origin = self.bounds[turns.row]
+        calls = self._calls(turns.opening + 1, turns.closing)
         readable = np.array([call.error is None for call in calls], dtype=bool)
         answered = turns.answer >= 0
         ok = readable & answered
-        # Whatever does not begin like an error is none; the others are few, and looked at closely.
-        begin = np.where(answered, turns.answer + 1, 0)
-        end = np.where(answered, np.minimum(turns.answer + _ANSWER_TOKENS // 2, turns.stop), 0)
-        risky = {error[:1].encode()[:1] for error in self.errors.texts} | {b""}
-        doubtful = [head[:1] in risky or head > b"\x7f" for head in map(bytes.lstrip, self._texts(begin, end))]
-        for number in np.flatnonzero(ok & np.array(doubtful, dtype=bool)).tolist():
+        for number in np.flatnonzero(ok & self._doubtful(turns)).tolist():
             answer, stop = int(turns.answer[number]), int(turns.stop[number])
             marker = self.parser.piece(int(self.ids[answer]))
             ok[number] = not self.parser.answer_failed(self.ids, answer, stop, marker, self.errors)
@@ -991,18 +994,33 @@ class _Bulk:
         """Names of all parameters that occur."""
         return {name for step in self.steps for name in step.arguments}
 
-    def _texts(self, start: IntArray, end: IntArray) -> list[bytes]:
-        """The text of the tokens in each of the spans ``[start[k], end[k])``."""
-        if not len(start):
-            return []
-        lengths = np.maximum(end - start, 0)
-        stops = np.cumsum(lengths)
-        chosen = self.ids[span_positions(start, lengths)]
-        pieces = self.parser.pieces(chosen.tolist())
-        ends = np.concatenate([[0], np.cumsum(self.parser.piece_lengths(chosen))])
-        text = b"".join(pieces)
-        cuts = zip(ends[stops - lengths].tolist(), ends[stops].tolist(), strict=True)
-        return [text[first:last] for first, last in cuts]
+    def _calls(self, start: IntArray, end: IntArray) -> list[_Call]:
+        """The call in each of the spans ``[start[k], end[k])``; rollouts of a prompt often make the same one."""
+        ids, columns = self.ids.data, self.parser.columns
+        spans = [ids[first:last].tobytes() for first, last in zip(start.tolist(), end.tolist(), strict=True)]
+        calls: dict[bytes, Any] = dict.fromkeys(spans)
+        tokens = np.frombuffer(b"".join(calls), self.ids.dtype)
+        pieces = columns.piece[columns.find(tokens)].tolist()
+        at = 0
+        for span in calls:
+            stop = at + len(span) // tokens.itemsize
+            calls[span] = _read_call(self.parser.format, _decode(b"".join(pieces[at:stop])), 0, 0)
+            at = stop
+        return [calls[span] for span in spans]
+
+    def _doubtful(self, turns: PlainTurns) -> BoolArray:
+        """Which answers may begin like an error as far as their first tokens tell; the others are none."""
+        risky = np.ones(256, dtype=bool)
+        risky[0x21:0x7F] = False  # beyond it there is more white space
+        for text in self.errors.texts:
+            risky[list(text.encode()[:1])] = True
+        columns = self.parser.columns
+        first = np.full(len(turns.answer), _BLANK, np.uint8)
+        for ahead in range(1, _ANSWER_TOKENS):
+            at = turns.answer + ahead
+            blank = np.flatnonzero((first == _BLANK) & (at < turns.stop))
+            first[blank] = columns.first[columns.find(self.ids[at[blank]])]
+        return risky[first]
 
 
 def _made_by(step: ToolStep, ordinal: int) -> str:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from verl_tapo.arrays import thread_count
+from verl_tapo.arrays import sorted_unique, thread_count
 from verl_tapo.steps import IntArray
 
-_CHUNK = 1 << 16  # tokens
+_CHUNK = 1 << 17  # tokens
 
 
 class PlainTurns(NamedTuple):
@@ -47,10 +47,13 @@ def run_bounds(mask: IntArray, bounds: IntArray) -> IntArray:
     first, last = int(bounds[0]), int(bounds[-1])
 
     def changes(start: int, stop: int) -> IntArray:
-        policy = mask[start : min(stop + 1, last)] != 0  # with the first token of the next piece
-        return np.flatnonzero(policy[1:] != policy[:-1]) + start + 1
+        values = mask[start : min(stop + 1, last)]  # with the first token of the next piece
+        return np.flatnonzero(values[1:] != values[:-1]) + (start + 1)
 
-    return np.unique(np.concatenate([bounds, *in_pieces(changes, first, last)]))
+    found = np.concatenate([bounds[:0], *in_pieces(changes, first, last)])
+    # There may be other values than 0 and 1.
+    found = found[(mask[found] != 0) != (mask[found - 1] != 0)]
+    return sorted_unique(np.concatenate([bounds, found]))
 
 
 def plain_turns(
