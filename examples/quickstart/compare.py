@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from run import Failure, Run, parser, read_metrics, summary, train, validation
+from run import Failure, Run, parser, read_metrics, stop_with_me, summary, train, validation
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -55,6 +55,7 @@ def plot(runs: dict[str, list[Run]], file: Path) -> None:
 
 
 def main() -> int:
+    stop_with_me()
     arguments = parser(__doc__ or "")
     arguments.set_defaults(steps=60)
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1], help="one pair of runs for each")

@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,8 +29,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SUCCESS = re.compile(r"val-core/flags_and_facts/(\w+)/acc/mean@\d+")
-MEMORY_GIB = 5  # what a run was seen to need, with a little to spare
-SHARED_MEMORY_GIB = 0.5
+WARNING = re.compile(r"VERL_PLATFORM=cpu: (.+)")  # of verl_tapo.cpu.check: too little memory
 PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")  # veRL picks a free port, and someone else may take it
 
 
@@ -125,21 +125,6 @@ def check(run: Run) -> None:
         file = run.setting(key)
         if file is not None and not Path(file).is_file():
             raise Failure(f"{key}: there is no file {file}")
-    free = _available_memory_gib()
-    if free is not None and free < MEMORY_GIB:
-        raise Failure(f"{free:.1f} GiB of memory are free, a run needs {MEMORY_GIB}")
-    shared = Path("/dev/shm")
-    if shared.is_dir() and shutil.disk_usage(shared).free < SHARED_MEMORY_GIB * 2**30:
-        raise Failure(f"/dev/shm has less than {SHARED_MEMORY_GIB} GiB free, Ray needs them (docker run --shm-size=2g)")
-
-
-def _available_memory_gib() -> float | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) / 2**20
 
 
 def train(run: Run) -> list[dict[str, Any]]:
@@ -183,9 +168,12 @@ def _tail(log: str, lines: int = 15) -> str:
 def _progress(run: Run, process: subprocess.Popen[bytes], start: float) -> Iterator[str]:
     """What to tell, until the process ends."""
     yield f"{run.name}: {run.advantage}, {run.loss} loss, {run.steps} steps; log: {run.log_file}"
-    shown, quiet_since = 0, start
+    shown, quiet_since, warned = 0, start, False
     while True:
         ended = process.poll() is not None
+        if not warned and (warnings := dict.fromkeys(WARNING.findall(run.log_file.read_text(errors="replace")))):
+            warned = True
+            yield from (f"warning: {text}" for text in warnings)
         lines = read_metrics(run.metrics_file)
         for entry in lines[shown:]:
             yield f"{time.monotonic() - start:5.0f} s  {describe(entry)}"
@@ -259,7 +247,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def stop_with_me() -> None:
+    """A terminated run ends its trainer too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def main() -> int:
+    stop_with_me()
     arguments = parser(__doc__ or "")
     arguments.add_argument("--advantage", default="tapo", help="advantage estimator: tapo, or any of veRL's")
     arguments.add_argument("--name", help="of the run's folder")
