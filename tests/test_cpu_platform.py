@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import open_dict
 
 from verl_tapo.cpu.check import problems, shortages
+from verl_tapo.cpu.distributed import worker_group_hook
 from verl_tapo.cpu.images import read_images
 from verl_tapo.cpu.order import in_prompt_order
 
@@ -121,6 +122,16 @@ def test_what_does_not_fit_is_told_with_numbers(config, tmp_path):
         config.ray_kwargs.ray_init.object_store_memory = 2**50
     (shared,) = shortages(config)
     assert "Ray's object store is to have 1048576.00 GiB" in shared
+
+
+def test_the_master_port_is_none_that_a_connection_may_get():
+    def made(**kwargs):
+        return worker_group_hook(lambda **given: given, None, (), kwargs)["master_port_range"]
+
+    ranges = [made(use_gpu=True, master_port_range=None) for _ in range(100)]
+    assert len({start for start, _ in ranges}) > 50
+    assert all(20000 <= start < end <= 30000 for start, end in ranges)
+    assert made(master_port_range=[7, 9]) == [7, 9]
 
 
 def test_rows_follow_the_prompts_then_the_numbers():

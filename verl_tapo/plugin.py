@@ -128,14 +128,14 @@ CPU_SEAMS = [
     Seam(
         "verl.utils.distributed",
         "initialize_global_process_group_ray",
-        "verl_tapo.cpu.engine:process_group_hook",
+        "verl_tapo.cpu.distributed:process_group_hook",
         ("timeout_second", "backend"),
         "veRL asks torch for the backends cpu:gloo,cpu:gloo, which it refuses",
     ),
     Seam(
         "verl.single_controller.ray.base",
         "RayWorkerGroup.__init__",
-        "verl_tapo.cpu.engine:worker_group_hook",
+        "verl_tapo.cpu.distributed:worker_group_hook",
         ("self", "kwargs"),
         "veRL's master port is one that the system gives to the next connection: every ninth start failed",
     ),
