@@ -175,15 +175,16 @@ class TransformersServer:
             except Exception as error:
                 await self._in_thread(self._decoder.abort)
                 for future in self._futures.values():
-                    future.set_exception(error)
+                    if not future.done():
+                        future.set_exception(error)
                 self._futures.clear()
                 return
             self._resolve(done)
 
     def _resolve(self, done: list[Request]) -> None:
         for request in done:
-            future = self._futures.pop(id(request))
-            if not future.done():
+            future = self._futures.pop(id(request), None)
+            if future is not None and not future.done():  # the one who asked may have gone
                 future.set_result(request)
 
     def _output(self, tokens: list[int], log_probs: list[float] | None, reason: str | None) -> TokenOutput:
