@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from verl_tapo.steps import IntArray
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 _THREADS = 4  # at the most; more do not make memory faster
 
@@ -30,3 +34,9 @@ def sorted_unique(values: IntArray) -> IntArray:
     new = np.append(True, values[1:] != values[:-1])
     distinct: IntArray = values[new[: len(values)]]
     return distinct
+
+
+def numbered(values: Sequence[_Key]) -> tuple[dict[_Key, int], IntArray]:
+    """A number for each distinct value, in the order in which they come, and the numbers of all ``values``."""
+    number = {value: position for position, value in enumerate(dict.fromkeys(values))}
+    return number, np.fromiter(map(number.__getitem__, values), np.int64, len(values))

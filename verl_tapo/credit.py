@@ -25,13 +25,14 @@ import re
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from verl_tapo.arrays import span_positions, thread_count
+from verl_tapo.arrays import numbered, sorted_unique, span_positions, thread_count
 from verl_tapo.config import TapoConfig
 from verl_tapo.similarity import FloatArray, Kernel
 from verl_tapo.steps import IntArray, StepColumns, ToolStep, step_columns
@@ -301,9 +302,8 @@ def _describe(value: Any) -> str:
 
 
 def _codes(name: str, values: Any) -> IntArray:
-    codes: dict[Hashable, int] = {}
     try:
-        return np.array([codes.setdefault(value, len(codes)) for value in values], dtype=np.int64)
+        return numbered(list(values))[1]
     except TypeError:
         for row, value in enumerate(values):
             if not isinstance(value, Hashable):
@@ -457,13 +457,12 @@ def _match(columns: StepColumns, t: _Trajectories, role: IntArray, cfg: TapoConf
 def _distinct_pairs(first: IntArray, second: IntArray) -> IntArray:
     """(2, K) the distinct pairs of non-negative ``(first[k], second[k])``, sorted."""
     width = int(second.max(initial=0)) + 1
-    return np.stack(np.divmod(np.unique(first * width + second), width))
+    return np.stack(np.divmod(sorted_unique(first * width + second), width))
 
 
 def _distinct_calls(columns: StepColumns, group: IntArray, role: IntArray, cfg: TapoConfig) -> _Calls:
     """Equal calls become one node, within the tools and scopes that have both witnesses and failing steps."""
-    code: dict[str, int] = {}
-    tool = np.array([code.setdefault(name, len(code)) for name in columns.tool], dtype=np.int64)
+    code, tool = numbered(columns.tool)
     place = tool if cfg.scope == "batch" else tool * (group.max(initial=0) + 1) + group
     contested = np.intersect1d(place[role == _WITNESS], place[role == _FAILING])
     in_play = np.flatnonzero(np.isin(place, contested) & (role != _NONE))
@@ -498,15 +497,14 @@ def _parameters(columns: StepColumns, steps: IntArray, tool: str, cfg: TapoConfi
     """The parameters of one tool that count, with each step's value as a number."""
     calls = [columns.arguments[step] for step in steps.tolist()]
     parameters = []
-    for name in dict.fromkeys(name for call in calls for name in call):
+    for name in dict.fromkeys(chain.from_iterable(calls)):
         kernel = cfg.kernel(tool, str(name))
         if kernel.ignores:
             continue
         given = [call.get(name, _ABSENT) for call in calls]
         which = np.arange(len(given))  # of the values to prepare, the one each call has
         if set(map(type, given)) == {str}:  # in a batch the same texts come again and again: prepare each once
-            texts: dict[Any, int] = {}
-            which = np.array([texts.setdefault(value, len(texts)) for value in given], dtype=np.int64)
+            texts, which = numbered(given)
             given = list(texts)
         numbers: dict[Hashable, int] = {}
         number = np.full(len(given), -1)
@@ -578,7 +576,7 @@ def _segments(columns: StepColumns, transfer: FloatArray, cfg: TapoConfig) -> tu
     parallel calls is corrected only as far as its weakest call [ours].
     """
     spans = columns.span(cfg.token_scope)
-    gaining = np.unique(columns.row[transfer > 0])
+    gaining = sorted_unique(columns.row[transfer > 0])
     steps = np.flatnonzero(np.isin(columns.row, gaining) & (spans[:, 0] < spans[:, 1]))
     if not len(steps):
         return np.zeros(0, np.int64), np.zeros((0, 2), np.int64), np.zeros(0)
