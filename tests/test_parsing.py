@@ -11,10 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from verl_tapo.formats import MALFORMED, MAX_CALL_CHARS, NATIVE_FORMATS
 from verl_tapo.parsing import (
-    MALFORMED,
-    MAX_CALL_CHARS,
-    NATIVE_FORMATS,
     NOT_EXECUTED_PREFIX,
     STOCK_ERRORS,
     ToolCallParser,

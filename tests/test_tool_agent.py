@@ -10,7 +10,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl_tapo.parsing import MALFORMED, parse_steps
+from verl_tapo.formats import MALFORMED
+from verl_tapo.parsing import parse_steps
 from verl_tapo.records import recorded_steps
 
 pytest.importorskip("verl.experimental.agent_loop")

@@ -1,8 +1,7 @@
 """Tool-use steps out of a rollout's tokens, for rollouts that did not record them.
 
-What counts as a call, its name and its arguments agree with veRL's own parser of the same name
-(``verl/experimental/agent_loop/tool_parser.py``, the contract). Different from it, a call that cannot be used is not
-dropped but returned as `MALFORMED`, and every call comes with its exact span in tokens.
+What a call looks like is `verl_tapo.formats`' business; every call comes with its exact span in tokens, those that
+cannot be used as `MALFORMED` ones.
 
 Speed: a table over the vocabulary flags the few token ids in which a marker may begin, so that one ``take`` over the
 flat batch finds every place worth looking at; only the tokens between markers are ever turned into text, by joining
@@ -12,7 +11,6 @@ the bytes of their tokens.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from bisect import bisect_left, bisect_right
@@ -25,16 +23,13 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from verl_tapo.formats import FALLBACK, FORMATS, MALFORMED, NATIVE_FORMATS, Call, Format, decode, read_call, read_text
 from verl_tapo.images import resolve_images
-from verl_tapo.steps import MAX_DEPTH, IntArray, ToolStep, canonical
+from verl_tapo.steps import IntArray, ToolStep, canonical
 from verl_tapo.turns import PlainTurns, in_pieces, plain_turns, run_bounds
 
 logger = logging.getLogger(__name__)
 
-MALFORMED = "(malformed)"
-"""Tool name of a call that could not be parsed."""
-MAX_CALL_CHARS = 65536
-"""Longest text of a call that is parsed."""
 STOCK_ERRORS = ("Unknown function '", "Invalid JSON in arguments for '", "Error executing tool '")
 """How the answers of veRL's stock loop begin where a call failed (``tool_agent_loop.py``, ``_call_tool``)."""
 NOT_EXECUTED_PREFIX = "[tool call not executed]"
@@ -55,7 +50,6 @@ IMAGE_PLACEHOLDERS = ("[IMG]", "<image>", "<|image|>")
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Fallback: TypeAlias = Callable[[Sequence[int]], list[tuple[str, str]]]
-Element: TypeAlias = tuple[int, int, str]  # byte span within a block, and the text of the call
 
 # Kinds of places, as bits. Two response markers at most: bits 8 and 16.
 _OPEN, _CLOSE, _IMAGE, _RESPONSE, _INEXACT = 1, 2, 4, 8, 128
@@ -79,289 +73,6 @@ class FoundCall(NamedTuple):
     """Half-open token span, from the first token of the opening marker to the last one of the closing marker."""
     error: str | None
     """Why the call is malformed, short; None where it is fine."""
-
-
-class _BadCall(Exception):
-    """A call that cannot be used. ``dropped``: veRL's parser would not return it either."""
-
-    def __init__(self, why: str, dropped: bool = False):
-        super().__init__(why)
-        self.dropped = dropped
-
-
-class _Call(NamedTuple):
-    """A call within a text: like `FoundCall`, with a byte span, and whether veRL's parser drops it."""
-
-    tool: str
-    arguments: dict[str, Any]
-    start: int
-    end: int
-    error: str | None
-    dropped: bool
-
-    def public(self) -> FoundCall:
-        return FoundCall(self.tool, self.arguments, (self.start, self.end), self.error)
-
-
-# --- What the formats look like -------------------------------------------------------------------------------------
-
-
-_scan: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
-
-
-def _loads(text: str) -> Any:
-    """``json.loads``, less its overhead on the small texts met here."""
-    stripped = text.strip(" \t\n\r")
-    try:
-        value, end = _scan(stripped, 0)
-        if end == len(stripped):
-            return value
-    except (ValueError, StopIteration):
-        pass
-    return json.loads(text)  # for its error message
-
-
-def _value(text: str) -> Any:
-    """A value without a schema: JSON where it is, else the text."""
-    try:
-        return _loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _read_json_call(text: str) -> tuple[str, Any]:
-    try:
-        call = _loads(text)
-    except RecursionError:
-        raise _BadCall("the call is nested too deeply", dropped=True) from None
-    except ValueError as error:
-        raise _BadCall(f"the call is not valid JSON: {str(error)[:200]}", dropped=True) from None
-    if not isinstance(call, dict):
-        raise _BadCall("the call is not a JSON object", dropped=True)
-    if not isinstance(call.get("name"), str):
-        raise _BadCall("the call has no 'name' that is a string", dropped=True)
-    if "arguments" not in call:
-        raise _BadCall("the call has no 'arguments'", dropped=True)
-    return call["name"], call["arguments"]
-
-
-def _read_arguments(text: str) -> tuple[str, Any]:
-    try:
-        return "", _loads(text)
-    except (ValueError, RecursionError):
-        raise _BadCall("the arguments are not valid JSON") from None
-
-
-# Names and keys are bounded (veRL's are not): without a bound, repeated markers cost quadratic time.
-_GLM_PAIR = re.compile(r"<arg_key>(.{0,256}?)</arg_key>[^\S\x1c-\x1f]*<arg_value>", re.DOTALL)
-_SEED_FUNCTION = re.compile(r"<function=([^>\n]{1,256})>")
-_SEED_PARAMETER = re.compile(r"<parameter=([^>\n]{1,256})>")
-_MINIMAX_INVOKE = re.compile(rb'<invoke name="[^"]{1,256}">')
-_MINIMAX_PARAMETER = re.compile(r'<parameter name="([^"]{1,256})">')
-_KIMI_NAME = re.compile(r"functions\.(.+):\d+", re.DOTALL)
-
-
-def _pairs(text: str, head: re.Pattern[str], tail: str) -> dict[str, Any]:
-    """Arguments written as ``head value tail``, the name being the head's group."""
-    arguments = {}
-    at = 0
-    while (match := head.search(text, at)) and (end := text.find(tail, match.end())) >= 0:
-        arguments[match[1].strip()] = _value(text[match.end() : end].strip())
-        at = end + len(tail)
-    return arguments
-
-
-def _read_glm(text: str) -> tuple[str, Any]:
-    first = text.find("<arg_key>")
-    if first < 0:
-        return text.strip(), {}
-    return text[:first].strip(), _pairs(text[first:], _GLM_PAIR, "</arg_value>")
-
-
-def _read_seed(text: str) -> tuple[str, Any]:
-    match = _SEED_FUNCTION.search(text)
-    end = text.find("</function>", match.end()) if match else -1
-    if match is None or end < 0:
-        raise _BadCall("the call has no <function=...> ... </function>", dropped=True)
-    return match[1].strip(), _pairs(text[match.end() : end], _SEED_PARAMETER, "</parameter>")
-
-
-def _read_minimax(text: str) -> tuple[str, Any]:
-    match = re.match(r'<invoke name="([^"]+)">', text)
-    if match is None:
-        raise _BadCall('the call has no <invoke name="..."> ... </invoke>', dropped=True)
-    return match[1].strip(), _pairs(text[match.end() :], _MINIMAX_PARAMETER, "</parameter>")
-
-
-def _read_qwen3_coder(text: str) -> tuple[str, Any]:
-    name, separator, rest = text.partition(">")
-    if not separator:
-        raise _BadCall("the call has no <function=...>", dropped=True)
-    arguments = {}
-    at = rest.find("<parameter=")
-    while at >= 0:
-        start = at + len("<parameter=")
-        end = rest.find("</parameter>", start)
-        # Not closed: up to the end, where veRL's `$` leaves out one line break.
-        key, separator, value = (rest[start:end] if end >= 0 else rest[start:].removesuffix("\n")).partition(">")
-        if separator:
-            value = value.removeprefix("\n").removesuffix("\n")
-            arguments[key] = None if value.lower() == "null" else _value(value)
-        at = rest.find("<parameter=", end) if end >= 0 else -1
-    return name, arguments
-
-
-def _read_kimi(text: str) -> tuple[str, Any]:
-    name, separator, raw = text.partition("<|tool_call_argument_begin|>")
-    if not separator:
-        raise _BadCall("the call has no <|tool_call_argument_begin|>", dropped=True)
-    name = name.strip()
-    # Kimi calls tools `functions.NAME:NUMBER`; veRL finds the tool whose name that contains.
-    match = _KIMI_NAME.fullmatch(name)
-    arguments = _value(raw.strip())
-    # As veRL: arguments that cannot be read are none, and the tool is called.
-    return match[1] if match else name, arguments if isinstance(arguments, dict) else {}
-
-
-def _whole(block: bytes) -> list[Element]:
-    """A block that is one call."""
-    return [(0, len(block), _decode(block))]
-
-
-def _functions(block: bytes) -> list[Element]:
-    """Calls ``<function=...</function>`` of a block; the last one need not be closed."""
-    found = []
-    at = block.find(b"<function=")
-    while at >= 0:
-        start = at + len(b"<function=")
-        end = block.find(b"</function>", start)
-        stop = end + len(b"</function>") if end >= 0 else len(block)
-        found.append((at, stop, _decode(block[start : end if end >= 0 else stop])))
-        at = block.find(b"<function=", stop)
-    return found
-
-
-def _invokes(block: bytes) -> list[Element]:
-    """Calls ``<invoke name="...">...</invoke>`` of a block, and what lies between them and looks like one."""
-    found = []
-    at = 0
-    while at < len(block):
-        match = _MINIMAX_INVOKE.search(block, at)
-        end = block.find(b"</invoke>", match.end()) if match else -1
-        start = match.start() if match and end >= 0 else len(block)
-        if (bad := block.find(b"<invoke", at, start)) >= 0:
-            found.append((bad, start, ""))
-        at = end + len(b"</invoke>") if start < len(block) else start
-        if start < at:
-            found.append((start, at, _decode(block[start:end])))
-    return found
-
-
-class _Format(NamedTuple):
-    """A tool-call format: blocks ``opening ... (inner ...) closing`` with one or more calls each."""
-
-    opening: bytes
-    closing: bytes
-    read: Callable[[str], tuple[str, Any]]
-    elements: Callable[[bytes], list[Element]] = _whole
-    inner: bytes = b""
-    """Must stand between opening and closing."""
-    section: bytes = b""
-    """Must stand somewhere in the turn."""
-    unclosed: bool = False
-    """A block may be closed by the turn's end."""
-    responses: tuple[bytes, ...] = (b"<tool_response>",)
-    """What an answer of a tool begins with, the preferred one first; two at most."""
-
-
-_FORMATS = {
-    "hermes": _Format(b"<tool_call>", b"</tool_call>", _read_json_call),
-    "qwen3_coder": _Format(b"<tool_call>", b"</tool_call>", _read_qwen3_coder, _functions, unclosed=True),
-    "glm": _Format(b"<tool_call>", b"</tool_call>", _read_glm, responses=(b"<tool_response>", b"<|observation|>")),
-    "seed": _Format(
-        b"<seed:tool_call>", b"</seed:tool_call>", _read_seed, responses=(b"<seed:bos>tool", b"<tool_response>")
-    ),
-    "minimax": _Format(
-        b"<minimax:tool_call>", b"</minimax:tool_call>", _read_minimax, _invokes, responses=(b"<response>",)
-    ),
-    "kimi": _Format(
-        b"<|tool_call_begin|>",
-        b"<|tool_call_end|>",
-        _read_kimi,
-        inner=b"<|tool_call_argument_begin|>",
-        section=b"<|tool_calls_section_begin|>",
-        responses=(b"## Return of",),
-    ),
-}
-_FALLBACK = _Format(b"", b"", _read_arguments)
-NATIVE_FORMATS: tuple[str, ...] = tuple(_FORMATS)
-"""Formats that are parsed here, with exact spans."""
-
-
-def _decode(data: bytes) -> str:
-    # A character has four bytes at most: text beyond is too long to be parsed anyway.
-    return data[: 4 * MAX_CALL_CHARS + 4].decode("utf-8", "replace")
-
-
-def _deeper_than(value: Any, levels: int) -> bool:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list):
-        return False
-    return levels <= 0 or any(_deeper_than(item, levels - 1) for item in value)
-
-
-def _check(text: str, name: str, arguments: Any) -> None:
-    """Raises `_BadCall` for a call that was read from ``text`` but cannot be used."""
-    if not isinstance(arguments, dict):
-        raise _BadCall("the arguments are not a JSON object")
-    if text.count("{") + text.count("[") >= MAX_DEPTH and _deeper_than(arguments, MAX_DEPTH):
-        raise _BadCall(f"the arguments are nested deeper than {MAX_DEPTH} levels")
-    if "\\u" in text:
-        try:
-            (name + json.dumps(arguments, ensure_ascii=False)).encode()
-        except UnicodeEncodeError:
-            raise _BadCall("the call holds half a surrogate pair", dropped=True) from None
-
-
-def _read_call(fmt: _Format, text: str, start: int, end: int) -> _Call:
-    try:
-        if len(text) > MAX_CALL_CHARS:
-            raise _BadCall(f"the call is longer than {MAX_CALL_CHARS} characters")
-        name, arguments = fmt.read(text)
-        _check(text, name, arguments)
-    except _BadCall as bad:
-        return _Call(MALFORMED, {}, start, end, str(bad), bad.dropped)
-    return _Call(name, arguments, start, end, None, False)
-
-
-def _read_text(fmt: _Format, text: bytes) -> tuple[list[_Call], int]:
-    """The calls of a turn's text, and 1 where a last opening marker begins no call, else 0."""
-    calls: list[_Call] = []
-    if fmt.section and fmt.section not in text:
-        return calls, 0
-    opening, closing = fmt.opening, fmt.closing
-    at = 0
-    while (start := text.find(opening, at)) >= 0:
-        body = start + len(opening)
-        end = -1
-        if fmt.inner and (inner := text.find(fmt.inner, body)) >= 0:
-            end = text.find(closing, inner + len(fmt.inner))
-        if end < 0:
-            end = text.find(closing, body)
-        closed = end >= 0
-        if not closed and not fmt.unclosed:
-            return calls, 1
-        block = text[body:end] if closed else text[body:].removesuffix(b"\n")
-        at = end + len(closing) if closed else len(text)
-        elements = fmt.elements(block)
-        if not elements and not closed:
-            return calls, 1
-        if len(elements) < 2:
-            calls.append(_read_call(fmt, elements[0][2] if elements else "", start, at))
-        else:
-            calls += [_read_call(fmt, part, body + first, body + last) for first, last, part in elements]
-    return calls, 0
 
 
 # --- Tokens ---------------------------------------------------------------------------------------------------------
@@ -549,7 +260,7 @@ class ToolCallParser:
         image_markers: Iterable[str] | None = None,
     ):
         self.tool_format = tool_format
-        self._format = _FORMATS.get(tool_format)
+        self._format = FORMATS.get(tool_format)
         self._fallback = fallback
         self.native = self._format is not None
         if self._format is None and fallback is None:
@@ -559,7 +270,7 @@ class ToolCallParser:
         tokens = self._vocabulary.tokens
         candidates = (IMAGE_STARTS, IMAGE_PLACEHOLDERS) if image_markers is None else (tuple(image_markers),)
         found = (tuple(tokens[name] for name in names if name in tokens) for names in candidates)
-        responses = (self._format or _FALLBACK).responses
+        responses = (self._format or FALLBACK).responses
         self._responses = tuple((marker, _RESPONSE << number) for number, marker in enumerate(responses))
         self._response_known = any(marker.decode() in tokens for marker in responses)
         self._markers = self._responses
@@ -573,14 +284,12 @@ class ToolCallParser:
     @property
     def bulk(self) -> bool:
         """Whether plain turns can be read in bulk: every marker says what it says, wherever it stands."""
-        fmt = self._format
-        simple = fmt is not None and not (fmt.unclosed or fmt.section or fmt.inner) and fmt.elements is _whole
-        return simple and self._vocabulary.exact and self._response_known
+        return self.native and self.format.plain and self._vocabulary.exact and self._response_known
 
     @property
-    def format(self) -> _Format:
+    def format(self) -> Format:
         """The format, or that of a fallback's calls."""
-        return self._format or _FALLBACK
+        return self._format or FALLBACK
 
     def piece(self, number: int) -> bytes:
         """The text of one token."""
@@ -595,7 +304,8 @@ class ToolCallParser:
         """The calls of one assistant turn, in order; spans are relative to ``token_ids``. No token makes it raise."""
         ids = _flat("token_ids", token_ids)
         places = _Places(*(column.tolist() for column in self.places(ids)))
-        return [call.public() for call in self.turn_calls(ids, 0, len(ids), places, 0, len(places.position))[0]]
+        found, _ = self.turn_calls(ids, 0, len(ids), places, 0, len(places.position))
+        return [FoundCall(call.tool, call.arguments, (call.start, call.end), call.error) for call in found]
 
     def count_images(self, ids: Sequence[int]) -> int:
         """How many images begin in ``ids``."""
@@ -634,7 +344,7 @@ class ToolCallParser:
 
     def turn_calls(
         self, ids: IntArray, start: int, end: int, places: _Places, low: int, high: int
-    ) -> tuple[list[_Call], int]:
+    ) -> tuple[list[Call], int]:
         """The calls of the turn ``[start, end)``, whose places are ``low`` to ``high``; spans count from ``start``.
 
         Also 1 where the turn ends in an opening marker that begins no call, else 0.
@@ -656,13 +366,13 @@ class ToolCallParser:
             return [], 0
         tokens = ids[first:stop].tolist()
         text = self._vocabulary.text(tokens)
-        calls, unclosed = _read_text(self._format, text)
+        calls, unclosed = read_text(self._format, text)
         if not calls:
             return calls, unclosed
         base = first - start
         tool, arguments, begins, stops, error, dropped = calls[0]
         if begins == 0 and stops == len(text) and len(calls) == 1:
-            return [_Call(tool, arguments, base, base + len(tokens), error, dropped)], unclosed
+            return [Call(tool, arguments, base, base + len(tokens), error, dropped)], unclosed
         ends = self._vocabulary.ends(tokens)
         return [
             call._replace(start=base + bisect_right(ends, call.start), end=base + bisect_left(ends, call.end) + 1)
@@ -699,10 +409,10 @@ class ToolCallParser:
         Where the marker is not known (b""), an error text anywhere near the start counts: headers come before it.
         """
         if not marker:
-            text = _decode(self._vocabulary.text(ids[start : min(end, start + 64)].tolist()))
+            text = decode(self._vocabulary.text(ids[start : min(end, start + 64)].tolist()))
             return any(error in text for error in errors.texts)
         for width in (_ANSWER_TOKENS, len(marker) + errors.longest + 64):
-            text = _decode(self._vocabulary.text(ids[start : min(end, start + width)].tolist()).partition(marker)[2])
+            text = decode(self._vocabulary.text(ids[start : min(end, start + width)].tolist()).partition(marker)[2])
             if marker.startswith(b"#"):  # a heading, with the call's id
                 text = text.partition("\n")[2]
             text = text.lstrip()
@@ -710,15 +420,15 @@ class ToolCallParser:
                 return False
         return text.startswith(errors.texts)
 
-    def _fallback_calls(self, ids: list[int]) -> list[_Call]:
+    def _fallback_calls(self, ids: list[int]) -> list[Call]:
         calls = []
         try:
             pairs = self._fallback(ids) if self._fallback and ids else []
         except Exception as error:
             logger.warning("the parser of tool format %r failed on a turn", self.tool_format, exc_info=True)
-            return [_Call(MALFORMED, {}, 0, len(ids), f"the turn could not be parsed: {str(error)[:200]}", True)]
+            return [Call(MALFORMED, {}, 0, len(ids), f"the turn could not be parsed: {str(error)[:200]}", True)]
         for name, raw in pairs:
-            call = _read_call(_FALLBACK, raw, 0, len(ids))
+            call = read_call(FALLBACK, raw, 0, len(ids))
             calls.append(call if call.error else call._replace(tool=name))
         return calls
 
@@ -994,7 +704,7 @@ class _Bulk:
         """Names of all parameters that occur."""
         return {name for step in self.steps for name in step.arguments}
 
-    def _calls(self, start: IntArray, end: IntArray) -> list[_Call]:
+    def _calls(self, start: IntArray, end: IntArray) -> list[Call]:
         """The call in each of the spans ``[start[k], end[k])``; rollouts of a prompt often make the same one."""
         ids, columns = self.ids.data, self.parser.columns
         spans = [ids[first:last].tobytes() for first, last in zip(start.tolist(), end.tolist(), strict=True)]
@@ -1004,7 +714,7 @@ class _Bulk:
         at = 0
         for span in calls:
             stop = at + len(span) // tokens.itemsize
-            calls[span] = _read_call(self.parser.format, _decode(b"".join(pieces[at:stop])), 0, 0)
+            calls[span] = read_call(self.parser.format, decode(b"".join(pieces[at:stop])), 0, 0)
             at = stop
         return [calls[span] for span in spans]
 

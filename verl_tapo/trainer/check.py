@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from verl_tapo.config import TapoSettings
-from verl_tapo.parsing import NATIVE_FORMATS
+from verl_tapo.formats import NATIVE_FORMATS
 from verl_tapo.trainer.estimator import load_settings
 
 logger = logging.getLogger("verl_tapo")
