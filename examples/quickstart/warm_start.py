@@ -201,7 +201,8 @@ def success(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000, help="steps of the learning rate's schedule")
+    parser.add_argument("--stop", type=int, default=2000, help="step to stop at: early, to leave something to learn")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -233,10 +234,10 @@ def main() -> None:
         losses.append(loss.item())
         if step % 50 == 0:
             print(f"step {step}  loss {np.mean(losses[-50:]):.3f}  {time.time() - start:.0f} s", flush=True)
-        if step % 500 == 0 or step == args.steps:
+        if step % 500 == 0 or step == args.stop:
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(args.out)
             save_processor(tokenizer, args.out, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
-        if step == args.steps:
+        if step == args.stop:
             break
 
 
