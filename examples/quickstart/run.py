@@ -192,7 +192,7 @@ def _phase(run: Run, shown: int) -> str:
         return "validating" if shown > run.steps - 1 else f"step {shown}"
     log = run.log_file.read_text(errors="replace")
     if "ready to fit" in log:
-        return "validating before training"
+        return "first rollouts"
     return "starting the workers" if "Started a local Ray instance" in log else "starting"
 
 

@@ -164,7 +164,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
     async def run(self, sampling_params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the stock loop, with the record in ``extra_fields["tapo_steps"]`` of the output."""
         self._reset()
-        if self.rollout_config.name == ROLLOUT_NAME and "session_id" in kwargs:
+        if self.rollout_config.get("name") == ROLLOUT_NAME and "session_id" in kwargs:
             # That engine draws reproducibly if it can tell the rollouts of a prompt apart; others mean by it a seed.
             number = zlib.crc32(f"{kwargs.get('index')}/{kwargs['session_id']}".encode())
             sampling_params = {**sampling_params, "seed": number}

@@ -1,0 +1,219 @@
+"""VeRL's own trainer, end to end: `python -m verl.trainer.main_ppo` on Flags & Facts, as the quickstart runs it.
+
+Every run here is a real one (Ray, FSDP2, TransferQueue, agent loop, tools, checkpoints), of two small steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from functools import cache
+from pathlib import Path
+
+import prepare
+import pytest
+import torch
+import yaml
+from run import HERE, Failure, Run, check, describe, read_metrics, summary, train, validation
+
+pytestmark = pytest.mark.timeout(900)
+
+STEPS = 2
+SMALL = [
+    "data.train_batch_size=4",
+    "actor_rollout_ref.rollout.n=4",
+    "actor_rollout_ref.rollout.full_determinism=true",
+    "trainer.val_before_train=false",
+    "trainer.test_freq=-1",
+    "trainer.save_freq=1",
+]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    prepare.prepare(folder / "data", {"train": 32, "val": 8, "heldout": 8})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(out):
+    """Runs it once, however many tests ask: name, advantage, loss and overrides -> the run and its metrics."""
+
+    @cache
+    def finish(name, advantage="tapo", loss="vanilla", *overrides):
+        run = Run(name, advantage, loss, STEPS, seed=1, out=out, overrides=[*SMALL, *overrides])
+        metrics = train(run)
+        print(summary(run, metrics))
+        return run, metrics
+
+    return finish
+
+
+@pytest.fixture(scope="module")
+def tapo(finished):
+    return finished("tapo")
+
+
+def weights(run, step=STEPS, ranks=1):
+    folder = run.folder / "checkpoints" / f"global_step_{step}" / "actor"
+    return [
+        {name: getattr(value, "_local_tensor", value) for name, value in state.items()}
+        for rank in range(ranks)
+        for state in [torch.load(folder / f"model_world_size_{ranks}_rank_{rank}.pt", weights_only=False)]
+    ]
+
+
+def same(first, second):
+    return all(torch.equal(a[name], b[name]) for a, b in zip(first, second, strict=True) for name in a)
+
+
+def rollouts(run, step):
+    """Sorted: veRL dumps them by the prompts' random uids."""
+    lines = (run.folder / "rollouts" / f"{step}.jsonl").read_text().splitlines()
+    return sorted((row["input"], row["output"], row["score"]) for row in map(json.loads, lines))
+
+
+def assert_healthy(metrics, steps=STEPS):
+    logged = [entry for entry in metrics if "critic/score/mean" in entry]
+    assert len(logged) == steps
+    for entry in logged:
+        assert entry["training/rollout_probs_diff_max"] < 1e-4
+        assert all(math.isfinite(value) for value in entry.values() if isinstance(value, float)), entry
+
+
+def test_beta_0_ends_in_the_weights_of_grpo(finished):
+    grpo, grpo_metrics = finished("grpo", "grpo")
+    zero, zero_metrics = finished("beta-0", "tapo", "vanilla", "algorithm.tapo.beta=0")
+    assert_healthy(grpo_metrics)
+    assert_healthy(zero_metrics)
+    for step in range(1, STEPS + 1):
+        assert rollouts(grpo, step) == rollouts(zero, step)
+    assert same(weights(grpo), weights(zero))
+    assert not same(weights(grpo, 1), weights(grpo, 2))
+    assert not any(key.startswith("tapo/") for entry in grpo_metrics for key in entry)
+
+
+def test_tapo_corrects_and_ends_elsewhere(finished, tapo):
+    run, metrics = tapo
+    assert_healthy(metrics)
+    grpo, _ = finished("grpo", "grpo")
+    assert rollouts(run, 1) == rollouts(grpo, 1)
+    assert sum(entry["tapo/corrected_steps"] for entry in metrics) > 0
+    assert not same(weights(run), weights(grpo))
+
+
+def test_parsed_and_recorded_steps_train_alike(finished, tapo):
+    run, metrics = tapo
+    parsed, parsed_metrics = finished("parsed", "tapo", "vanilla", "algorithm.tapo.step_source=parsed")
+    assert_healthy(parsed_metrics)
+    assert rollouts(run, STEPS) == rollouts(parsed, STEPS)
+    for one, other in zip(metrics, parsed_metrics, strict=True):
+        assert one["tapo/corrected_steps"] == other["tapo/corrected_steps"]
+        assert one["tapo/transfer"] == other["tapo/transfer"]
+    assert same(weights(run), weights(parsed))
+
+
+def test_killed_and_resumed_it_ends_where_it_would_have(out, tapo):
+    """Weights, optimizer, data position and rollouts come back, or the last step would end in other weights."""
+    whole, _ = tapo
+    run = Run("killed", "tapo", "vanilla", STEPS, seed=1, out=out, overrides=SMALL)
+    run.folder.mkdir()
+    with run.log_file.open("w") as log:
+        killed = subprocess.Popen(
+            run.command(), env=run.environment(), cwd=HERE, stdout=log, stderr=log, start_new_session=True
+        )
+    written = run.folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + 600
+    while not written.is_file() or written.read_text().strip() != "1":
+        assert killed.poll() is None, run.log_file.read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (run.folder / "checkpoints" / "global_step_2").exists()
+    with (run.folder / "resumed.log").open("w") as log:
+        subprocess.run(run.command(), env=run.environment(), cwd=HERE, stdout=log, stderr=log, check=True)
+    metrics = read_metrics(run.metrics_file)
+    assert [entry["step"] for entry in metrics] == [2]
+    assert_healthy(metrics, steps=1)
+    assert same(weights(run, 1), weights(whole, 1))
+    assert rollouts(run, 2) == rollouts(whole, 2)
+    assert same(weights(run, 2), weights(whole, 2))
+
+
+def test_two_ranks_and_gspo(finished):
+    run, metrics = finished("two-ranks", "tapo", "gspo", "trainer.n_gpus_per_node=2")
+    assert_healthy(metrics)
+    assert len(weights(run, ranks=2)) == 2
+    assert not same(weights(run, 1, ranks=2), weights(run, 2, ranks=2))
+
+
+def test_tools_that_fail_neither_stop_nor_poison_a_run(finished, tmp_path):
+    """The text search raises and the zoom hangs from some call on; with the SAPO loss, and validation."""
+    config = yaml.safe_load((HERE / "tools.yaml").read_text())
+    for tool in config["tools"]:
+        how = {"text_search": "raise", "zoom": "hang"}.get(tool["tool_schema"]["function"]["name"])
+        if how is not None:
+            tool["class_name"] = "flaky_tools.FlakyTool"
+            tool["config"]["how"] = how
+    tools = tmp_path / "tools.yaml"
+    tools.write_text(yaml.safe_dump(config))
+    loop = tmp_path / "agent_loop.yaml"
+    settings = {"name": "tapo_tool_agent", "_target_": "verl_tapo.rollout.tool_agent.TapoToolAgentLoop"}
+    loop.write_text(yaml.safe_dump([{**settings, "tool_timeout_s": 2.0}]))
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Run.environment keeps it
+    try:
+        run, metrics = finished(
+            "flaky",
+            "tapo",
+            "sapo",
+            f"actor_rollout_ref.rollout.multi_turn.tool_config_path={tools}",
+            f"actor_rollout_ref.rollout.agent.agent_loop_config_path={loop}",
+            f"trainer.test_freq={STEPS}",
+        )
+    finally:
+        del os.environ["PYTHONPATH"]
+    assert_healthy(metrics)
+    answers = "".join(output for step in (1, 2) for _, output, _ in rollouts(run, step))
+    assert "the index is gone" in answers
+    assert sum(entry["tapo/failed_calls"] for entry in metrics) > 0
+    assert validation(metrics[-1]) is not None
+    # No call of a tool that is down is ever anybody's witness.
+    assert metrics[-1].get("tapo/text_search/corrected_steps", 0) == 0
+
+
+def test_the_summary_can_be_read(tapo):
+    run, metrics = tapo
+    text = summary(run, metrics)
+    assert "failing steps with corrected credit" in text
+    assert all(Path(line.strip()).exists() for line in text.splitlines()[-5:] if "validation" not in line)
+    assert "success in training" in describe(metrics[-1])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("actor_rollout_ref.model.path=/no/such/model", "no model at /no/such/model"),
+        ("data.train_files=/no/such.parquet", "there is no file /no/such.parquet"),
+    ],
+)
+def test_mistakes_are_told_at_once(out, override, message):
+    with pytest.raises(Failure, match=message):
+        check(Run("mistake", out=out, overrides=[override]))
+
+
+def test_a_plug_in_that_is_not_installed_is_told_at_once(out, monkeypatch):
+    monkeypatch.setattr("run.entry_points", lambda group: type("None_", (), {"names": set()})())
+    with pytest.raises(Failure, match="verl-tapo is not installed"):
+        check(Run("mistake", out=out))
+
+
+def test_a_wrong_setting_ends_the_run_with_its_message(out):
+    run = Run("wrong", "tapo", "vanilla", STEPS, out=out, overrides=[*SMALL, "algorithm.tapo.theta=3"])
+    with pytest.raises(Failure, match="theta"):
+        train(run)
