@@ -1,7 +1,7 @@
 """GRPO and TAPO on the same data, from the same weights, with the same seeds; both learning curves in one picture.
 
-    python examples/quickstart/compare.py --steps 60 --seeds 1
-    python examples/quickstart/compare.py --loss gspo --steps 60 --seeds 1 2 3
+    python examples/quickstart/compare.py --steps 40 --seeds 1
+    python examples/quickstart/compare.py --loss gspo --steps 40 --seeds 1 2 3
 
 Runs that are complete are not run again.
 """
@@ -57,7 +57,7 @@ def plot(runs: dict[str, list[Run]], file: Path) -> None:
 def main() -> int:
     stop_with_me()
     arguments = parser(__doc__ or "")
-    arguments.set_defaults(steps=60)
+    arguments.set_defaults(steps=40)
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1], help="one pair of runs for each")
     args = arguments.parse_args()
     runs: dict[str, list[Run]] = {advantage: [] for advantage in ADVANTAGES}
