@@ -1,6 +1,6 @@
 """Trains the quickstart's model through veRL's own trainer, shows how it goes, and sums it up.
 
-    python examples/quickstart/run.py                                # TAPO, 12 steps
+    python examples/quickstart/run.py                                # TAPO, 10 steps
     python examples/quickstart/run.py --advantage grpo --loss gspo --steps 40 --seed 2
     python examples/quickstart/run.py algorithm.tapo.beta=0.5        # whatever else veRL's command line takes
 
@@ -44,7 +44,7 @@ class Run:
     name: str
     advantage: str = "tapo"
     loss: str = "vanilla"
-    steps: int = 12
+    steps: int = 10
     seed: int = 1
     out: Path = HERE / "out"
     overrides: list[str] = field(default_factory=list)
@@ -240,7 +240,7 @@ def summary(run: Run, metrics: list[dict[str, Any]]) -> str:
 def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--loss", choices=["vanilla", "gspo", "sapo"], default="vanilla", help="policy loss")
-    made.add_argument("--steps", type=int, default=12, help="training steps")
+    made.add_argument("--steps", type=int, default=10, help="training steps")
     made.add_argument("--seed", type=int, default=1, help="of the data's order and of sampling")
     made.add_argument("--out", type=Path, default=HERE / "out", help="where everything is written")
     made.add_argument("overrides", nargs="*", help="settings of veRL, as key=value")
