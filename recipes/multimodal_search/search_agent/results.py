@@ -1,0 +1,112 @@
+"""What providers return, whatever they are: passages, images, pages. Plain data that a cache can hold."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One text result."""
+
+    text: str
+    title: str = ""
+    url: str = ""
+    score: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.text, "title": self.title, "url": self.url, "score": self.score}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Passage:
+        return cls(value["text"], value["title"], value["url"], value["score"])
+
+
+@dataclass(frozen=True)
+class ImageHit:
+    """One image result: what the page that shows such an image says of it."""
+
+    title: str
+    text: str = ""
+    url: str = ""
+    image: bytes | None = None
+    """The thumbnail, as PNG, JPEG or WebP, where the provider has one."""
+    score: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        image = None if self.image is None else base64.b64encode(self.image).decode()
+        return {"title": self.title, "text": self.text, "url": self.url, "image": image, "score": self.score}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ImageHit:
+        image = None if value["image"] is None else base64.b64decode(value["image"])
+        return cls(value["title"], value["text"], value["url"], image, value["score"])
+
+
+@dataclass(frozen=True)
+class Page:
+    """A web page's readable text."""
+
+    url: str
+    text: str
+    title: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"url": self.url, "text": self.text, "title": self.title}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Page:
+        return cls(value["url"], value["text"], value["title"])
+
+
+class TextProvider(Protocol):
+    """Searches texts. ``identity`` names everything that may change its answers: provider, index version, settings."""
+
+    identity: str
+
+    async def search(self, query: str, topk: int) -> list[Passage]:
+        """At most ``topk`` passages, best first; an empty list means that there are none.
+
+        Raises:
+            ModelError, InfrastructureError
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class ImageProvider(Protocol):
+    """Searches by image."""
+
+    identity: str
+
+    async def search(self, image: bytes, topk: int, key: str | None = None) -> list[ImageHit]:
+        """At most ``topk`` hits, best first. ``image`` is a PNG or JPEG; ``key``, of a prompt's image, is the name
+        under which its results may have been computed beforehand.
+
+        Raises:
+            ModelError, InfrastructureError
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class PageProvider(Protocol):
+    """Reads pages."""
+
+    identity: str
+
+    async def read(self, url: str) -> Page:
+        """The page's readable text.
+
+        Raises:
+            ModelError: An address that must not or cannot be read: the model should choose another.
+            InfrastructureError
+        """
+        ...
+
+    async def close(self) -> None: ...
