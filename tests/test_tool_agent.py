@@ -225,6 +225,35 @@ def test_calls_beyond_the_parallel_limit_are_answered(qwen_like_tokenizer):
     assert stock.response_ids[: len(stock.response_ids) // 3] == output.response_ids[: len(stock.response_ids) // 3]
 
 
+def test_calls_beyond_a_trajectory_s_limits_are_answered(qwen_like_tokenizer):
+    script = [call("search", query="a"), call("search", query="b"), call("add", a=1, b=2), call("add", a=3, b=4), "x"]
+    output, model = run_loop(
+        TapoToolAgentLoop, qwen_like_tokenizer, script, settings={"max_calls": {"search": 1, "all": 2}}
+    )
+    assert [step["status"] for step in record_of(output)] == ["ok", "over_limit", "ok", "over_limit"]
+    seen = qwen_like_tokenizer.decode(model.prompts[-1])
+    assert "found b" not in seen
+    assert seen.index("No more than 1 search call(s)") < seen.index("No more than 2 tool call(s)")
+    assert_parses_alike(qwen_like_tokenizer, output)
+
+    parallel = "\n".join(call("search", query=query) for query in "abc")
+    output, _ = run_loop(
+        TapoToolAgentLoop,
+        qwen_like_tokenizer,
+        [parallel, "x"],
+        settings={"max_calls": OmegaConf.create({"search": 2})},
+        max_parallel_calls=5,
+    )
+    assert [step["status"] for step in record_of(output)] == ["ok", "ok", "over_limit"]
+
+
+def test_answers_tokens_are_recorded(qwen_like_tokenizer):
+    turn = call("search", query="a") + "\n" + call("search", query="raise")
+    output, _ = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, [turn, "x"], max_parallel_calls=2)
+    first, second = record_of(output)
+    assert first["answer_tokens"] + second["answer_tokens"] == output.response_mask.count(0) > 20
+
+
 def test_malformed_calls_are_answered_counted_and_limited(qwen_like_tokenizer):
     bad = '<tool_call>\n{"name": "search", "arguments": {"query": }\n</tool_call>'
     output, model = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, [bad, call("search", query="a"), "done"])
@@ -476,6 +505,9 @@ def test_an_image_that_the_processor_refuses_is_an_error(qwen_like_tokenizer):
         {"max_malformed_turns": -1},
         {"max_malformed_turns": 0.5},
         {"max_malformed_turns": "3"},
+        {"max_calls": 3},
+        {"max_calls": {"search": -1}},
+        {"max_calls": {"serach": 3}},
     ],
 )
 def test_bad_settings(qwen_like_tokenizer, settings):

@@ -8,6 +8,7 @@ import torch
 from rollouts import fake_batch, fake_group
 
 from verl_tapo.trainer import estimator
+from verl_tapo.trainer.tool_metrics import ToolOutage
 
 pytest.importorskip("transfer_queue")
 pytest.importorskip("verl.trainer.ppo.v1")
@@ -140,6 +141,25 @@ def test_corrects_in_every_trainer_mode(queue, make_trainer, qwen_like_tokenizer
     fields = queue.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["tapo_tool_mask", "responses"])
     assert fields["tapo_tool_mask"].offsets().tolist() == fields["responses"].offsets().tolist()
     assert int(fields["tapo_tool_mask"].values().max()) == 2
+
+
+@pytest.mark.parametrize("name", ["grpo", "tapo"])
+def test_tools_are_watched_under_any_estimator(queue, make_trainer, qwen_like_tokenizer, name):
+    rows = fake_batch(qwen_like_tokenizer)
+    batch = put(queue, rows, pad_to=8, tokenizer=qwen_like_tokenizer)
+    metrics = {}
+    advantages(queue, make_trainer(name, max_fault_rate=0.5), batch, metrics)
+    calls = [step for rollout, _, _ in rows for step in rollout.record.steps]
+    assert metrics["tools/calls_per_trajectory"] == pytest.approx(len(calls) / len(rows))  # of padding rows: none
+
+    calls[0].status = "timeout"
+    with pytest.raises(ToolOutage, match=rf"{calls[0].tool}.*max_fault_rate allows 0%"):
+        advantages(queue, make_trainer(name, max_fault_rate=0.0), put(queue, rows))
+    silent = {}
+    trainer = make_trainer("grpo")
+    trainer.config.algorithm.tapo = None
+    advantages(queue, trainer, put(queue, rows), silent)
+    assert not any(key.startswith("tools/") for key in silent)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -147,6 +147,9 @@ class TapoSettings:
     """Write the tool mask to the batch, as the field ``tapo_tool_mask``."""
     patience: int = 20
     """Training steps after which a tool named in ``tools`` that never occurred is reported; 0: never."""
+    max_fault_rate: float | None = None
+    """Share of a step's recorded tool calls that may fail through no fault of the model; beyond it the run ends. None:
+    no limit."""
 
     def __post_init__(self) -> None:
         for name in ("base_estimator", "success_key"):
@@ -168,6 +171,9 @@ class TapoSettings:
         _check_bool("write_tool_mask", self.write_tool_mask)
         if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 0:
             raise ValueError(f"patience must be a whole number >= 0, got {self.patience!r}")
+        rate = self.max_fault_rate
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1):
+            raise ValueError(f"max_fault_rate must be null or a number from 0 to 1, got {rate!r}")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any] | None) -> TapoSettings:

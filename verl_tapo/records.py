@@ -23,13 +23,15 @@ from verl_tapo.steps import ToolStep
 RECORD_KEY = "tapo_steps"
 RECORD_VERSION = 1
 
+Fault: TypeAlias = Literal["model", "infrastructure"]
+
 CallStatus: TypeAlias = Literal[
     "ok",  # executed and answered
     "error",  # the tool raised, or answered with an error
     "timeout",  # no answer in time
     "unknown_tool",  # no tool of that name
     "malformed",  # the call could not be parsed
-    "over_limit",  # more parallel calls than allowed
+    "over_limit",  # more calls than allowed, in the turn or in the trajectory
     "not_executed",  # the trajectory ended before the call was run
 ]
 
@@ -49,11 +51,26 @@ class CallRecord:
     produced: list[int] = field(default_factory=list)
     """Positions in the trajectory's images of those this call returned."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """What the tool's ``execute`` returned as its third value."""
+    """What the tool's ``execute`` returned as its third value; its key ``fault`` is read by `fault_of`."""
+    answer_tokens: int = 0
+    """Response tokens of the answer; those of parallel calls are shared out evenly."""
 
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+
+def fault_of(step: Mapping[str, Any]) -> Fault | None:
+    """Whose fault it is that a recorded call (its plain form) has no answer; None where it has one or was not made.
+
+    A failed tool is at fault itself, unless it says otherwise: ``{"fault": "model"}`` among its metrics.
+    """
+    status = step["status"]
+    if status in ("malformed", "unknown_tool", "over_limit"):
+        return "model"
+    if status == "error":
+        return "model" if (step.get("metrics") or {}).get("fault") == "model" else "infrastructure"
+    return "infrastructure" if status == "timeout" else None
 
 
 @dataclass

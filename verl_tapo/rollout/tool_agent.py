@@ -16,7 +16,8 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Coroutine, Iterable
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Mapping
 from functools import lru_cache
 from numbers import Real
 from typing import Any
@@ -41,6 +42,7 @@ _TOOL_MARKERS = tuple(
     for name in ("tool_call", "tool_response", "seed:tool_call", "minimax:tool_call")
     for slash in ("", "/")
 )
+ALL_TOOLS = "all"  # in max_calls
 _ERROR_CHARS = 256  # of an error's text are kept, whatever the limit for answers: it must still read as an error
 _ANSWER_CHARS = 4096  # of an answer are looked at, or as many as the limit allows and veRL's note that it was cut
 
@@ -60,10 +62,10 @@ class RecordedCall(FunctionCall):  # type: ignore[misc]
 
     position: int
     """Of its record in the trajectory's."""
-    number: int
-    """Among the turn's well-formed calls."""
     problem: str | None = None
-    """Why it cannot be executed."""
+    """Why it cannot be read."""
+    refusal: str | None = None
+    """Why it is not executed, although it can be read: a limit."""
 
 
 @lru_cache(maxsize=4)
@@ -134,21 +136,39 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         tool_timeout_s: seconds after which a tool's call counts as failed, > 0.
         max_malformed_turns: turns of nothing but malformed calls that are answered before the trajectory ends, >= 0
             (the stock loop ends it at the first).
+        max_calls: how many calls of a tool a trajectory may make, by the tool's name, >= 0; under the name "all",
+            how many calls of any tool. Further ones are answered with a message. None: no limit.
         kwargs: veRL's.
 
     Raises:
         ValueError: for a setting out of range.
     """
 
-    def __init__(self, *args: Any, tool_timeout_s: float = 60.0, max_malformed_turns: int = 3, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        tool_timeout_s: float = 60.0,
+        max_malformed_turns: int = 3,
+        max_calls: Mapping[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        timeout, turns = tool_timeout_s, max_malformed_turns
+        timeout = tool_timeout_s
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
             raise ValueError(f"tapo_tool_agent: tool_timeout_s must be a positive number, got {timeout!r}")
-        if isinstance(turns, bool) or not isinstance(turns, int) or turns < 0:
-            raise ValueError(f"tapo_tool_agent: max_malformed_turns must be a whole number >= 0, got {turns!r}")
+        if max_calls is not None and not isinstance(max_calls, Mapping):
+            raise ValueError(f"tapo_tool_agent: max_calls must map tools to numbers, got {max_calls!r}")
+        self.max_calls = dict(max_calls or {})
+        numbers = {f"max_calls.{tool}": number for tool, number in self.max_calls.items()}
+        for name, number in {"max_malformed_turns": max_malformed_turns, **numbers}.items():
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise ValueError(f"tapo_tool_agent: {name} must be a whole number >= 0, got {number!r}")
+        unknown = set(self.max_calls) - {ALL_TOOLS, *self.tools}
+        if unknown:
+            known = ", ".join([ALL_TOOLS, *self.tools])
+            raise ValueError(f"tapo_tool_agent: max_calls names {sorted(unknown)[0]!r}; known: {known}")
         self.tool_timeout_s = float(timeout)
-        self.max_malformed_turns = turns
+        self.max_malformed_turns = max_malformed_turns
         # The stock loop cuts the list of calls there, silently; `_call_tool` answers those beyond instead.
         self.parallel_limit: int = self.rollout_config.multi_turn.max_parallel_calls
         self.max_parallel_calls = sys.maxsize
@@ -158,6 +178,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
     def _reset(self) -> None:
         self._record = TrajectoryRecord()
         self._malformed_turns = 0
+        self._made: Counter[str] = Counter()  # calls by tool
         self._answers: dict[int, tuple[ToolResponse, float | None]] = {}  # of tools, by position of the record
         self._agent_data: Any = None
 
@@ -244,22 +265,35 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
                     images_at_hand=_count(agent_data.image_data),
                 )
             )
+            refusal = self._refusal(name, number) if problem is None else None
             calls.append(
                 RecordedCall(
                     name=name,
                     arguments=json.dumps(arguments, ensure_ascii=False),
                     tool_call_id=identity,
                     position=position,
-                    number=number,
                     problem=problem,
+                    refusal=refusal,
                 )
             )
             number += problem is None
         return calls
 
+    def _refusal(self, tool: str, number: int) -> str | None:
+        """Why a call is over a limit, if it is; ``number`` counts the turn's well-formed calls before it."""
+        if number >= self.parallel_limit:
+            return f"A turn may make {self.parallel_limit} call(s). Make this one in the next turn."
+        for name, made, what in ((tool, self._made[tool], tool), (ALL_TOOLS, self._made.total(), "tool")):
+            limit = self.max_calls.get(name)
+            if limit is not None and made >= limit:
+                return f"No more than {limit} {what} call(s) may be made. Go on without."
+        self._made[tool] += 1
+        return None
+
     async def _handle_processing_tools_state(self, agent_data: Any) -> AgentState:
         calls = list(agent_data.tool_calls)
         image = _count(agent_data.image_data)
+        tokens = len(agent_data.response_mask)
         messages, rewards = len(agent_data.messages), len(agent_data.tool_rewards)
         self._answers = {}
         try:
@@ -269,8 +303,10 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
                 raise
             del agent_data.messages[messages:], agent_data.tool_rewards[rewards:]
             state = await super()._handle_processing_tools_state(agent_data)
-        for call in calls:
+        tokens = len(agent_data.response_mask) - tokens
+        for number, call in enumerate(calls):
             record = self._record.steps[call.position]
+            record.answer_tokens = tokens * (number + 1) // len(calls) - tokens * number // len(calls)
             if state == AgentState.TERMINATED:  # the answers did not fit: the model never saw them
                 record.status = "malformed" if call.problem else "not_executed"
             elif call.position in self._answers:
@@ -325,12 +361,9 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             text = f"{NOT_EXECUTED_PREFIX} The call could not be read: {tool_call.problem}. Write it again, correctly."
             return ToolResponse(text=self._clean(text)), None, {}
         record = self._record.steps[tool_call.position]
-        if tool_call.number >= self.parallel_limit:
+        if tool_call.refusal:
             record.status = "over_limit"
-            text = (
-                f"{NOT_EXECUTED_PREFIX} A turn may make {self.parallel_limit} call(s). Make this one in the next turn."
-            )
-            return ToolResponse(text=text), None, {}
+            return ToolResponse(text=f"{NOT_EXECUTED_PREFIX} {tool_call.refusal}"), None, {}
         if tool_call.position not in self._answers:
             start = time.perf_counter()
             response, reward = await self._run_tool(tool_call, super()._call_tool(tool_call, tools_kwargs, agent_data))

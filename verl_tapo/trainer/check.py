@@ -22,6 +22,8 @@ def check_run(config: Any) -> TapoSettings | None:
         ValueError: naming the setting, where TAPO would not run or would do nothing.
     """
     if config.algorithm.adv_estimator != "tapo":
+        if config.algorithm.get("tapo") is not None:
+            load_settings(config.algorithm)
         return None
     settings = load_settings(config.algorithm)
     problems = find_problems(config, settings)

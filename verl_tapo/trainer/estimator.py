@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from verl_tapo.config import TapoConfig, TapoSettings, acquires_information, default_kernel
@@ -17,6 +18,7 @@ from verl_tapo.parsing import ToolCallParser, parse_steps
 from verl_tapo.records import recorded_steps
 from verl_tapo.steps import ToolStep, build_tool_mask
 from verl_tapo.trainer.rollout import CURRENT, Rollout
+from verl_tapo.trainer.tool_metrics import check_outage, tool_metrics
 from verl_tapo.trainer.verl_parser import cached_parser
 
 logger = logging.getLogger("verl_tapo")
@@ -177,6 +179,17 @@ def _prompt_images(rollout: Rollout, parser: ToolCallParser, row: int) -> list[s
     return [f"prompt {prompt} image {number}" for number in range(parser.count_images(ids))]
 
 
+def watch_tools(records: Sequence[Any], padding: npt.NDArray[np.bool_], settings: TapoSettings) -> dict[str, float]:
+    """Metrics of the tools of B rows, from their records.
+
+    Raises:
+        ToolOutage: where too many calls failed.
+    """
+    metrics = tool_metrics([records[row] for row in np.flatnonzero(~padding).tolist()])
+    check_outage(metrics, settings.max_fault_rate)
+    return metrics
+
+
 def estimate(
     rollout: Rollout, settings: TapoSettings, token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,6 +254,7 @@ def estimate(
     WATCH.look(steps, settings)
     real = max(int((~rollout.padding).sum()), 1)
     rollout.metrics.update(report.metrics())
+    rollout.metrics.update(watch_tools(rollout.records, rollout.padding, settings))
     rollout.metrics["tapo/success_rate"] = float((success & ~rollout.padding).sum()) / real
     rollout.metrics["tapo/dropped_rows"] = float(len(lost))
     rollout.metrics["tapo/ms/base"] = (based - start) * 1e3

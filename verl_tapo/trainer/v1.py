@@ -11,13 +11,14 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from verl_tapo.config import TapoSettings
 from verl_tapo.records import RECORD_KEY
 from verl_tapo.trainer.batch import base_advantages
 from verl_tapo.trainer.check import check_run
-from verl_tapo.trainer.estimator import load_settings
+from verl_tapo.trainer.estimator import load_settings, watch_tools
 from verl_tapo.trainer.rollout import CURRENT, Rollout, Sessions, Tokens
 
 
@@ -29,9 +30,28 @@ def init_hook(wrapped: Callable[..., Any], trainer: Any, args: Any, kwargs: Any)
 
 def compute_advantage_hook(wrapped: Callable[..., Any], trainer: Any, args: Any, kwargs: Any) -> Any:
     """Round ``PPOTrainer._compute_advantage(batch, metrics)``; other estimators pass through untouched."""
-    if trainer.config.algorithm.adv_estimator != "tapo":
-        return wrapped(*args, **kwargs)
-    return _with_rollout(wrapped, trainer, *args, **kwargs)
+    if trainer.config.algorithm.adv_estimator == "tapo":
+        return _with_rollout(wrapped, trainer, *args, **kwargs)
+    if trainer.config.algorithm.get("tapo") is not None:  # to compare with: the tools are watched all the same
+        _add_tool_metrics(trainer, *args, **kwargs)
+    return wrapped(*args, **kwargs)
+
+
+def _add_tool_metrics(trainer: Any, batch: Any, metrics: dict[str, Any]) -> None:
+    import transfer_queue as tq
+
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
+    records = [fields.get(RECORD_KEY) for fields in _extra_fields(data, len(batch))]
+    metrics.update(watch_tools(records, _padding(batch), load_settings(trainer.config.algorithm)))
+
+
+def _extra_fields(data: Any, rows: int) -> list[dict[str, Any]]:
+    stored = data.pop("extra_fields").tolist() if "extra_fields" in data else [None] * rows
+    return [fields if isinstance(fields, dict) else {} for fields in stored]
+
+
+def _padding(batch: Any) -> npt.NDArray[np.bool_]:
+    return np.array([bool(tag.get("is_padding", False)) for tag in batch.tags])
 
 
 def _with_rollout(wrapped: Callable[..., Any], trainer: Any, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -65,14 +85,11 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
     data = get("response_mask", "rm_scores", "extra_fields", settings.success_key)
     response_mask = data["response_mask"]
     offsets = response_mask.offsets().cpu().numpy().astype(np.int64)
-    rows = len(batch)
-    stored = data.pop("extra_fields").tolist() if "extra_fields" in data else [None] * rows
-    extra: list[dict[str, Any]] = [fields if isinstance(fields, dict) else {} for fields in stored]
+    extra = _extra_fields(data, len(batch))
     infos: list[dict[str, Any]] = [fields.get("reward_extra_info") or {} for fields in extra]
     if settings.success_key in data:  # a colocated reward model writes its extra info as fields of their own
         column = data.pop(settings.success_key).tolist()
         infos = [{settings.success_key: value, **info} for value, info in zip(column, infos, strict=True)]
-    padding = np.array([bool(tag.get("is_padding", False)) for tag in batch.tags])
 
     def tokens() -> Tokens | None:
         stored = get("responses")
@@ -99,7 +116,7 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
         tokens=tokens,
         prompt_ids=lambda row: prompts()[row],
         lengths=np.diff(offsets),
-        padding=padding,
+        padding=_padding(batch),
         sessions=Sessions.from_keys(batch.keys),
         tokenizer=trainer.tokenizer,
         tool_format=trainer.config.actor_rollout_ref.rollout.multi_turn.format,

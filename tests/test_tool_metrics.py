@@ -1,0 +1,90 @@
+"""What is said of a batch's tools, and when a run ends for want of them."""
+
+import pytest
+
+from verl_tapo.config import TapoSettings
+from verl_tapo.records import CallRecord, TrajectoryRecord, fault_of
+from verl_tapo.trainer.tool_metrics import ToolOutage, check_outage, tool_metrics
+
+
+def record(*steps):
+    calls = [
+        CallRecord(tool, {}, (0, 1), (0, 1), status, latency, metrics=metrics, answer_tokens=tokens)
+        for tool, status, latency, metrics, tokens in steps
+    ]
+    return TrajectoryRecord(calls).to_dict()
+
+
+BATCH = [
+    record(
+        ("search", "ok", 1.0, {"cache_hit": True, "hits": 3, "note": "text"}, 40),
+        ("search", "ok", 3.0, {"cache_hit": False, "hits": 5, "odd": float("nan")}, 20),
+        ("zoom", "error", 0.1, {"fault": "model"}, 9),
+    ),
+    record(("search", "error", 2.0, {}, 10), ("search", "timeout", 2.0, {}, 10), ("none", "unknown_tool", 0, {}, 7)),
+    record(("malformed", "malformed", 0, {}, 7), ("search", "not_executed", 0, {}, 0)),
+    None,
+]
+
+
+def test_by_hand():
+    metrics = tool_metrics(BATCH)
+    assert metrics == pytest.approx(
+        {
+            "tools/malformed": 1 / 8,
+            "tools/unknown_tool": 1 / 8,
+            "tools/over_limit": 0,
+            "tools/calls_per_trajectory": 8 / 3,
+            "tools/infrastructure_faults": 2 / 5,
+            "tools/search/calls_per_trajectory": 4 / 3,
+            "tools/search/ok": 1 / 2,
+            "tools/search/model_faults": 0,
+            "tools/search/infrastructure_faults": 1 / 2,
+            "tools/search/latency_s": 2.0,
+            "tools/search/latency_p95_s": 2.85,
+            "tools/search/answer_tokens": 20,
+            "tools/search/cache_hit": 1 / 2,
+            "tools/search/hits": 4,
+            "tools/zoom/calls_per_trajectory": 1 / 3,
+            "tools/zoom/ok": 0,
+            "tools/zoom/model_faults": 1,
+            "tools/zoom/infrastructure_faults": 0,
+            "tools/zoom/latency_s": 0.1,
+            "tools/zoom/latency_p95_s": 0.1,
+            "tools/zoom/answer_tokens": 9,
+        }
+    )
+    assert tool_metrics([None, TrajectoryRecord().to_dict()]) == {}
+
+
+@pytest.mark.parametrize(
+    ("status", "metrics", "fault"),
+    [
+        ("ok", {"fault": "model"}, None),
+        ("not_executed", {}, None),
+        ("malformed", {}, "model"),
+        ("unknown_tool", {}, "model"),
+        ("over_limit", {}, "model"),
+        ("timeout", {"fault": "model"}, "infrastructure"),
+        ("error", {"fault": "model"}, "model"),
+        ("error", {"fault": "infrastructure"}, "infrastructure"),
+        ("error", {}, "infrastructure"),
+    ],
+)
+def test_whose_fault(status, metrics, fault):
+    assert fault_of({"status": status, "metrics": metrics}) == fault
+
+
+def test_a_run_ends_beyond_the_rate_only():
+    metrics = tool_metrics(BATCH)
+    check_outage(metrics, None)
+    check_outage(metrics, 0.4)
+    check_outage({}, 0.0)
+    with pytest.raises(ToolOutage, match=r"40% .* \(search 50%, zoom 0%\); .* allows 39%"):
+        check_outage(metrics, 0.39)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, "half", True])
+def test_bad_rates(rate):
+    with pytest.raises(ValueError, match="max_fault_rate must be null or a number from 0 to 1"):
+        TapoSettings.from_mapping({"max_fault_rate": rate})
