@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -217,3 +218,28 @@ def test_a_wrong_setting_ends_the_run_with_its_message(out):
     run = Run("wrong", "tapo", "vanilla", STEPS, out=out, overrides=[*SMALL, "algorithm.tapo.theta=3"])
     with pytest.raises(Failure, match="theta"):
         train(run)
+
+
+TAKEN = """
+import json, os, pathlib, sys
+tries = pathlib.Path(sys.argv[1])
+tries.write_text(tries.read_text() + "." if tries.exists() else ".")
+if len(tries.read_text()) <= int(sys.argv[2]):
+    sys.exit("RuntimeError: EADDRINUSE, Address already in use")
+pathlib.Path(os.environ["VERL_FILE_LOGGER_PATH"]).write_text(json.dumps({"step": 1, "data": {}}) + "\\n")
+"""
+
+
+@pytest.mark.parametrize(("times", "tries"), [(1, 2), (2, 2)])
+def test_a_port_that_was_taken_is_tried_once_more(out, tmp_path, monkeypatch, capsys, times, tries):
+    """In the trainer's place, a process that finds its port taken."""
+    file = tmp_path / "tries"
+    monkeypatch.setattr(Run, "command", lambda self: [sys.executable, "-c", TAKEN, str(file), str(times)])
+    run = Run("port", out=out)
+    if times == 1:
+        assert train(run) == [{"step": 1}]
+    else:
+        with pytest.raises(Failure, match="Address already in use"):
+            train(run)
+    assert len(file.read_text()) == tries
+    assert "a port was taken" in capsys.readouterr().out

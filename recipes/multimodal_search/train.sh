@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Trains the search agent. Everything after the options goes to veRL as it is.
+#
+#   ./train.sh --data data/train.parquet --val data/fvqa_test.parquet
+#   ./train.sh --policy qwen3_vl_8b --loss gspo --advantage grpo --data ... --val ... trainer.save_freq=50
+#   ./train.sh --nodes 4 ...          on the first of four nodes, once ./ray_cluster.sh has started Ray on all of them
+#   ./train.sh --dry-run ...          checks configuration, data, tools and back ends, and ends
+set -euo pipefail
+
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+  echo "--policy: $(list policy)   --loss: $(list loss)   --advantage: tapo, or any of veRL's (default: tapo)"
+  exit 0
+}
+
+list() {
+  basename -s .yaml -a "$RECIPE/config/$1"/*.yaml | paste -sd ' '
+}
+
+fail() {
+  echo "train.sh: $1" >&2
+  exit 2
+}
+
+RECIPE="$(cd "$(dirname "$0")" && pwd)"
+policy=qwen3_vl_4b loss=grpo advantage=tapo nodes=1 data="" val="" dry_run=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --policy | --loss | --advantage | --nodes | --data | --val)
+      [ $# -ge 2 ] || fail "$1 needs a value"
+      declare "${1#--}=$2"
+      shift 2
+      ;;
+    --dry-run) dry_run=1 && shift ;;
+    -h | --help) usage ;;
+    --*) fail "unknown option $1; --help shows them" ;;
+    *) break ;;
+  esac
+done
+for group in policy loss; do
+  [ -f "$RECIPE/config/$group/${!group}.yaml" ] || fail "--$group ${!group} is none of: $(list "$group")"
+done
+for file in data val; do
+  [ -n "${!file}" ] || fail "--$file is missing: a parquet file of search_agent.data.prepare"
+  [ -f "${!file}" ] || fail "--$file: there is no file ${!file}"
+done
+case "$nodes" in '' | *[!0-9]* | 0) fail "--nodes must be a number, got '$nodes'" ;; esac
+if [ "$nodes" -gt 1 ] && [ -z "${RAY_ADDRESS:-}" ]; then
+  fail "--nodes $nodes needs RAY_ADDRESS: start Ray on every node with ray_cluster.sh, which prints it"
+fi
+
+export RECIPE PYTHONPATH="$RECIPE${PYTHONPATH:+:$PYTHONPATH}"
+arguments=(
+  --config-dir "$RECIPE/config" --config-name "${CONFIG:-multimodal_search}"
+  "policy=$policy" "loss=$loss" "algorithm.adv_estimator=$advantage"
+  "data.train_files=$(realpath "$data")" "data.val_files=$(realpath "$val")"
+  "trainer.nnodes=$nodes"
+)
+# To the workers of a cluster that was started without them.
+for variable in PYTHONPATH SEARCH_URL SEARCH_CACHE; do
+  [ -z "${!variable:-}" ] || arguments+=("++ray_kwargs.ray_init.runtime_env.env_vars.$variable='${!variable}'")
+done
+python3 -m search_agent.check "${arguments[@]}" "$@"
+[ -z "$dry_run" ] || exit 0
+exec python3 -m verl.trainer.main_ppo "${arguments[@]}" "$@"
