@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from run import Failure, Run, parser, read_metrics, stop_with_me, summary, train, validation
 
 matplotlib.use("Agg")
@@ -35,17 +36,17 @@ def plot(runs: dict[str, list[Run]], file: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for advantage, of in runs.items():
         steps, training, checks = curves(of)
-        window = np.ones(min(SMOOTH, len(steps))) / min(SMOOTH, len(steps))
-        smooth = np.array([np.convolve(line, window, mode="valid") for line in training])
-        at = steps[len(window) - 1 :]
+        smooth = pd.DataFrame(training.T).rolling(SMOOTH, min_periods=1).mean().to_numpy()
         colour = ADVANTAGES[advantage]
-        left.plot(at, smooth.T, color=colour, alpha=0.3, linewidth=1)
-        left.plot(at, smooth.mean(axis=0), color=colour, label=advantage, linewidth=2)
+        left.plot(steps, smooth, color=colour, alpha=0.3, linewidth=1)
+        left.plot(steps, smooth.mean(axis=1), color=colour, label=advantage, linewidth=2)
         rates = np.array([[rate for _, rate in line] for line in checks])
         where = [step for step, _ in checks[0]]
         right.plot(where, rates.T, color=colour, alpha=0.3, linewidth=1)
         right.plot(where, rates.mean(axis=0), color=colour, label=advantage, linewidth=2, marker="o")
-    left.set(title=f"training questions (mean of {SMOOTH} steps)", xlabel="step", ylabel="success rate", ylim=(0, 1))
+    left.set(
+        title=f"training questions (mean of the last {SMOOTH} steps)", xlabel="step", ylabel="success rate", ylim=(0, 1)
+    )
     right.set(title="held-out countries", xlabel="step")
     for axes in (left, right):
         axes.grid(alpha=0.3)
