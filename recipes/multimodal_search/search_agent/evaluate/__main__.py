@@ -1,0 +1,334 @@
+"""Evaluates a model on the benchmarks, with the tools it was trained with, and makes a table of it.
+
+    python -m search_agent.evaluate --data DIR/*.parquet --tools config/tools_eval.yaml --out OUT \
+        --base-url http://host:8000/v1 --model NAME
+    python -m search_agent.evaluate --data DIR/*.parquet --tools config/tools_eval.yaml --out OUT \
+        --checkpoint merged --vllm-args '--max-model-len 40960'
+
+The same command continues what was interrupted. Keys come from the environment: OPENAI_API_KEY for the model server.
+Exit codes: 0, all questions are done; 1, some are not, because a server or back end failed; 2, it cannot be done so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from search_agent.errors import InfrastructureError
+from search_agent.evaluate.conversation import Limits
+from search_agent.evaluate.model import ChatModel, Refused
+from search_agent.evaluate.questions import Question, file_hash, read_questions
+from search_agent.evaluate.report import markdown, results
+from search_agent.evaluate.run import Outage, Score, Task, run
+from search_agent.evaluate.server import ServerFailed, serve
+from search_agent.evaluate.store import Store
+from search_agent.http import ApiKey
+
+RECIPE = Path(__file__).resolve().parents[2]
+KEY = "OPENAI_API_KEY"
+PACKAGES = ("verl", "verl-tapo", "vllm", "transformers")
+_SAMPLE = 1 << 20  # bytes of a weights file's beginning and end
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, checked as far as they go without the disk."""
+    parser = argparse.ArgumentParser(
+        "python -m search_agent.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--data", type=Path, nargs="+", required=True, metavar="FILE", help="parquet files of search_agent.data.prepare"
+    )
+    add("--tools", type=Path, required=True, metavar="YAML", help="as for training, e.g. config/tools_eval.yaml")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="results, transcripts, and what to continue from")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible server, up to /v1")
+    which.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="Hugging Face folder; vLLM is started for it")
+    add("--model", metavar="NAME", help="the model's name at --base-url")
+    add("--vllm-args", default="", metavar="'...'", help="further arguments of vllm serve, as one word")
+    add("--label", help="the model's name in tables (default: --model, or the folder's name)")
+    add("--limit", type=int, metavar="N", help="only the first N questions of each benchmark")
+    add("--concurrency", type=int, default=64, metavar="N", help="questions at a time (default: 64)")
+    add("--temperature", type=float, default=0.0, help="default: 0")
+    add("--max-tokens", type=int, default=4096, metavar="N", help="of a turn (default: 4096)")
+    add("--request", type=json.loads, default={}, metavar="JSON", help="further keys of each request; null removes one")
+    add(
+        "--timeout",
+        type=float,
+        default=1200.0,
+        metavar="S",
+        help="seconds of a request with its retries (default: 1200)",
+    )
+    add("--max-turns", type=int, default=10, metavar="N", help="of the model (default: 10)")
+    add("--calls-per-turn", type=int, default=1, metavar="N", help="tool calls (default: 1)")
+    add(
+        "--agent-loop",
+        type=Path,
+        default=RECIPE / "config" / "agent_loop.yaml",
+        metavar="YAML",
+        help="training's: limits of calls and malformed turns, the tools' timeout (default: this recipe's)",
+    )
+    add(
+        "--tool-calls",
+        choices=["native", "hermes"],
+        default="native",
+        help="who tells the model of the tools and reads its calls: the server, or this program (default: native)",
+    )
+    add(
+        "--tool-images",
+        choices=["tool", "user"],
+        help="where images of tools go: with the answer, as in training (default with --checkpoint), or into a user's "
+        "message after it, as servers want it that allow only text in answers (default with --base-url)",
+    )
+    add("--match", default="exact", metavar="NAMES", help="how answers are compared (default: exact)")
+    add("--max-failures", type=int, default=20, metavar="N", help="questions in a row; then it stops (default: 20)")
+    args = parser.parse_args(argv)
+    if (args.model is None) == (args.base_url is not None):
+        parser.error("--model belongs to --base-url, which needs it")
+    if args.vllm_args and args.base_url:
+        parser.error("--vllm-args belongs to --checkpoint")
+    if not isinstance(args.request, dict):
+        parser.error("--request must be a JSON object")
+    for name in ("concurrency", "max_tokens", "timeout", "limit"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive")
+    return args
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Tells one checkpoint from another: names, sizes, beginnings and ends of its files.
+
+    Raises:
+        ValueError: It is no Hugging Face folder.
+    """
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(f"--checkpoint {checkpoint} has no config.json: merge.sh makes a Hugging Face folder of one")
+    digest = hashlib.sha256()
+    for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(_SAMPLE))
+            content.seek(max(0, size - _SAMPLE))
+            digest.update(content.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what may matter, where it is installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Watch:
+    """Shows how far it is: a bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, console: Console, total: int, done: int):
+        self._console, self._total, self._done = console, total, done
+        self._right, self._finished, self._failed = 0.0, 0, 0
+        self._bar = Progress(
+            TextColumn("questions"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> Watch:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, entry: dict[str, Any] | None) -> None:
+        if entry is None:
+            self._failed += 1
+        else:
+            self._finished += 1
+            self._right += entry["acc"]
+        accuracy = f"{100 * self._right / self._finished:.1f} % right" if self._finished else ""
+        text = ", ".join(filter(None, [accuracy, f"{self._failed} failed" if self._failed else ""]))
+        self._bar.update(self._task, advance=entry is not None, description=text)
+        tried = self._finished + self._failed
+        if self._bar.disable and tried % max(1, (self._total - self._done) // 20) == 0:
+            self._console.print(f"{self._done + self._finished} of {self._total} questions done, {text}")
+
+
+async def _evaluate(
+    args: argparse.Namespace,
+    base_url: str,
+    questions: Iterator[Question],
+    store: Store,
+    limits: Limits,
+    score: Score,
+    watch: Watch,
+) -> None:
+    from search_agent.tools.toolbox import Toolbox
+
+    request = {"temperature": args.temperature, "max_tokens": args.max_tokens, **args.request}
+    key = ApiKey.from_environment(KEY) if args.base_url and os.environ.get(KEY) else None
+    model = ChatModel(
+        base_url,
+        args.model,
+        tool_calls=args.tool_calls,
+        request=request,
+        timeout_s=args.timeout,
+        concurrency=args.concurrency,
+        key=key,
+    )
+    toolbox = Toolbox.from_yaml(args.tools)
+    try:
+        await model.check()
+        task = Task(model, toolbox, score, limits, args.tool_images)
+        with watch:
+            await run(questions, task, store, concurrency=args.concurrency, max_failures=args.max_failures, done=watch)
+    finally:
+        await toolbox.close()
+        await model.close()
+
+
+def _settings(args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
+    """What makes results comparable; what must not change when an evaluation is continued."""
+    names = [file.name for file in args.data]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"--data names two files {twice[0]}: rename one")
+    if not args.tools.is_file():
+        raise ValueError(f"--tools: there is no file {args.tools}")
+    return {
+        "model": args.model if args.base_url else f"checkpoint {fingerprint(args.checkpoint)[:16]}",
+        "temperature": args.temperature,
+        "max_tokens": args.max_tokens,
+        "request": args.request,
+        "tools": f"{args.tools.name} {file_hash(args.tools)[:16]}",
+        "tool_calls": args.tool_calls,
+        "tool_images": args.tool_images,
+        "limits": asdict(limits),
+        "match": args.match,
+        "data": {file.name: file_hash(file) for file in args.data},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    args = parse(argv)
+    console = Console(stderr=True)
+    # Termination is an interruption: what was started is stopped, what is done is in the results.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    args.label = args.label or args.model or args.checkpoint.resolve().name
+    args.model = args.model or args.label
+    args.tool_images = args.tool_images or ("user" if args.base_url else "tool")
+    try:
+        return _main(args, console)
+    except (ValueError, OSError, ServerFailed) as error:
+        console.print(f"search_agent.evaluate: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+
+
+def _main(args: argparse.Namespace, console: Console) -> int:
+    from search_agent.rewards import compute_score
+
+    limits = Limits.from_agent_loop(args.agent_loop, max_turns=args.max_turns, calls_per_turn=args.calls_per_turn)
+    settings = _settings(args, limits)
+    selected = [question.id for question in read_questions(args.data, args.limit)]
+    if not selected:
+        raise ValueError("--data has no questions")
+    trouble = ""
+    with ExitStack() as stack:
+        store = Store(args.out, settings)
+        stack.callback(store.close)
+        rest = [identity for identity in selected if identity not in store.done]
+        console.print(f"{len(selected)} questions, {len(selected) - len(rest)} of them done already")
+        try:
+            if rest:
+                _answer(
+                    args, console, store, set(rest), len(selected), limits, partial(compute_score, match=args.match)
+                )
+        except (InfrastructureError, Outage, Refused) as error:
+            trouble = f"Stopped: {error}."
+            if args.checkpoint:
+                trouble += f" What vLLM says is in {args.out / 'server.log'}."
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            trouble = "Interrupted."
+        entries = [store.done[identity] for identity in selected if identity in store.done]
+        undone = len(selected) - len(entries)
+        failures = [failure for failure in store.failures() if failure["id"] in set(selected)]
+        about = {"label": args.label, "settings": settings, "versions": versions()}
+        found = results(entries, failures, undone, about)
+        store.write("results.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        store.write("results.md", markdown(found))
+    if trouble or undone:
+        again = f"{undone} of {len(selected)} questions are not done; the same command goes on with them."
+        console.print(f"{trouble} {again}".strip(), style="red", markup=False, soft_wrap=True)
+    if not entries:
+        return 1
+    for name, summary in found["benchmarks"].items():
+        console.print(f"{name}: {100 * summary['accuracy']:.2f} % of {summary['n']}", markup=False)
+    console.print(f"average {100 * found['average']:.2f} %; see {args.out / 'results.md'}", markup=False)
+    return 1 if undone else 0
+
+
+def _answer(
+    args: argparse.Namespace,
+    console: Console,
+    store: Store,
+    rest: set[str],
+    total: int,
+    limits: Limits,
+    score: Score,
+) -> None:
+    """Does the questions in ``rest``."""
+    questions = (question for question in read_questions(args.data, args.limit) if question.id in rest)
+    watch = Watch(console, total, total - len(rest))
+    with ExitStack() as stack:
+        base_url = args.base_url
+        if args.checkpoint:
+            console.print(f"starting vLLM; what it says goes to {args.out / 'server.log'}", markup=False)
+            status = stack.enter_context(console.status("vLLM is starting"))
+            served = serve(
+                args.checkpoint,
+                args.model,
+                args.out / "server.log",
+                arguments=_serve_arguments(args),
+                waiting=lambda line: status.update(f"vLLM is starting: {line[:100]}"),
+            )
+            base_url = stack.enter_context(served)
+            status.stop()
+        asyncio.run(_evaluate(args, base_url, questions, store, limits, score, watch))
+
+
+def _serve_arguments(args: argparse.Namespace) -> list[str]:
+    native = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"] if args.tool_calls == "native" else []
+    return [*native, *shlex.split(args.vllm_args)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""What is said in a conversation, whichever way a server wants it written.
+
+A message's content is a list of parts, ``{"type": "text", "text": ...}`` or ``{"type": "image", "image": NAME}``, where
+the name is that of the image's content: so conversations can be kept without their images.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from PIL import Image
+
+from search_agent.evaluate.questions import PLACEHOLDER, Question
+
+Message = dict[str, Any]
+ToolCalls = Literal["native", "hermes"]
+ToolImages = Literal["tool", "user"]
+
+_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+# What a chat template or an image processor would take for its own, in the text of a web page.
+_CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:tool_call|tool_response|tools|image|video|im_start|im_end|s)>")
+
+
+@dataclass(frozen=True)
+class RequestedCall:
+    """A call as the model asked for it."""
+
+    tool: str
+    arguments: dict[str, Any]
+    problem: str | None = None
+    """Why it cannot be read; then there is nothing to execute."""
+    id: str | None = None
+    """The server's, where it read the call; None where it was found in the text."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A turn of the model's."""
+
+    text: str
+    calls: tuple[RequestedCall, ...]
+    message: Message
+    """To be sent back as part of the conversation."""
+    finish: str = "stop"
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass
+class Pictures:
+    """A conversation's images, in order; the model counts them from 1."""
+
+    images: list[Image.Image] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+    """By name, which is ``HASH.png`` or the like."""
+
+    def add_file(self, content: bytes) -> dict[str, str]:
+        """Adds an encoded image; returns it as a part of a message.
+
+        Raises:
+            OSError: It cannot be decoded.
+        """
+        image = Image.open(io.BytesIO(content))
+        if image.format not in ("PNG", "JPEG", "WEBP"):  # what every server reads
+            return self.add(image.convert("RGB"))
+        return self._add(image.convert("RGB"), content, image.format.lower())
+
+    def add(self, image: Image.Image) -> dict[str, str]:
+        """Adds an image without loss."""
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return self._add(image, buffer.getvalue(), "png")
+
+    def _add(self, image: Image.Image, content: bytes, kind: str) -> dict[str, str]:
+        name = f"{hashlib.sha256(content).hexdigest()[:24]}.{kind}"
+        self.files[name] = content
+        self.images.append(image)
+        self.names.append(name)
+        return {"type": "image", "image": name}
+
+    def url(self, name: str) -> str:
+        """A data URL."""
+        return f"data:image/{name.rpartition('.')[2]};base64,{base64.b64encode(self.files[name]).decode()}"
+
+
+def text_part(text: str) -> dict[str, str]:
+    """A part of a message."""
+    return {"type": "text", "text": text}
+
+
+def opening(question: Question, pictures: Pictures) -> list[Message]:
+    """The question's messages; its images are added to ``pictures``."""
+    rest = iter(question.images)
+    messages = []
+    for role, text in question.prompt:
+        parts = []
+        for number, piece in enumerate(text.split(PLACEHOLDER)):
+            if number:
+                parts.append(pictures.add_file(next(rest)))
+            if piece:
+                parts.append(text_part(piece))
+        messages.append({"role": role, "content": parts})
+    return messages
+
+
+def without_control(text: str) -> str:
+    """Text of a tool's without what a chat template would take for its own: an image token breaks a prompt."""
+    text = text.encode("utf-8", "replace").decode()
+    while (stripped := _CONTROL.sub("", text)) != text:  # taking one out may join another
+        text = stripped
+    return text
+
+
+def read_call(name: Any, arguments: Any, identity: str | None = None) -> RequestedCall:
+    """A call whose arguments are an object, or JSON of one."""
+    if not isinstance(name, str) or not name:
+        return RequestedCall("", {}, "it names no tool", identity)
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            return RequestedCall(name, {}, f"its arguments are not JSON ({error})", identity)
+    if not isinstance(arguments, dict):
+        return RequestedCall(name, {}, "its arguments are not a JSON object", identity)
+    return RequestedCall(name, arguments, None, identity)
+
+
+def calls_in_text(text: str) -> tuple[RequestedCall, ...]:
+    """Calls written as ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``; one cut off is malformed."""
+    calls = []
+    for match in _CALL.finditer(text):
+        try:
+            call = json.loads(match[1])
+        except (ValueError, RecursionError) as error:
+            calls.append(RequestedCall("", {}, f"it is not JSON ({error})"))
+            continue
+        if not isinstance(call, dict):
+            calls.append(RequestedCall("", {}, "it is not a JSON object"))
+        else:
+            calls.append(read_call(call.get("name"), call.get("arguments", {})))
+    return tuple(calls)
+
+
+def tools_in_text(schemas: Sequence[Mapping[str, Any]]) -> str:
+    """What a system message says of the tools, to a model whose server does not."""
+    lines = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in schemas)
+    return (
+        "# Tools\n\nThese tools may be called; each line describes one:\n"
+        f"<tools>\n{lines}\n</tools>\n\n"
+        "To call one, write a JSON object with its name and arguments between these tags:\n"
+        '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
+    )
+
+
+def with_tools(messages: list[Message], schemas: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """The messages, their system message followed by what `tools_in_text` says."""
+    text = tools_in_text(schemas)
+    if messages and messages[0]["role"] == "system":
+        first = {**messages[0], "content": [*messages[0]["content"], text_part(f"\n\n{text}")]}
+        return [first, *messages[1:]]
+    return [{"role": "system", "content": [text_part(text)]}, *messages]
+
+
+def answers(
+    calls: Sequence[RequestedCall], contents: Sequence[list[dict[str, str]]], tool_images: ToolImages
+) -> list[Message]:
+    """The messages that answer a turn's calls.
+
+    Calls that the server read are answered by messages of the role ``tool``. Those found in the text are answered by
+    one of the role ``user``, written as the chat templates of Qwen write tools' answers.
+
+    Args:
+        calls: of one turn.
+        contents: parts of the answer to each.
+        tool_images: whether images go into the message of the role ``tool``, or into one of the user's that follows.
+    """
+    if any(call.id is None for call in calls):
+        parts: list[dict[str, str]] = []
+        for content in contents:
+            between = "\n" if parts else ""
+            parts += [text_part(f"{between}<tool_response>\n"), *content, text_part("\n</tool_response>")]
+        return [{"role": "user", "content": _joined(parts)}]
+    messages: list[Message] = []
+    shown: list[dict[str, str]] = []
+    for call, content in zip(calls, contents, strict=True):
+        kept = content
+        if tool_images == "user":
+            kept = [part for part in content if part["type"] == "text"]
+            shown += [part for part in content if part["type"] == "image"]
+        messages.append({"role": "tool", "tool_call_id": call.id, "content": kept})
+    if shown:
+        messages.append({"role": "user", "content": shown})
+    return messages
+
+
+def _joined(parts: list[dict[str, str]]) -> list[dict[str, str]]:
+    joined: list[dict[str, str]] = []
+    for part in parts:
+        if joined and part["type"] == joined[-1]["type"] == "text":
+            joined[-1] = text_part(joined[-1]["text"] + part["text"])
+        else:
+            joined.append(part)
+    return joined
+
+
+def on_the_wire(messages: Sequence[Message], pictures: Pictures) -> list[Message]:
+    """Messages as the API takes them: text alone as a string, images as data URLs."""
+    written = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            if all(part["type"] == "text" for part in content):
+                content = "".join(part["text"] for part in content)
+            else:
+                content = [
+                    part
+                    if part["type"] == "text"
+                    else {"type": "image_url", "image_url": {"url": pictures.url(part["image"])}}
+                    for part in content
+                ]
+        written.append({**message, "content": content})
+    return written

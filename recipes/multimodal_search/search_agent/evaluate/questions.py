@@ -1,0 +1,113 @@
+"""Questions of parquet files in veRL's format, read a few at a time: the images of seven benchmarks are many."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info")
+PLACEHOLDER = "<image>"
+_ROWS = 16  # read at a time
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row."""
+
+    id: str
+    """Benchmark, the row's own identity, and a hash of its images."""
+    data_source: str
+    """The benchmark."""
+    prompt: tuple[tuple[str, str], ...]
+    """Role and text of its messages; a text says with ``<image>`` where the next image goes."""
+    images: tuple[bytes, ...]
+    """As they are in the file: PNG, JPEG or WebP."""
+    ground_truth: Any
+    """Accepted answers."""
+    extra_info: Mapping[str, Any]
+
+    def create_kwargs(self, tool: str) -> dict[str, Any]:
+        """What the question tells a tool."""
+        of_tool = (self.extra_info.get("tools_kwargs") or {}).get(tool) or {}
+        return dict(of_tool.get("create_kwargs") or {})
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _without_none(value: Any) -> Any:
+    """Parquet gives every row the keys of all: those a row has not are None."""
+    if isinstance(value, dict):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return [_without_none(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _question(row: Mapping[str, Any], where: str) -> Question:
+    images = tuple(entry.get("bytes") or b"" for entry in row["images"] or [])
+    if not all(images):
+        raise ValueError(f"{where}: an image without bytes; evaluation reads images from the parquet file alone")
+    prompt = tuple((message["role"], message["content"]) for message in row["prompt"])
+    places = sum(text.count(PLACEHOLDER) for _, text in prompt)
+    if places != len(images):
+        raise ValueError(f"{where}: the prompt has {places} {PLACEHOLDER}, and there are {len(images)} images")
+    extra = _without_none(row["extra_info"] or {})
+    own = extra.get("data_id", extra.get("index"))
+    if own is None:
+        raise ValueError(f"{where}: extra_info has no data_id")
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(len(image).to_bytes(8, "little") + image)
+    identity = f"{row['data_source']}/{own}/{digest.hexdigest()[:16]}"
+    return Question(identity, row["data_source"], prompt, images, row["reward_model"]["ground_truth"], extra)
+
+
+def read_questions(files: Sequence[Path], limit: int | None = None) -> Iterator[Question]:
+    """The files' questions, in order.
+
+    A row that is in its file twice is two questions (``...#2``); benchmarks have such rows.
+
+    Args:
+        files: parquet files.
+        limit: that many of each benchmark, its first.
+
+    Raises:
+        ValueError: for a file of another format, or the same question in two files.
+    """
+    taken: Counter[str] = Counter()
+    where_seen: dict[str, Path] = {}
+    for path in files:
+        try:
+            file = pq.ParquetFile(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{path} is not a parquet file that can be read: {error}") from None
+        missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
+        if missing:
+            raise ValueError(f"{path} has no column {missing[0]!r}; search_agent.data.prepare writes what is needed")
+        seen: Counter[str] = Counter()
+        number = 0
+        for batch in file.iter_batches(batch_size=_ROWS, columns=list(COLUMNS)):
+            for row in batch.to_pylist():
+                question = _question(row, f"{path}, row {number}")
+                number += 1
+                if where_seen.setdefault(question.id, path) != path:
+                    raise ValueError(f"{question.id} is in {path} and in {where_seen[question.id]}: name one of them")
+                seen[question.id] += 1
+                if limit is not None and taken[question.data_source] >= limit:
+                    continue
+                taken[question.data_source] += 1
+                if seen[question.id] > 1:
+                    question = replace(question, id=f"{question.id}#{seen[question.id]}")
+                yield question

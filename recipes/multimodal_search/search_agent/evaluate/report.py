@@ -1,0 +1,180 @@
+"""Results: per benchmark and per tool, as JSON and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from verl_tapo.records import fault_of
+
+BENCHMARKS = ("MMSearch", "HR-MMSearch", "FVQA-test", "InfoSeek", "SimpleVQA", "LiveVQA", "MAT-Search")
+"""In the paper's order; others follow by name."""
+
+_EXECUTED = ("ok", "error", "timeout")
+
+
+def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a rate that was ``mean`` in ``count`` trials."""
+    if not count:
+        return 0.0, 1.0
+    spread = z * z / count
+    middle = (mean + spread / 2) / (1 + spread)
+    half = z * math.sqrt(mean * (1 - mean) / count + spread / (4 * count)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def order(benchmarks: Iterable[str]) -> list[str]:
+    """Benchmarks as the paper's table has them, however they are written."""
+    ranks = {_letters(name): rank for rank, name in enumerate(BENCHMARKS)}
+    return sorted(benchmarks, key=lambda name: (ranks.get(_letters(name), len(ranks)), name))
+
+
+def _letters(name: str) -> str:
+    letters = "".join(filter(str.isalnum, name.lower()))
+    return letters.removesuffix("test")
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+def _steps(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    steps: list[Mapping[str, Any]] = entry["tapo_steps"]["steps"]
+    return steps
+
+
+def _summary(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of some questions."""
+    accuracy = _mean(entry["acc"] for entry in entries)
+    executed = Counter(step["tool"] for entry in entries for step in _steps(entry) if step["status"] in _EXECUTED)
+    return {
+        "n": len(entries),
+        "accuracy": accuracy,
+        "interval": list(wilson(accuracy, len(entries))),
+        "tool_calls": executed.total() / max(1, len(entries)),
+        "tool_calls_by_tool": {tool: executed[tool] / len(entries) for tool in sorted(executed)},
+        "turns": _mean(entry["turns"] for entry in entries),
+        "prompt_tokens": _mean(entry["prompt_tokens"] for entry in entries),
+        "completion_tokens": _mean(entry["completion_tokens"] for entry in entries),
+        "seconds": _mean(entry["seconds"] for entry in entries),
+        "model_faults": _mean(sum(fault_of(step) == "model" for step in _steps(entry)) for entry in entries),
+        "endings": dict(sorted(Counter(entry["ending"] for entry in entries).items())),
+    }
+
+
+def _of_tool(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the calls of a tool, those of attempts that failed included."""
+    executed = [step for step in steps if step["status"] in _EXECUTED]
+    faults = Counter(fault_of(step) for step in executed)
+    fetched = sum(step["status"] == "ok" for step in executed)
+    hits = [step["metrics"]["cache_hit"] for step in executed if "cache_hit" in step["metrics"]]
+    return {
+        "calls": len(executed),
+        "fetch_success": fetched / (fetched + faults["infrastructure"]) if fetched + faults["infrastructure"] else None,
+        "model_faults": sum(fault_of(step) == "model" for step in steps),
+        "infrastructure_faults": faults["infrastructure"],
+        "cache_hits": _mean(hits) if hits else None,
+        "latency_s": _mean(step["latency_s"] for step in executed),
+    }
+
+
+def results(
+    entries: Sequence[Mapping[str, Any]], failures: Iterable[Mapping[str, Any]], undone: int, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The results, plain.
+
+    Args:
+        entries: finished questions.
+        failures: attempts that failed: their tool calls count for the tools.
+        undone: how many questions are not finished.
+        about: label, settings, versions.
+    """
+    by_benchmark: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        by_benchmark.setdefault(entry["data_source"], []).append(entry)
+    benchmarks = {name: _summary(by_benchmark[name]) for name in order(by_benchmark)}
+    by_tool: dict[str, list[Mapping[str, Any]]] = {}
+    attempts = list(failures)
+    for steps in (*(_steps(entry) for entry in entries), *(attempt["steps"] for attempt in attempts)):
+        for step in steps:
+            by_tool.setdefault(step["tool"] if step["status"] != "unknown_tool" else "", []).append(step)
+    unknown = by_tool.pop("", [])
+    return {
+        **about,
+        "average": _mean(summary["accuracy"] for summary in benchmarks.values()),
+        "undone": undone,
+        "failed_attempts": len(attempts),
+        "calls_of_no_tool": len(unknown),
+        "all": _summary(entries),
+        "benchmarks": benchmarks,
+        "tools": {name: _of_tool(by_tool[name]) for name in sorted(by_tool)},
+    }
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percent(value: float | None) -> str:
+    """A share, in per cent."""
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """`results` for people."""
+    tools = sorted(found["tools"])
+    benchmarks = found["benchmarks"]
+
+    def line(name: str, summary: Mapping[str, Any], accuracy: str, interval: str) -> list[str]:
+        by_tool = summary["tool_calls_by_tool"]
+        calls = (f"{value:.2f}" for value in (summary["tool_calls"], *(by_tool.get(tool, 0.0) for tool in tools)))
+        return [name, str(summary["n"]), accuracy, interval, *calls, f"{summary['turns']:.2f}"]
+
+    rows = []
+    for name, summary in benchmarks.items():
+        low, high = summary["interval"]
+        rows.append(line(name, summary, percent(summary["accuracy"]), f"{percent(low)} to {percent(high)}"))
+    rows.append(line("**average**", found["all"], f"**{percent(found['average'])}**", ""))
+    head = ["benchmark", "questions", "accuracy", "95 % interval", "tool calls", *tools, "turns"]
+    parts = [f"# {found['label']}", table(head, rows)]
+    parts.append(
+        "Accuracy in per cent; the average is of the benchmarks, every one counting the same. "
+        "Tool calls and turns are for a question; in the last line, of all questions."
+    )
+    if found["undone"]:
+        parts.append(
+            f"**{found['undone']} question(s) are not done**: a server or back end failed (`failures.jsonl`). They are "
+            "not counted above; the same command does them."
+        )
+    if tools:
+        parts.append(
+            table(
+                ["tool", "calls", "fetched", "from the cache", "model's faults", "seconds"],
+                [
+                    [
+                        name,
+                        str(of["calls"]),
+                        percent(of["fetch_success"]),
+                        percent(of["cache_hits"]),
+                        str(of["model_faults"]),
+                        f"{of['latency_s']:.2f}",
+                    ]
+                    for name, of in found["tools"].items()
+                ],
+            )
+        )
+        parts.append("Fetched: calls that were answered, of those that the model made correctly, in per cent.")
+    everything = found["all"]
+    endings = ", ".join(f"{name} {count}" for name, count in everything["endings"].items())
+    parts.append(
+        f"Endings: {endings or 'none'}. Tokens for a question: {everything['prompt_tokens']:.0f} read, "
+        f"{everything['completion_tokens']:.0f} written. Calls of tools that do not exist: {found['calls_of_no_tool']}."
+    )
+    settings = "\n".join(f"- {name}: `{value}`" for name, value in {**found["settings"], **found["versions"]}.items())
+    parts.append(f"## Settings\n\n{settings}")
+    return "\n\n".join(parts) + "\n"

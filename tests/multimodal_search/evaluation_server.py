@@ -1,0 +1,134 @@
+"""An OpenAI-compatible server on loopback that plays scripts: the question says which (``play NAME``)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import sys
+import threading
+from collections import Counter
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+
+def call(name, arguments, identity="c1"):
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments)
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def says(content="", *calls, finish="stop"):
+    message = {"role": "assistant", "content": content, **({"tool_calls": list(calls)} if calls else {})}
+    return {"choices": [{"index": 0, "message": message, "finish_reason": finish}]}
+
+
+def search(query):
+    return says("", call("text_search", {"query": query}))
+
+
+def answer(text):
+    return says(f"<answer>{text}</answer>")
+
+
+LOOK = says("", call("zoom", {"image": 1, "bbox": [0, 0, 500, 500]}))
+TEXT_CALL = says('Let me look.\n<tool_call>\n{"name": "text_search", "arguments": {"query": "fact 7"}}\n</tool_call>')
+
+# What the model says, turn by turn; the last goes on.
+SCRIPTS = {
+    "direct": [answer("value 1")],
+    "wrong": [answer("nonsense")],
+    "plain": [says("value 1")],
+    "search": [search("fact 2"), answer("value 2")],
+    "zoom": [LOOK, says("", call("zoom", {"image": 2, "bbox": [0, 0, 9, 9]})), search("fact 3"), answer("value 3")],
+    "hermes": [TEXT_CALL, answer("value 7")],
+    "malformed": [says("", call("text_search", "{query")), search("fact 4"), answer("value 4")],
+    "broken": [says("<tool_call>{'name': 1</tool_call>")],
+    "unknown": [says("", call("teleport", {})), answer("value 5")],
+    "silly": [search(17), answer("value 6")],
+    "two": [
+        says("", call("text_search", {"query": "fact 2"}, "a"), call("text_search", {"query": "fact 3"}, "b")),
+        answer("value 3"),
+    ],
+    "endless": [search("fact 1")],
+    "cut": [says("I thought about", finish="length")],
+    "long": [search("fact 1"), 400],
+    "outage": [search("down"), answer("value 8")],
+    "500": [500],
+    "flaky": [500, answer("value 9")],
+    "hang": ["hang"],
+    "403": [403],
+    "refuses": [says("", call("text_search", {"query": "fact 1"})), 422],
+}
+ERRORS = {
+    400: {"error": {"message": "This model's maximum context length is 4096 tokens. However, you requested 9000."}},
+    403: {"error": {"message": "no access"}},
+    422: {"error": {"message": "strange tool message"}},
+    500: {"error": {"message": "engine died"}},
+}
+
+
+def make_app(requests, headers, delay_s=0.0, dead=frozenset()):
+    app = FastAPI()
+    asked = Counter()
+
+    @app.get("/health")
+    async def health():
+        return {}
+
+    @app.get("/v1/models")
+    async def models():
+        return {"data": [{"id": "player"}]}
+
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request):
+        body = await request.json()
+        requests.append(body)
+        headers.append(dict(request.headers))
+        text = json.dumps([message for message in body["messages"] if message["role"] == "user"][:1])
+        name = re.search(r"play (\w+)", text)[1]
+        await asyncio.sleep(delay_s)
+        script = SCRIPTS[name]
+        turn = sum(message["role"] == "assistant" for message in body["messages"])
+        if name == "flaky":
+            turn = asked[text]
+            asked[text] += 1
+        act = script[min(turn, len(script) - 1)]
+        if name in dead:
+            act = 500
+        if act == "hang":
+            await asyncio.sleep(20)
+        if isinstance(act, int):
+            return JSONResponse(ERRORS[act], act)
+        return {**act, "usage": {"prompt_tokens": 100 * (turn + 1), "completion_tokens": 10}}
+
+    return app
+
+
+class Server:
+    """In a thread; ``requests`` are those that came, ``headers`` theirs."""
+
+    def __init__(self, **settings):
+        self.requests, self.headers = [], []
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+        config = uvicorn.Config(make_app(self.requests, self.headers, **settings), log_level="error", lifespan="off")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = self.server.force_exit = True
+        self.thread.join(10)
+
+
+if __name__ == "__main__":  # as `vllm serve`
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.run(make_app([], []), host="127.0.0.1", port=int(sys.argv[sys.argv.index("--port") + 1]))

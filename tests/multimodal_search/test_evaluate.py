@@ -1,0 +1,510 @@
+"""`search_agent.evaluate` against a server on loopback that plays scripts, and tools that search a dict."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from multimodal_search import evaluation_stand_ins
+from multimodal_search.evaluation_server import SCRIPTS, Server
+from PIL import Image
+from search_agent.evaluate import __main__ as command
+from search_agent.evaluate.dialogue import calls_in_text, without_control
+from search_agent.evaluate.questions import read_questions
+
+STAND_INS = Path(evaluation_stand_ins.__file__)
+
+
+def picture(number, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64 + number, 48), (number % 256, 40, 90)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def row(number, play, benchmark="FVQA-test", images=1, **extra):
+    text = "<image>" * images + f"\nplay {play} number {number}"
+    return {
+        "data_source": benchmark,
+        "prompt": [{"role": "system", "content": "Answer."}, {"role": "user", "content": text}],
+        "images": [{"bytes": picture(number + k)} for k in range(images)],
+        "reward_model": {"style": "rule", "ground_truth": [f"value {TRUTH.get(play, 1)}"]},
+        "extra_info": {"data_id": f"q{number}", "question": text, "category": "search_free", **extra},
+    }
+
+
+TRUTH = {
+    "search": 2,
+    "zoom": 3,
+    "two": 3,
+    "malformed": 4,
+    "unknown": 5,
+    "silly": 6,
+    "hermes": 7,
+    "outage": 8,
+    "flaky": 9,
+}
+# Every way a conversation can go without a failure of the infrastructure; right or wrong, and how it ends.
+FINISHING = {
+    "direct": (1, "answered"),
+    "wrong": (0, "answered"),
+    "plain": (0, "answered"),
+    "search": (1, "answered"),
+    "zoom": (1, "answered"),
+    "hermes": (1, "answered"),
+    "malformed": (1, "answered"),
+    "broken": (0, "malformed"),
+    "unknown": (1, "answered"),
+    "silly": (1, "answered"),
+    "two": (1, "answered"),
+    "endless": (0, "turns"),
+    "cut": (0, "length"),
+    "long": (0, "context"),
+    "flaky": (1, "answered"),
+}
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    evaluation_stand_ins.install(lambda name, module: monkeypatch.setitem(sys.modules, name, module))
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        yield server
+
+
+def write(folder, rows, name="fvqa_test.parquet"):
+    folder.mkdir(exist_ok=True, parents=True)
+    pd.DataFrame(rows).to_parquet(folder / name)
+    return folder / name
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "tools.yaml").write_text("tools: []\n")
+    return tmp_path
+
+
+def arguments(folder, data, url, *more):
+    files = [str(file) for file in (data if isinstance(data, list) else [data])]
+    common = ["--tools", str(folder / "tools.yaml"), "--out", str(folder / "out"), "--base-url", url]
+    return ["--data", *files, *common, "--model", "player", *more]
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def transcripts(folder):
+    return {entry["question"].split()[-3]: entry for entry in lines(folder / "out" / "transcripts.jsonl")}
+
+
+def statuses(entry):
+    return [(step["tool"], step["status"]) for step in entry["tapo_steps"]["steps"]]
+
+
+def test_every_way_a_conversation_goes(stand_ins, folder, server):
+    data = write(folder, [row(number, play) for number, play in enumerate(FINISHING)])
+    assert command.main(arguments(folder, data, server.url, "--max-turns", "5")) == 0
+    found = transcripts(folder)
+    assert {play: (entry["acc"], entry["ending"]) for play, entry in found.items()} == FINISHING
+    assert statuses(found["search"]) == [("text_search", "ok")]
+    assert statuses(found["hermes"]) == [("text_search", "ok")]
+    assert statuses(found["malformed"]) == [("text_search", "malformed"), ("text_search", "ok")]
+    assert statuses(found["broken"]) == [("", "malformed")] * 4  # three are answered, then it ends
+    assert statuses(found["unknown"]) == [("teleport", "unknown_tool")]
+    assert statuses(found["silly"]) == [("text_search", "error")]
+    assert statuses(found["two"]) == [("text_search", "ok"), ("text_search", "over_limit")]
+    assert statuses(found["endless"]) == [("text_search", "ok")] * 4 + [("text_search", "not_executed")]
+    assert found["endless"]["turns"] == 5
+    assert found["zoom"]["prompt_tokens"] == 100 + 200 + 300 + 400
+    assert found["zoom"]["completion_tokens"] == 40
+
+
+def test_images_of_tools_join_the_conversation_and_are_counted_on(stand_ins, folder, server):
+    data = write(folder, [row(1, "zoom", images=1)])
+    assert command.main(arguments(folder, data, server.url)) == 0
+    entry = transcripts(folder)["zoom"]
+    first, second, _ = entry["tapo_steps"]["steps"]
+    assert (first["images_at_hand"], first["produced"]) == (1, [1])
+    assert (second["images_at_hand"], second["produced"]) == (2, [2])
+    assert len(entry["images"]) == len(entry["tapo_steps"]["images"]) == 3
+    files = [folder / "out" / "images" / name for name in entry["images"]]
+    assert files[0].read_bytes() == picture(1)
+    assert Image.open(files[1]).size == (32, 24)  # what the stand-in cuts out
+    # On the wire: images as data URLs; where tools may say only text, in a user's message after the answer.
+    last = server.requests[-1]["messages"]
+    urls = [
+        part["image_url"]["url"]
+        for message in last
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] == "image_url"
+    ]
+    assert len(urls) == 3
+    assert all(url.startswith("data:image/png;base64,") for url in urls)
+    assert [message["role"] for message in last[:5]] == ["system", "user", "assistant", "tool", "user"]
+    assert last[3]["tool_call_id"] == last[2]["tool_calls"][0]["id"] == "c1"
+    # Nothing but names in the transcript.
+    assert "base64" not in (folder / "out" / "transcripts.jsonl").read_text()
+
+
+def test_images_go_with_the_answer_where_that_is_asked_for(stand_ins, folder, server):
+    data = write(folder, [row(1, "zoom")])
+    assert command.main(arguments(folder, data, server.url, "--tool-images", "tool")) == 0
+    last = server.requests[-1]["messages"]
+    assert [message["role"] for message in last[:5]] == ["system", "user", "assistant", "tool", "assistant"]
+    assert [part["type"] for part in last[3]["content"]] == ["image_url", "text"]
+
+
+def test_what_the_server_is_asked(stand_ins, folder, server):
+    data = write(folder, [row(1, "search")])
+    more = ("--temperature", "0.5", "--request", '{"top_p": 0.9, "max_tokens": null, "max_completion_tokens": 50}')
+    assert command.main(arguments(folder, data, server.url, *more)) == 0
+    request = server.requests[0]
+    assert [tool["function"]["name"] for tool in request["tools"]] == ["text_search", "zoom"]
+    expected = {"model": "player", "temperature": 0.5, "top_p": 0.9, "max_completion_tokens": 50}
+    assert {key: value for key, value in request.items() if key not in ("messages", "tools")} == expected
+    answer = server.requests[1]["messages"][-1]
+    assert answer == {"role": "tool", "tool_call_id": "c1", "content": "value 2 is what was looked for"}
+
+
+def test_hermes_tells_the_model_of_the_tools_and_answers_in_text(stand_ins, folder, server):
+    data = write(folder, [row(1, "hermes")])
+    assert command.main(arguments(folder, data, server.url, "--tool-calls", "hermes")) == 0
+    first, second = server.requests
+    assert "tools" not in first
+    assert first["messages"][0]["content"].startswith("Answer.")
+    assert '"text_search"' in first["messages"][0]["content"]
+    reply, answer = second["messages"][-2:]
+    assert reply["content"].endswith("</tool_call>")
+    assert answer["role"] == "user"
+    assert answer["content"] == "<tool_response>\nvalue 7 is what was looked for\n</tool_response>"
+
+
+def test_tool_text_cannot_break_the_prompt(stand_ins, folder, server):
+    assert without_control("a<|image_pad|>b <tool_<|im_end|>call>c</tool_response> 1 < 2 |x|") == "ab c 1 < 2 |x|"
+
+
+def test_results(stand_ins, folder, server, capsys):
+    rows = [row(number, play) for number, play in enumerate(["direct", "search", "wrong", "silly"])]
+    rows += [row(10, "zoom", "MMSearch"), row(11, "wrong", "MMSearch")]
+    assert command.main(arguments(folder, write(folder, rows), server.url, "--label", "tapo")) == 0
+    found = json.loads((folder / "out" / "results.json").read_text())
+    assert list(found["benchmarks"]) == ["MMSearch", "FVQA-test"]  # as in the paper's table
+    assert found["average"] == pytest.approx((0.5 + 0.75) / 2)
+    fvqa = found["benchmarks"]["FVQA-test"]
+    assert (fvqa["n"], fvqa["accuracy"], fvqa["tool_calls"]) == (4, 0.75, 0.5)
+    assert fvqa["interval"] == pytest.approx([0.3006, 0.9544], abs=1e-4)  # Wilson's, from tables
+    assert fvqa["model_faults"] == 0.25
+    assert found["benchmarks"]["MMSearch"]["tool_calls_by_tool"] == {"text_search": 0.5, "zoom": 1.0}
+    search = found["tools"]["text_search"]
+    assert (search["calls"], search["fetch_success"], search["model_faults"]) == (3, 1.0, 1)
+    assert search["cache_hits"] == 0.5  # of the stand-in's: every query with an even number
+    assert found["undone"] == 0
+    assert found["settings"]["temperature"] == 0
+    assert {"python", "verl"} <= set(found["versions"])
+    text = (folder / "out" / "results.md").read_text()
+    assert text.startswith("# tapo\n")
+    assert "| FVQA-test | 4 | 75.00 | 30.06 to 95.44 | 0.50 |" in text
+    assert "**62.50**" in text
+
+
+@pytest.mark.parametrize("play", ["500", "hang", "outage", "refuses", "judge"])
+def test_failures_of_the_infrastructure_are_not_scored_and_are_done_again(stand_ins, folder, play, monkeypatch):
+    # The fourth is a server that takes no such message; it says nothing of the model either.
+    script = "direct" if play == "judge" else play
+    rows = [row(1, "direct"), row(2, script, **({"judge": "down"} if play == "judge" else {})), row(3, "search")]
+    data = write(folder, rows)
+    with Server() as server:
+        assert command.main(arguments(folder, data, server.url, "--timeout", "1")) == 1
+        found = json.loads((folder / "out" / "results.json").read_text())
+        assert (found["undone"], found["average"], found["failed_attempts"]) == (1, 1.0, 1)
+        assert "1 question(s) are not done" in (folder / "out" / "results.md").read_text()
+        if play == "outage":
+            assert found["tools"]["text_search"]["fetch_success"] == 0.5
+    monkeypatch.setitem(SCRIPTS, script, SCRIPTS["direct"])  # it is up again
+    monkeypatch.setattr(evaluation_stand_ins, "JUDGE_DOWN", False)
+    with Server() as server:
+        assert command.main(arguments(folder, data, server.url, "--timeout", "1")) == 0
+        assert len(server.requests) == 1  # nothing is asked twice
+    assert len(lines(folder / "out" / "transcripts.jsonl")) == 3
+
+
+def test_an_outage_stops_the_run_with_one_message(stand_ins, folder, capsys):
+    data = write(folder, [row(number, "outage") for number in range(30)])
+    with Server() as server:
+        assert command.main(arguments(folder, data, server.url, "--max-failures", "4", "--concurrency", "2")) == 1
+        assert len(server.requests) <= 7
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Stopped: 5 questions in a row could not be done, the last because text_search:" in said
+    assert "30 of 30 questions are not done; the same command goes on" in said
+
+
+def test_no_server(stand_ins, folder, capsys):
+    data = write(folder, [row(1, "direct")])
+    with Server() as server:
+        url = server.url
+    assert command.main(arguments(folder, data, url)) == 1
+    assert "no model server answers at http://127.0.0.1" in capsys.readouterr().err
+
+
+def test_a_wrong_model_or_key_stops_at_once(stand_ins, folder, server, capsys):
+    data = write(folder, [row(number, "403") for number in range(10)])
+    assert command.main(arguments(folder, data, server.url, "--model", "another")) == 1
+    assert "has no model 'another', but player" in capsys.readouterr().err
+    more = ("--out", str(folder / "out2"), "--concurrency", "1")
+    assert command.main(arguments(folder, data, server.url, *more)) == 1
+    assert len(server.requests) == 1
+    assert "403 no access" in capsys.readouterr().err
+
+
+def test_the_key_is_sent_and_shown_nowhere(stand_ins, folder, server, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    data = write(folder, [row(1, "direct"), row(2, "403")])
+    assert command.main(arguments(folder, data, server.url)) == 1
+    assert {headers["authorization"] for headers in server.headers} == {"Bearer sk-secret"}
+    said = capsys.readouterr().err
+    assert "check OPENAI_API_KEY" in said
+    written = b"".join(file.read_bytes() for file in (folder / "out").rglob("*") if file.is_file())
+    assert "sk-secret" not in said
+    assert b"sk-secret" not in written
+
+
+def test_limits_on_calls_are_those_of_training(stand_ins, folder, server):
+    (folder / "loop.yaml").write_text(
+        "- {name: tapo_tool_agent, max_calls: {text_search: 2}, max_malformed_turns: 0}\n"
+    )
+    data = write(folder, [row(1, "endless"), row(2, "broken")])
+    more = ("--agent-loop", str(folder / "loop.yaml"), "--max-turns", "4")
+    assert command.main(arguments(folder, data, server.url, *more)) == 0
+    found = transcripts(folder)
+    expected = ["ok", "ok", "over_limit", "not_executed"]
+    assert [status for _, status in statuses(found["endless"])] == expected
+    assert "No more than 2 text_search call(s)" in json.dumps(found["endless"]["messages"])
+    assert (found["broken"]["turns"], found["broken"]["ending"]) == (1, "malformed")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--temperature", "1"), "temperature: 0.0 is now 1.0"),
+        (("--max-turns", "3"), "limits:"),
+        (("--request", '{"seed": 1}'), "request:"),
+        (("--match", "judge"), "match:"),
+    ],
+)
+def test_other_settings_do_not_go_on_in_a_folder(stand_ins, folder, server, capsys, more, said):
+    data = write(folder, [row(1, "direct")])
+    assert command.main(arguments(folder, data, server.url)) == 0
+    assert command.main(arguments(folder, data, server.url, *more)) == 2
+    assert said in capsys.readouterr().err
+    assert len(server.requests) == 1
+
+
+def test_other_tools_or_data_do_not_go_on_in_a_folder(stand_ins, folder, server, capsys):
+    data = write(folder, [row(1, "direct")])
+    assert command.main(arguments(folder, data, server.url)) == 0
+    more = write(folder, [row(5, "search", "MMSearch")], "mmsearch.parquet")
+    assert command.main(arguments(folder, [data, more], server.url)) == 0  # another benchmark is no change
+    assert list(json.loads((folder / "out" / "results.json").read_text())["benchmarks"]) == ["MMSearch", "FVQA-test"]
+    write(folder, [row(2, "direct")])
+    assert command.main(arguments(folder, data, server.url)) == 2
+    assert "the content of fvqa_test.parquet" in capsys.readouterr().err
+    write(folder, [row(1, "direct")])
+    (folder / "tools.yaml").write_text("tools: []  # other\n")
+    assert command.main(arguments(folder, data, server.url)) == 2
+    assert "Changed: tools:" in capsys.readouterr().err
+
+
+def test_limit_is_of_each_benchmark_and_may_grow(stand_ins, folder, server):
+    rows = [row(number, "direct") for number in range(4)] + [row(9, "direct", "LiveVQA")]
+    data = write(folder, rows)
+    assert command.main(arguments(folder, data, server.url, "--limit", "2")) == 0
+    assert len(server.requests) == 3
+    assert command.main(arguments(folder, data, server.url)) == 0
+    assert len(server.requests) == 5
+
+
+def stable(results):
+    """Without what differs from run to run: times."""
+    if isinstance(results, dict):
+        return {key: stable(value) for key, value in results.items() if key not in ("seconds", "latency_s", "time")}
+    return [stable(value) for value in results] if isinstance(results, list) else results
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_in_the_middle_every_question_is_done_once(stand_ins, folder, number):
+    plays = [play for play in FINISHING if play not in ("flaky", "hang")]
+    data = write(folder, [row(number, plays[number % len(plays)]) for number in range(42)])
+    with Server(delay_s=0.03) as server:
+        options = ("--concurrency", "4", "--max-turns", "4")
+        argv = arguments(folder, data, server.url, *options)
+        process = subprocess.Popen(
+            [sys.executable, str(STAND_INS), *argv],
+            env={**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        done = folder / "out" / "transcripts.jsonl"
+        wait_for(lambda: done.exists() and done.read_bytes().count(b"\n") >= 10)
+        process.send_signal(number)
+        assert process.wait(30) == (-9 if number == signal.SIGKILL else 1)
+        assert 10 <= done.read_bytes().count(b"\n") < 42
+        before = done.read_bytes()
+        before = before[: before.rfind(b"\n") + 1]
+        with done.open("ab") as file:  # as a process leaves it that dies while it writes
+            file.write(b'{"id": "FVQA-test/q41/')
+        assert command.main(argv) == 0
+        assert done.read_bytes().startswith(before)
+        again = arguments(folder, data, server.url, *options, "--out", str(folder / "whole"))
+        assert command.main(again) == 0
+    entries = lines(done)
+    assert len(entries) == len({entry["id"] for entry in entries}) == 42
+    one, other = (json.loads((folder / name / "results.json").read_text()) for name in ("out", "whole"))
+    assert stable(one) == stable(other)
+    whole = {entry["id"]: stable(entry) for entry in lines(folder / "whole" / "transcripts.jsonl")}
+    assert {entry["id"]: stable(entry) for entry in entries} == whole
+
+
+def test_two_at_once_in_one_folder(stand_ins, folder, server, capsys):
+    from search_agent.evaluate.store import Store
+
+    data = write(folder, [row(1, "direct")])
+    store = Store(folder / "out", {"data": {}})
+    assert command.main(arguments(folder, data, server.url)) == 2
+    assert "another evaluation is writing to" in capsys.readouterr().err
+    store.close()
+
+
+def test_a_row_that_is_there_twice_is_two_questions(folder):
+    data = write(folder, [row(1, "direct"), row(1, "direct"), row(2, "direct")])
+    first, second, third = (question.id for question in read_questions([data]))
+    assert second == f"{first}#2"
+    assert third not in (first, second)
+    other = write(folder, [row(2, "direct")], "other.parquet")
+    with pytest.raises(ValueError, match=r"is in .*other\.parquet and in .*fvqa_test\.parquet"):
+        list(read_questions([data, other]))
+
+
+def test_data_that_does_not_fit(folder):
+    wrong = row(1, "direct", images=2)
+    wrong["images"] = wrong["images"][:1]
+    data = write(folder, [row(0, "direct"), wrong])
+    with pytest.raises(ValueError, match="row 1: the prompt has 2 <image>, and there are 1 images"):
+        list(read_questions([data]))
+    pd.DataFrame({"prompt": ["x"]}).to_parquet(folder / "bad.parquet")
+    with pytest.raises(ValueError, match="has no column 'data_source'"):
+        list(read_questions([folder / "bad.parquet"]))
+    with pytest.raises(ValueError, match="is not a parquet file"):
+        list(read_questions([folder / "tools.yaml"]))
+
+
+def test_what_a_question_tells_a_tool(folder):
+    kwargs = {"zoom": {"create_kwargs": {"coordinates": "absolute"}}}
+    other = {"image_search": {"create_kwargs": {"key": "k"}}}
+    data = write(folder, [row(1, "direct", tools_kwargs=kwargs), row(2, "direct", tools_kwargs=other)])
+    first, second = read_questions([data])
+    assert first.create_kwargs("zoom") == {"coordinates": "absolute"}
+    assert first.create_kwargs("image_search") == second.create_kwargs("zoom") == {}
+    assert second.create_kwargs("image_search") == {"key": "k"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('<tool_call>{"name": "a", "arguments": {"x": 1}}</tool_call>', [("a", {"x": 1}, True)]),
+        ('<tool_call>{"name": "a", "arguments": "{\\"x\\": 1}"}</tool_call>', [("a", {"x": 1}, True)]),
+        ('<tool_call>{"name": "a"}</tool_call> and <tool_call>[]</tool_call>', [("a", {}, True), ("", {}, False)]),
+        ('<tool_call>{"name": "a", "argu', [("", {}, False)]),
+        ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', [("", {}, False)]),
+        ("no call </tool_call>", []),
+    ],
+)
+def test_calls_in_text(text, expected):
+    assert [(call.tool, call.arguments, call.problem is None) for call in calls_in_text(text)] == expected
+
+
+@pytest.fixture
+def checkpoint(folder):
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    return folder / "model"
+
+
+def serving(folder, data, checkpoint, *more):
+    common = ["--data", str(data), "--tools", str(folder / "tools.yaml"), "--out", str(folder / "out")]
+    return [*common, "--checkpoint", str(checkpoint), *more]
+
+
+def install_vllm(folder, monkeypatch, *lines):
+    file = folder / "bin" / "vllm"
+    file.parent.mkdir()
+    file.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(file.parent), prepend=os.pathsep)
+
+
+def test_a_checkpoint_is_served_and_the_server_stopped(stand_ins, folder, checkpoint, monkeypatch, capsys):
+    program = STAND_INS.with_name("evaluation_server.py")
+    install_vllm(
+        folder,
+        monkeypatch,
+        f'echo "$@" > {folder}/said',
+        f"echo $$ > {folder}/pid",
+        f"{sys.executable} {program} $@ &",
+        "wait",
+    )
+    data = write(folder, [row(1, "direct"), row(2, "zoom")])
+    argv = serving(folder, data, checkpoint, "--label", "player", "--vllm-args", "--max-model-len 4096")
+    assert command.main(argv) == 0
+    said = (folder / "said").read_text()
+    assert said.startswith(f"serve {checkpoint} --served-model-name player --host 127.0.0.1 --port ")
+    assert said.endswith("--enable-auto-tool-choice --tool-call-parser hermes --max-model-len 4096\n")
+    group = int((folder / "pid").read_text())
+    wait_for(lambda: not alive(group))
+    assert len(lines(folder / "out" / "transcripts.jsonl")) == 2
+    (checkpoint / "model.safetensors").write_bytes(b"other weights")
+    assert command.main(argv) == 2
+    assert "Changed: model:" in capsys.readouterr().err
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_server_that_does_not_come_up(stand_ins, folder, checkpoint, monkeypatch, capsys):
+    install_vllm(folder, monkeypatch, "echo loading; echo CUDA out of memory; exit 3")
+    data = write(folder, [row(1, "direct")])
+    assert command.main(serving(folder, data, checkpoint)) == 2
+    said = capsys.readouterr().err
+    assert "vLLM ended with exit code 3" in said
+    assert "CUDA out of memory" in said
+
+
+def test_without_vllm(stand_ins, folder, checkpoint, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    data = write(folder, [row(1, "direct")])
+    assert command.main(serving(folder, data, checkpoint)) == 2
+    assert "there is no command 'vllm'" in capsys.readouterr().err
