@@ -38,6 +38,10 @@ def answer(text):
 LOOK = says("", call("zoom", {"image": 1, "bbox": [0, 0, 500, 500]}))
 TEXT_CALL = says('Let me look.\n<tool_call>\n{"name": "text_search", "arguments": {"query": "fact 7"}}\n</tool_call>')
 
+ZOOMS = "\n".join(
+    f'<tool_call>\n{{"name": "zoom", "arguments": {{"image": {image}}}}}\n</tool_call>' for image in (1, 1)
+)
+
 # What the model says, turn by turn; the last goes on.
 SCRIPTS = {
     "direct": [answer("value 1")],
@@ -45,6 +49,7 @@ SCRIPTS = {
     "plain": [says("value 1")],
     "search": [search("fact 2"), answer("value 2")],
     "zoom": [LOOK, says("", call("zoom", {"image": 2, "bbox": [0, 0, 9, 9]})), search("fact 3"), answer("value 3")],
+    "zooms": [says(ZOOMS), answer("value 1")],
     "hermes": [TEXT_CALL, answer("value 7")],
     "malformed": [says("", call("text_search", "{query")), search("fact 4"), answer("value 4")],
     "broken": [says("<tool_call>{'name': 1</tool_call>")],

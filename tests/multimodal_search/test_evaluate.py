@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from flags_and_facts.model import CHAT_TEMPLATE
+from jinja2 import Environment
 from multimodal_search import evaluation_stand_ins
-from multimodal_search.evaluation_server import SCRIPTS, Server
+from multimodal_search.evaluation_server import SCRIPTS, ZOOMS, Server
 from PIL import Image
 from search_agent.evaluate import __main__ as command
 from search_agent.evaluate.dialogue import calls_in_text, without_control
@@ -158,12 +160,35 @@ def test_images_of_tools_join_the_conversation_and_are_counted_on(stand_ins, fol
     assert "base64" not in (folder / "out" / "transcripts.jsonl").read_text()
 
 
-def test_images_go_with_the_answer_where_that_is_asked_for(stand_ins, folder, server):
-    data = write(folder, [row(1, "zoom")])
-    assert command.main(arguments(folder, data, server.url, "--tool-images", "tool")) == 0
-    last = server.requests[-1]["messages"]
-    assert [message["role"] for message in last[:5]] == ["system", "user", "assistant", "tool", "assistant"]
-    assert [part["type"] for part in last[3]["content"]] == ["image_url", "text"]
+def test_a_chat_template_tells_of_the_tools_and_calls_are_read_here(stand_ins, folder, server):
+    data = write(folder, [row(1, "hermes"), row(2, "zooms")])
+    assert command.main(arguments(folder, data, server.url, "--tool-calls", "template", "--calls-per-turn", "2")) == 0
+    assert [entry["acc"] for entry in transcripts(folder).values()] == [1, 1]
+    assert {request["tool_choice"] for request in server.requests} == {"none"}
+    assert all(len(request["tools"]) == 2 for request in server.requests)
+    # The model's text goes back as it was, and the conversation reads as in training, where tools have a role.
+    messages = [server_side(message) for message in server.requests[-1]["messages"]]
+    said, answered = messages[2:4]
+    assert said == {"role": "assistant", "content": ZOOMS}
+    calls = [{"role": "tool", "content": [IMAGE, {"type": "text", "text": "Image 2:"}]}]
+    calls += [{"role": "tool", "content": [IMAGE, {"type": "text", "text": "Image 3:"}]}]
+    assert answered["role"] == "user"
+    assert render([*messages[:3], *calls]) == render([*messages[:3], answered])
+
+
+IMAGE = {"type": "image"}
+
+
+def server_side(message):
+    """A message as a server hands it to the chat template."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = [part if part["type"] == "text" else IMAGE for part in content]
+    return {"role": message["role"], "content": content}
+
+
+def render(messages):
+    return Environment().from_string(CHAT_TEMPLATE).render(messages=messages, tools=[], add_generation_prompt=True)
 
 
 def test_what_the_server_is_asked(stand_ins, folder, server):
@@ -471,12 +496,12 @@ def test_a_checkpoint_is_served_and_the_server_stopped(stand_ins, folder, checkp
         f"{sys.executable} {program} $@ &",
         "wait",
     )
-    data = write(folder, [row(1, "direct"), row(2, "zoom")])
+    data = write(folder, [row(1, "direct"), row(2, "zooms")])
     argv = serving(folder, data, checkpoint, "--label", "player", "--vllm-args", "--max-model-len 4096")
     assert command.main(argv) == 0
     said = (folder / "said").read_text()
     assert said.startswith(f"serve {checkpoint} --served-model-name player --host 127.0.0.1 --port ")
-    assert said.endswith("--enable-auto-tool-choice --tool-call-parser hermes --max-model-len 4096\n")
+    assert said.endswith(" --max-model-len 4096\n")
     group = int((folder / "pid").read_text())
     wait_for(lambda: not alive(group))
     assert len(lines(folder / "out" / "transcripts.jsonl")) == 2

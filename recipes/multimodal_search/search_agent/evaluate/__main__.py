@@ -87,15 +87,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--tool-calls",
-        choices=["native", "hermes"],
-        default="native",
-        help="who tells the model of the tools and reads its calls: the server, or this program (default: native)",
-    )
-    add(
-        "--tool-images",
-        choices=["tool", "user"],
-        help="where images of tools go: with the answer, as in training (default with --checkpoint), or into a user's "
-        "message after it, as servers want it that allow only text in answers (default with --base-url)",
+        choices=["native", "template", "hermes"],
+        help="native: the server tells the model of the tools and reads its calls (default with --base-url); template: "
+        "its chat template tells the model, as in training, and calls are read here, in Qwen's format (default with "
+        "--checkpoint; vLLM can do it); hermes: both happen here",
     )
     add("--match", default="exact", metavar="NAMES", help="how answers are compared (default: exact)")
     add("--max-failures", type=int, default=20, metavar="N", help="questions in a row; then it stops (default: 20)")
@@ -207,7 +202,7 @@ async def _evaluate(
     toolbox = Toolbox.from_yaml(args.tools)
     try:
         await model.check()
-        task = Task(model, toolbox, score, limits, args.tool_images)
+        task = Task(model, toolbox, score, limits)
         with watch:
             await run(questions, task, store, concurrency=args.concurrency, max_failures=args.max_failures, done=watch)
     finally:
@@ -230,7 +225,6 @@ def _settings(args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
         "request": args.request,
         "tools": f"{args.tools.name} {file_hash(args.tools)[:16]}",
         "tool_calls": args.tool_calls,
-        "tool_images": args.tool_images,
         "limits": asdict(limits),
         "match": args.match,
         "data": {file.name: file_hash(file) for file in args.data},
@@ -245,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     args.label = args.label or args.model or args.checkpoint.resolve().name
     args.model = args.model or args.label
-    args.tool_images = args.tool_images or ("user" if args.base_url else "tool")
+    args.tool_calls = args.tool_calls or ("native" if args.base_url else "template")
     try:
         return _main(args, console)
     except (ValueError, OSError, ServerFailed) as error:

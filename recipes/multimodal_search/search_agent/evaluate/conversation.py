@@ -20,7 +20,6 @@ from search_agent.evaluate.dialogue import (
     Pictures,
     Reply,
     RequestedCall,
-    ToolImages,
     answers,
     opening,
     text_part,
@@ -155,9 +154,7 @@ class Undone(InfrastructureError):
         """The calls until then, the one that failed included."""
 
 
-async def converse(
-    question: Question, model: Model, toolbox: ToolboxLike, limits: Limits, tool_images: ToolImages
-) -> Conversation:
+async def converse(question: Question, model: Model, toolbox: ToolboxLike, limits: Limits) -> Conversation:
     """Asks the model, runs the tools it calls, and so on until it calls none or a limit is reached.
 
     Raises:
@@ -190,7 +187,7 @@ async def converse(
                 else:
                     contents.append(await _run(call, record, question, pictures, toolbox, limits.tool_timeout_s))
                 number += 1
-            messages += answers(calls, contents, tool_images)
+            messages += answers(calls, contents)
     except InfrastructureError as error:
         raise Undone(str(error), talk.record) from error
     talk.record.images = await asyncio.to_thread(lambda: [content_hash(image) for image in pictures.images])

@@ -20,8 +20,7 @@ from PIL import Image
 from search_agent.evaluate.questions import PLACEHOLDER, Question
 
 Message = dict[str, Any]
-ToolCalls = Literal["native", "hermes"]
-ToolImages = Literal["tool", "user"]
+ToolCalls = Literal["native", "template", "hermes"]
 
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
 # What a chat template or an image processor would take for its own, in the text of a web page.
@@ -169,18 +168,12 @@ def with_tools(messages: list[Message], schemas: Sequence[Mapping[str, Any]]) ->
     return [{"role": "system", "content": [text_part(text)]}, *messages]
 
 
-def answers(
-    calls: Sequence[RequestedCall], contents: Sequence[list[dict[str, str]]], tool_images: ToolImages
-) -> list[Message]:
-    """The messages that answer a turn's calls.
+def answers(calls: Sequence[RequestedCall], contents: Sequence[list[dict[str, str]]]) -> list[Message]:
+    """The messages that answer a turn's calls; ``contents`` are the parts of the answer to each.
 
-    Calls that the server read are answered by messages of the role ``tool``. Those found in the text are answered by
-    one of the role ``user``, written as the chat templates of Qwen write tools' answers.
-
-    Args:
-        calls: of one turn.
-        contents: parts of the answer to each.
-        tool_images: whether images go into the message of the role ``tool``, or into one of the user's that follows.
+    Calls that the server read are answered by messages of the role ``tool``, which allows only text: images follow in
+    one of the user's. Calls found in the text are answered in a message of the user's, images and all, that the chat
+    templates of Qwen make the same tokens of as of tools' answers in training.
     """
     if any(call.id is None for call in calls):
         parts: list[dict[str, str]] = []
@@ -191,11 +184,9 @@ def answers(
     messages: list[Message] = []
     shown: list[dict[str, str]] = []
     for call, content in zip(calls, contents, strict=True):
-        kept = content
-        if tool_images == "user":
-            kept = [part for part in content if part["type"] == "text"]
-            shown += [part for part in content if part["type"] == "image"]
-        messages.append({"role": "tool", "tool_call_id": call.id, "content": kept})
+        texts = [part for part in content if part["type"] == "text"]
+        shown += [part for part in content if part["type"] == "image"]
+        messages.append({"role": "tool", "tool_call_id": call.id, "content": texts})
     if shown:
         messages.append({"role": "user", "content": shown})
     return messages

@@ -36,8 +36,9 @@ class ChatModel:
     Args:
         base_url: up to and including ``/v1``.
         model: its name at the server.
-        tool_calls: ``native``, the server tells the model of the tools and reads its calls; or ``hermes``, both
-            happen here. Calls that a native server left in the text are read too.
+        tool_calls: ``native``, the server tells the model of the tools and reads its calls; ``template``, it tells the
+            model of them, as in training, and the calls are read here; ``hermes``, both happen here. Calls that a
+            native server left in the text are read too.
         request: further keys of every request, over the others; None takes one out.
         timeout_s: of a request with all attempts at it; one gets half of it.
         concurrency: requests at a time.
@@ -121,6 +122,10 @@ class ChatModel:
             request["messages"] = with_tools(request["messages"], schemas)
         elif schemas:
             request["tools"] = list(schemas)
+            if self._tool_calls == "template":
+                request["tool_choice"] = (
+                    "none"  # vLLM shows the model the tools all the same, and leaves its text alone
+                )
         request["messages"] = on_the_wire(request["messages"], pictures)
         request.update(self._request)
         answer = await self._post({key: value for key, value in request.items() if value is not None})

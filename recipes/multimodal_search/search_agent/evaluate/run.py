@@ -12,7 +12,6 @@ from typing import Any
 
 from search_agent.errors import InfrastructureError
 from search_agent.evaluate.conversation import Conversation, Limits, Model, ToolboxLike, Undone, converse
-from search_agent.evaluate.dialogue import ToolImages
 from search_agent.evaluate.questions import Question
 from search_agent.evaluate.store import Store
 
@@ -32,7 +31,6 @@ class Task:
     toolbox: ToolboxLike
     score: Score
     limits: Limits
-    tool_images: ToolImages = "tool"
 
     async def do(self, question: Question) -> tuple[dict[str, Any], dict[str, bytes]]:
         """The transcript's entry and its images.
@@ -42,7 +40,7 @@ class Task:
             Refused, ValueError: See `converse`.
         """
         start = time.perf_counter()
-        talk = await converse(question, self.model, self.toolbox, self.limits, self.tool_images)
+        talk = await converse(question, self.model, self.toolbox, self.limits)
         record = talk.record.to_dict()
         extra = {**question.extra_info, "tapo_steps": record}
         try:
