@@ -375,7 +375,7 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
     if path.stat().st_size <= _CHECKED_BYTES:
         found = number("quick_check(1)")
         if found != "ok":
-            raise ValueError(f"the cache {path} is damaged: {found}; delete it or name another file")
+            raise ValueError(f"the cache {path} is damaged: {' '.join(found.split())}; delete it or name another file")
     for _ in range(_WAL_TRIES):  # the switch does not wait for others that are just making it
         try:
             if number("journal_mode = WAL") == "wal":

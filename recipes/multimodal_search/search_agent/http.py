@@ -177,7 +177,7 @@ class JsonClient:
             for other in [other for other in self._sessions if other.is_closed()]:
                 del self._sessions[other]
             if loop not in self._sessions:
-                limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
+                limits = httpx.Limits(max_keepalive_connections=self._concurrency, keepalive_expiry=30.0)
                 client = httpx.AsyncClient(
                     base_url=self._base_url, headers=self._headers, limits=limits, timeout=None, follow_redirects=False
                 )
