@@ -6,64 +6,32 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from PIL import Image
 
 from search_agent.errors import InfrastructureError, ModelError
 from search_agent.evaluate.dialogue import (
     Message,
     Pictures,
-    Reply,
     RequestedCall,
     answers,
     opening,
     text_part,
     without_control,
 )
+from search_agent.evaluate.model import ChatModel
 from search_agent.evaluate.questions import Question
 from verl_tapo.images import content_hash
 from verl_tapo.records import CallRecord, CallStatus, TrajectoryRecord, fault_of
 
+if TYPE_CHECKING:  # it imports veRL, which takes seconds
+    from search_agent.tools.toolbox import Toolbox
+
 Ending = Literal["answered", "turns", "malformed", "context", "length"]
-
-
-class ToolAnswerLike(Protocol):
-    """A tool's answer (`search_agent.tools.toolbox.ToolAnswer`)."""
-
-    text: str
-    images: list[Image.Image]
-    metrics: dict[str, Any]
-    status: Literal["ok", "error", "timeout", "unknown_tool", "malformed"]
-
-
-class ToolboxLike(Protocol):
-    """The tools (`search_agent.tools.toolbox.Toolbox`)."""
-
-    @property
-    def schemas(self) -> list[dict[str, Any]]: ...
-
-    async def call(
-        self,
-        name: str,
-        arguments: dict[str, Any] | str,
-        images: list[Image.Image],
-        create_kwargs: dict[str, Any] | None = None,
-    ) -> Any: ...
-
-    async def close(self) -> None: ...
-
-
-class Model(Protocol):
-    """What answers (`model.ChatModel`)."""
-
-    async def reply(
-        self, messages: Sequence[Message], pictures: Pictures, schemas: Sequence[Mapping[str, Any]]
-    ) -> Reply: ...
 
 
 @dataclass(frozen=True)
@@ -154,7 +122,7 @@ class Undone(InfrastructureError):
         """The calls until then, the one that failed included."""
 
 
-async def converse(question: Question, model: Model, toolbox: ToolboxLike, limits: Limits) -> Conversation:
+async def converse(question: Question, model: ChatModel, toolbox: Toolbox, limits: Limits) -> Conversation:
     """Asks the model, runs the tools it calls, and so on until it calls none or a limit is reached.
 
     Raises:
@@ -195,7 +163,7 @@ async def converse(question: Question, model: Model, toolbox: ToolboxLike, limit
 
 
 async def _turn(
-    talk: Conversation, model: Model, toolbox: ToolboxLike, limits: Limits
+    talk: Conversation, model: ChatModel, toolbox: Toolbox, limits: Limits
 ) -> tuple[RequestedCall, ...] | None:
     """The calls of the model's next turn; None where it was the last."""
     try:
@@ -231,14 +199,14 @@ async def _run(
     record: CallRecord,
     question: Question,
     pictures: Pictures,
-    toolbox: ToolboxLike,
+    toolbox: Toolbox,
     timeout_s: float,
 ) -> list[dict[str, str]]:
     """The tool's answer, as parts of a message; its images join the conversation's."""
     record.images_at_hand = len(pictures.images)
     start = time.perf_counter()
     try:
-        answer: ToolAnswerLike = await asyncio.wait_for(
+        answer = await asyncio.wait_for(
             toolbox.call(call.tool, call.arguments, list(pictures.images), question.create_kwargs(call.tool)), timeout_s
         )
     except asyncio.TimeoutError:

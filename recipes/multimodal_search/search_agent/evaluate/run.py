@@ -8,12 +8,16 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from search_agent.errors import InfrastructureError
-from search_agent.evaluate.conversation import Conversation, Limits, Model, ToolboxLike, Undone, converse
+from search_agent.evaluate.conversation import Conversation, Limits, Undone, converse
+from search_agent.evaluate.model import ChatModel
 from search_agent.evaluate.questions import Question
 from search_agent.evaluate.store import Store
+
+if TYPE_CHECKING:  # it imports veRL, which takes seconds
+    from search_agent.tools.toolbox import Toolbox
 
 Score = Callable[[str, str, Any, dict[str, Any]], Awaitable[dict[str, Any]]]
 """``(data_source, answer, ground_truth, extra_info)`` to a dict with ``acc``, 0 to 1."""
@@ -27,8 +31,8 @@ class Outage(Exception):
 class Task:
     """What is done with every question."""
 
-    model: Model
-    toolbox: ToolboxLike
+    model: ChatModel
+    toolbox: Toolbox
     score: Score
     limits: Limits
 
