@@ -434,6 +434,10 @@ def test_data_that_does_not_fit(folder):
     data = write(folder, [row(0, "direct"), wrong])
     with pytest.raises(ValueError, match="row 1: the prompt has 2 <image>, and there are 1 images"):
         list(read_questions([data]))
+    broken = row(1, "direct")
+    broken["images"] = [{"bytes": b"<html>not found</html>"}]
+    with pytest.raises(ValueError, match="row 0: an image has no bytes, or none that are an image"):
+        list(read_questions([write(folder, [broken], "broken.parquet")]))
     pd.DataFrame({"prompt": ["x"]}).to_parquet(folder / "bad.parquet")
     with pytest.raises(ValueError, match="has no column 'data_source'"):
         list(read_questions([folder / "bad.parquet"]))

@@ -92,7 +92,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "its chat template tells the model, as in training, and calls are read here, in Qwen's format (default with "
         "--checkpoint; vLLM can do it); hermes: both happen here",
     )
-    add("--match", default="exact", metavar="NAMES", help="how answers are compared (default: exact)")
+    add("--match", default="exact", metavar="A,B", help="how answers are compared, as in the reward (default: exact)")
     add("--max-failures", type=int, default=20, metavar="N", help="questions in a row; then it stops (default: 20)")
     args = parser.parse_args(argv)
     if (args.model is None) == (args.base_url is not None):
@@ -226,7 +226,7 @@ def _settings(args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
         "tools": f"{args.tools.name} {file_hash(args.tools)[:16]}",
         "tool_calls": args.tool_calls,
         "limits": asdict(limits),
-        "match": args.match,
+        "match": args.match.split(","),
         "data": {file.name: file_hash(file) for file in args.data},
     }
 
@@ -252,6 +252,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
 
     limits = Limits.from_agent_loop(args.agent_loop, max_turns=args.max_turns, calls_per_turn=args.calls_per_turn)
     settings = _settings(args, limits)
+    rewards = {"match": settings["match"]}
     selected = [question.id for question in read_questions(args.data, args.limit)]
     if not selected:
         raise ValueError("--data has no questions")
@@ -263,9 +264,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
         console.print(f"{len(selected)} questions, {len(selected) - len(rest)} of them done already")
         try:
             if rest:
-                _answer(
-                    args, console, store, set(rest), len(selected), limits, partial(compute_score, match=args.match)
-                )
+                _answer(args, console, store, set(rest), len(selected), limits, partial(compute_score, **rewards))
         except (InfrastructureError, Outage, Refused) as error:
             trouble = f"Stopped: {error}."
             if args.checkpoint:
@@ -275,7 +274,8 @@ def _main(args: argparse.Namespace, console: Console) -> int:
         entries = [store.done[identity] for identity in selected if identity in store.done]
         undone = len(selected) - len(entries)
         failures = [failure for failure in store.failures() if failure["id"] in set(selected)]
-        about = {"label": args.label, "settings": settings, "versions": versions()}
+        shown = {**settings, "vllm_args": args.vllm_args} if args.checkpoint else settings
+        about = {"label": args.label, "settings": shown, "versions": versions()}
         found = results(entries, failures, undone, about)
         store.write("results.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
         store.write("results.md", markdown(found))

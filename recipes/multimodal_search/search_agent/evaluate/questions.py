@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info")
 PLACEHOLDER = "<image>"
@@ -57,8 +59,11 @@ def _without_none(value: Any) -> Any:
 
 def _question(row: Mapping[str, Any], where: str) -> Question:
     images = tuple(entry.get("bytes") or b"" for entry in row["images"] or [])
-    if not all(images):
-        raise ValueError(f"{where}: an image without bytes; evaluation reads images from the parquet file alone")
+    for image in images:
+        try:
+            Image.open(io.BytesIO(image)).close()
+        except OSError:
+            raise ValueError(f"{where}: an image has no bytes, or none that are an image") from None
     prompt = tuple((message["role"], message["content"]) for message in row["prompt"])
     places = sum(text.count(PLACEHOLDER) for _, text in prompt)
     if places != len(images):
