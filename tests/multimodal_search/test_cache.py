@@ -238,6 +238,7 @@ async def run(file, log, keys):
                 out.write(key + "\\n")
             await asyncio.sleep(0.02)
             return f"{key} by {os.getpid()}"
+        await asyncio.sleep(0.5 * random.random())
         return key, (await cache.get_or_compute(key, compute, label=key))[0]
     order = [f"key {i}" for i in range(keys)] * 4
     random.Random(os.getpid()).shuffle(order)

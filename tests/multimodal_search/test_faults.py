@@ -281,5 +281,5 @@ def test_one_client_serves_several_event_loops() -> None:
     "url", ["", "ftp://x", "127.0.0.1:80", "http://", "http://user:pass@host", "http://h:port", None]
 )
 def test_addresses_are_checked(url: object) -> None:
-    with pytest.raises(ValueError, match="base_url"):
+    with pytest.raises(ValueError, match="must be an http or https address"):
         JsonClient(url, timeout_s=1, attempts=1, concurrency=1, max_bytes=1000)  # type: ignore[arg-type]

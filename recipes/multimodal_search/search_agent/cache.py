@@ -452,8 +452,8 @@ def _purge(database: sqlite3.Connection, arguments: argparse.Namespace) -> int:
     before = time.time() - (arguments.older_than or 0.0)
     query = "DELETE FROM answers WHERE stored_at <= ? AND instr(label, ?)"
     deleted = database.execute(query, (before, arguments.match or "")).rowcount
-    database.execute("VACUUM")
     print(f"deleted {deleted}")
+    database.execute("VACUUM")
     return 0
 
 

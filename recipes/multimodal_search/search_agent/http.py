@@ -96,6 +96,21 @@ class BackendError(InfrastructureError):
         """Not before, says the back end."""
 
 
+def checked_address(url: str) -> httpx.URL:
+    """``url``, which must be http or https, with a host, without user and password.
+
+    Raises:
+        ValueError
+    """
+    try:
+        address = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError):
+        address = httpx.URL()
+    if address.scheme not in ("http", "https") or not address.host or address.userinfo:
+        raise ValueError("must be an http or https address without user and password")
+    return address
+
+
 @dataclass(frozen=True)
 class _Session:
     client: httpx.AsyncClient
@@ -120,7 +135,7 @@ class JsonClient:
         query_fault: what a refusal (400, 413, 422) reads like where the query is to blame: then it is a ModelError.
 
     Raises:
-        ValueError: ``base_url`` is none.
+        ValueError: ``base_url`` is no such address.
     """
 
     def __init__(
@@ -135,13 +150,7 @@ class JsonClient:
         key: ApiKey | None = None,
         query_fault: re.Pattern[str] | None = None,
     ) -> None:
-        try:
-            url = httpx.URL(base_url)
-        except (httpx.InvalidURL, TypeError):
-            url = httpx.URL()
-        if url.scheme not in ("http", "https") or not url.host or url.userinfo:
-            raise ValueError("base_url must be an http or https address without user and password")
-        self.name = url.netloc.decode()
+        self.name = checked_address(base_url).netloc.decode()
         """Host and port."""
         self.losses = 0
         """How often there was no answer at all: the back end may have been another one since."""
@@ -199,6 +208,7 @@ class JsonClient:
                         async with session.places:
                             return await self._attempt(session.client, method, path, content)
         except TimeoutError:
+            self.losses += 1
             error = BackendError(f"no answer within {self._timeout_s:g} s")
         except BackendError as failure:
             error = failure
@@ -240,7 +250,7 @@ class JsonClient:
         if status in (401, 402, 403) and self._key is not None:
             return BackendError(f"{status} {said}; check {self._key.variable}", status)
         if response.is_redirect:
-            return BackendError(f"{status}, a redirect, which is not followed: check base_url", status)
+            return BackendError(f"{status}, a redirect, which is not followed: check the address", status)
         return BackendError(f"{status} {said}".rstrip(), status)
 
 

@@ -64,7 +64,7 @@ def make_page_provider(config: Mapping[str, Any]) -> PageProvider:
 def _make(what: str, homes: Mapping[str, str], config: Mapping[str, Any]) -> Any:
     settings = dict(config)
     name = settings.pop("provider", None)
-    if name not in homes:
+    if not isinstance(name, str) or name not in homes:
         raise ValueError(f"provider: of {what} there are {', '.join(sorted(homes))}; got {name!r}")
     module, _, attribute = homes[name].partition(":")
     return getattr(importlib.import_module(module), attribute)(settings)

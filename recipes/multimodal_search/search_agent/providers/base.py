@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from search_agent.errors import InfrastructureError, ModelError
-from search_agent.http import ApiKey, JsonClient
+from search_agent.http import ApiKey, JsonClient, checked_address
 
 
 class Settings(BaseModel):
@@ -20,10 +20,18 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _checked(url: str) -> str:
+    checked_address(url)
+    return url
+
+
+Address: TypeAlias = Annotated[str, AfterValidator(_checked)]
+"""Of a service: http or https."""
+
+
 class HttpSettings(Settings):
     """Of a provider behind HTTP."""
 
-    base_url: str
     timeout_s: float = Field(40.0, gt=0)
     """Of a call, attempts and pauses included."""
     attempts: int = Field(4, ge=1)
@@ -33,11 +41,16 @@ class HttpSettings(Settings):
     """Of an answer."""
 
     def client(
-        self, *, headers: Mapping[str, str] | None = None, key: ApiKey | None = None, query_fault: str | None = None
+        self,
+        address: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        key: ApiKey | None = None,
+        query_fault: str | None = None,
     ) -> JsonClient:
-        """See `JsonClient`; ``query_fault`` is a pattern, case ignored."""
+        """Of the service at ``address``, see `JsonClient`; ``query_fault`` is a pattern, case ignored."""
         return JsonClient(
-            self.base_url,
+            address,
             timeout_s=self.timeout_s,
             attempts=self.attempts,
             concurrency=self.concurrency,

@@ -8,14 +8,14 @@ from urllib.parse import urlsplit
 
 from search_agent.errors import ModelError
 from search_agent.http import ApiKey
-from search_agent.providers.base import Answer, HttpSettings, answer_of, settings_of
+from search_agent.providers.base import Address, Answer, HttpSettings, answer_of, settings_of
 from search_agent.results import Page
 
 
 class JinaSettings(HttpSettings):
     """Of ``provider: jina``."""
 
-    base_url: str = "https://r.jina.ai"
+    base_url: Address = "https://r.jina.ai"
 
 
 class _Content(Answer):
@@ -36,7 +36,9 @@ class JinaPages:
         key = ApiKey.from_environment("JINA_API_KEY")
         headers = {"Authorization": f"Bearer {key.value}", "Accept": "application/json"}
         # It answers 400 and 422 to addresses that are malformed, unknown or do not open.
-        self._client = settings.client(headers=headers, key=key, query_fault=r"\b(url|domain|goto|resolve)")
+        self._client = settings.client(
+            settings.base_url, headers=headers, key=key, query_fault=r"\b(url|domain|goto|resolve)"
+        )
         self.identity = f"jina {self._client.name}"
 
     async def read(self, url: str) -> Page:

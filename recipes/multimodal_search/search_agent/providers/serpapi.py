@@ -7,7 +7,7 @@ from typing import Any
 
 from search_agent.errors import InfrastructureError
 from search_agent.http import ApiKey
-from search_agent.providers.base import Answer, HttpSettings, ImageAddresses, answer_of, settings_of
+from search_agent.providers.base import Address, Answer, HttpSettings, ImageAddresses, answer_of, settings_of
 from search_agent.results import ImageHit
 
 _NOTHING = "hasn't returned any results"  # of its `error` where the search went well
@@ -16,7 +16,7 @@ _NOTHING = "hasn't returned any results"  # of its `error` where the search went
 class SerpApiSettings(HttpSettings):
     """Of ``provider: serpapi``."""
 
-    base_url: str = "https://serpapi.com"
+    base_url: Address = "https://serpapi.com"
     hl: str = "en"
     """Language."""
     image_urls: str
@@ -46,7 +46,7 @@ class SerpApiImages:
         settings = settings_of(SerpApiSettings, "serpapi", config)
         self._addresses = ImageAddresses("serpapi", settings.image_urls)
         self._key = ApiKey.from_environment("SERPAPI_API_KEY")
-        self._client = settings.client(key=self._key)
+        self._client = settings.client(settings.base_url, key=self._key)
         self._hl = settings.hl
         self.identity = f"serpapi lens {self._client.name} {self._hl}"
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from search_agent.http import ApiKey, JsonClient
-from search_agent.providers.base import Answer, HttpSettings, ImageAddresses, answer_of, settings_of
+from search_agent.providers.base import Address, Answer, HttpSettings, ImageAddresses, answer_of, settings_of
 from search_agent.results import ImageHit, Passage
 
 
 class SerperSettings(HttpSettings):
     """Of ``provider: serper``."""
 
-    base_url: str = "https://google.serper.dev"
+    base_url: Address = "https://google.serper.dev"
     gl: str = "us"
     """Country to search from."""
     hl: str = "en"
@@ -50,7 +50,7 @@ class _Matches(Answer):
 def _client(settings: SerperSettings) -> JsonClient:
     key = ApiKey.from_environment("SERPER_API_KEY")
     # It answers 400 to queries it does not allow, and when the account has no credits left, too.
-    return settings.client(headers={"X-API-KEY": key.value}, key=key, query_fault=r"\bquery\b")
+    return settings.client(settings.base_url, headers={"X-API-KEY": key.value}, key=key, query_fault=r"\bquery\b")
 
 
 class SerperText:

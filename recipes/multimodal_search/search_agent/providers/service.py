@@ -13,7 +13,7 @@ from pydantic import Field
 
 from search_agent.errors import InfrastructureError
 from search_agent.http import BackendError
-from search_agent.providers.base import Answer, HttpSettings, answer_of, settings_of
+from search_agent.providers.base import Address, Answer, HttpSettings, answer_of, settings_of
 from search_agent.results import ImageHit, Passage
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ _RECHECK_S = 5.0  # after which an answer has its service's index asked for agai
 class ServiceSettings(HttpSettings):
     """Of ``provider: service``."""
 
-    base_url: str = Field("http://127.0.0.1:8080", alias="url")
+    url: Address = "http://127.0.0.1:8080"
 
 
 class ImageServiceSettings(ServiceSettings):
@@ -68,7 +68,7 @@ class _Health(Answer):
 
 class _Service:
     def __init__(self, settings: ServiceSettings, query_fault: str, suffix: str = "") -> None:
-        self._client = settings.client(query_fault=query_fault)
+        self._client = settings.client(settings.url, query_fault=query_fault)
         self._name = f"service {self._client.name}"
         self._suffix = suffix
         self._asked_at = float("-inf")

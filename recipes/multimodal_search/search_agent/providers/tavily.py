@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from search_agent.http import ApiKey
-from search_agent.providers.base import Answer, HttpSettings, answer_of, settings_of
+from search_agent.providers.base import Address, Answer, HttpSettings, answer_of, settings_of
 from search_agent.results import Passage
 
 _MOST = 20  # results that it gives
@@ -15,7 +15,7 @@ _MOST = 20  # results that it gives
 class TavilySettings(HttpSettings):
     """Of ``provider: tavily``."""
 
-    base_url: str = "https://api.tavily.com"
+    base_url: Address = "https://api.tavily.com"
     search_depth: Literal["basic", "advanced"] = "basic"
     """``advanced`` costs twice as much."""
 
@@ -38,7 +38,7 @@ class TavilyText:
         settings = settings_of(TavilySettings, "tavily", config)
         key = ApiKey.from_environment("TAVILY_API_KEY")
         self._client = settings.client(
-            headers={"Authorization": f"Bearer {key.value}"}, key=key, query_fault=r"\bquery\b"
+            settings.base_url, headers={"Authorization": f"Bearer {key.value}"}, key=key, query_fault=r"\bquery\b"
         )
         self._depth = settings.search_depth
         self.identity = f"tavily {self._client.name} {self._depth}"
