@@ -49,6 +49,8 @@ class Limits:
     """Of a tool, by its name, or of all under the name ``all``."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.max_calls, Mapping):
+            raise ValueError(f"max_calls must map tools to numbers, got {self.max_calls!r}")
         numbers = {f"max_calls.{tool}": number for tool, number in self.max_calls.items()}
         for name, number, least in (
             ("max_turns", self.max_turns, 1),
@@ -58,7 +60,8 @@ class Limits:
         ):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise ValueError(f"{name} must be a whole number >= {least}, got {number!r}")
-        if not 0 < self.tool_timeout_s < math.inf:
+        timeout = self.tool_timeout_s
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
             raise ValueError(f"tool_timeout_s must be a positive number, got {self.tool_timeout_s!r}")
 
     @classmethod
