@@ -34,7 +34,7 @@ class HttpSettings(Settings):
 
     timeout_s: float = Field(40.0, gt=0)
     """Of a call, attempts and pauses included."""
-    attempts: int = Field(4, ge=1)
+    attempts: int = Field(6, ge=1)
     concurrency: int = Field(32, ge=1)
     """Requests at a time, in one event loop."""
     max_bytes: int = Field(8 << 20, ge=1024)
