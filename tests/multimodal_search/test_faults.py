@@ -87,7 +87,7 @@ OUT_OF_CREDITS = response({"detail": {"error": f"{KEY} has used its plan's credi
 
 FAULTS = {
     # name: what the server does, the caller sees, in words, requests that the server got
-    "slow": (silence, InfrastructureError, "no answer within 2 s", 2),
+    "slow": (silence, InfrastructureError, "no answer within 4 s", 2),
     "429": (response({}, 429), InfrastructureError, "429", ATTEMPTS),
     "429 for an hour": (response({}, 429, Retry_After="3600"), InfrastructureError, "429", 1),
     "429 until a date": (response({}, 429, Retry_After=formatdate(4e9)), InfrastructureError, "429", 1),
@@ -121,7 +121,7 @@ def test_faults_are_told_counted_and_never_cached(name: str, tmp_path: Path) -> 
 
     async def main() -> None:
         async with RawServer(answer) as server:
-            settings = {"timeout_s": 2} if name == "slow" else {}
+            settings = {"timeout_s": 4} if name == "slow" else {}
             with pytest.raises((ModelError, InfrastructureError)) as caught:
                 await ask(server.url, file, **settings)
             assert isinstance(caught.value, kind)

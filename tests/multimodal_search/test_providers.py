@@ -16,6 +16,7 @@ import pytest
 from raw_server import RawServer, Request, response
 from search_agent.cache import Cache
 from search_agent.errors import InfrastructureError, ModelError
+from search_agent.fetch import DirectReader
 from search_agent.providers import (
     CachedImages,
     CachedPages,
@@ -470,9 +471,8 @@ def test_keys_come_from_the_environment_and_stay_hidden(
         make(config)
 
 
-def test_direct_pages_come_from_the_fetcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch = pytest.importorskip("search_agent.fetch")
-    assert isinstance(make_page_provider({"provider": "direct"}), fetch.DirectReader)
+def test_direct_pages_come_from_the_fetcher() -> None:
+    assert isinstance(make_page_provider({"provider": "direct"}), DirectReader)
 
 
 # Behind the cache
