@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,17 @@ from typing import Any, Generic, TypeVar
 
 from search_agent.retrieval.bm25 import Hits
 
+logger = logging.getLogger(__name__)
+
 Item = TypeVar("Item")
 
 
 class Full(RuntimeError):
     """As many items wait as may wait."""
+
+
+class SearchFailed(RuntimeError):
+    """The search raised something else than it may: a defect, or a disk that is gone."""
 
 
 class Room:
@@ -66,7 +73,11 @@ class Batcher(Generic[Item]):
         self._running: set[asyncio.Task[None]] = set()
 
     async def answer(self, items: Sequence[Item], topk: int, render: Callable[[list[Hits]], bytes]) -> bytes:
-        """What ``render`` makes of the hits of the items; it runs in a thread too."""
+        """What ``render`` makes of the hits of the items; it runs in a thread too.
+
+        Raises:
+            SearchFailed
+        """
         job = _Job(items, topk, render, asyncio.get_running_loop().create_future())
         self._waiting.append(job)
         if len(self._running) < self._threads:
@@ -86,9 +97,10 @@ class Batcher(Generic[Item]):
             try:
                 answers = await asyncio.get_running_loop().run_in_executor(self._pool, self._work, batch)
             except Exception as error:
+                logger.exception("a search failed")
                 for job in batch:
                     if not job.answer.done():
-                        job.answer.set_exception(error)
+                        job.answer.set_exception(SearchFailed(f"the search failed: {error!r}"))
             else:
                 for job, answer in zip(batch, answers, strict=True):
                     if not job.answer.done():  # its client may have gone

@@ -98,9 +98,16 @@ def image_encoder(name: str) -> Encoder:
     """`phash`, or a model.
 
     Raises:
-        IndexProblem: sentence-transformers is not installed, or the model cannot be loaded.
+        IndexProblem: sentence-transformers is not installed, or the model cannot be loaded, or knows texts only.
     """
-    return PerceptualHash() if name == PHASH else SentenceTransformerEncoder(name)
+    if name == PHASH:
+        return PerceptualHash()
+    encoder = SentenceTransformerEncoder(name)
+    try:
+        encoder.encode([Image.new("RGB", (64, 64))])
+    except Exception as error:  # of many kinds, by model and version
+        raise IndexProblem(f"the encoder {name} cannot encode images: {' '.join(str(error).split())}") from error
+    return encoder
 
 
 _loaded: dict[str, Any] = {}

@@ -36,7 +36,7 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from search_agent.retrieval.batching import Batcher, Full, Room
+from search_agent.retrieval.batching import Batcher, Full, Room, SearchFailed
 from search_agent.retrieval.bm25 import Hits
 from search_agent.retrieval.index import Index, TextSearch, choose_text_search
 from search_agent.retrieval.manifest import IndexProblem, run_main
@@ -319,6 +319,10 @@ def make_app(service: Service, failed: Callable[[], None]) -> FastAPI:
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, __: Exception) -> Response:
         return Response(status_code=400)
+
+    @app.exception_handler(SearchFailed)
+    async def defect(_: Request, error: Exception) -> Response:
+        return JSONResponse({"detail": str(error)}, 500)
 
     @app.post("/retrieve", openapi_extra=_documented(TextRequest))
     async def retrieve(request: Request) -> Response:
