@@ -37,6 +37,9 @@ while [ $# -gt 0 ]; do
     *) break ;;
   esac
 done
+for argument in "$@"; do
+  case "$argument" in --*) fail "$argument must stand before veRL's settings" ;; esac
+done
 for group in policy loss; do
   [ -f "$RECIPE/config/$group/${!group}.yaml" ] || fail "--$group ${!group} is none of: $(list "$group")"
 done

@@ -1,0 +1,229 @@
+"""Looks at a run before it starts: configuration, data, tools, and whether their back ends answer.
+
+    python -m search_agent.check --config-dir config --config-name multimodal_search policy=qwen3_vl_4b ...
+
+takes what `python -m verl.trainer.main_ppo` would take. `train.sh` calls it. Exit code 1 where the run would fail, or
+go wrong unseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints what is wrong; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-dir", type=Path, required=True)
+    parser.add_argument("--config-name", required=True)
+    parser.add_argument("overrides", nargs="*")
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        config = compose(arguments.config_dir, arguments.config_name, [*arguments.overrides, *rest])
+        problems = list(find_problems(config))
+    except Exception as error:  # Hydra's, veRL's, ours: each says what is wrong
+        problems = [str(error).strip() or type(error).__name__]
+    for problem in problems:
+        print(f"search_agent.check: {problem}", file=sys.stderr)
+    if not problems:
+        print("search_agent.check: configuration, data, tools and back ends are fine.")
+    return 1 if problems else 0
+
+
+def compose(folder: Path, name: str, overrides: Sequence[str]) -> Any:
+    """The configuration as the trainer gets it, checked by veRL and by verl_tapo.
+
+    Raises:
+        Exception: Of many kinds, with a message.
+    """
+    from hydra import compose, initialize_config_dir
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    kept = [override for override in overrides if not override.startswith("hydra.")]
+    with initialize_config_dir(str(folder.resolve()), version_base=None):
+        config = compose(name, overrides=[*kept, "hydra.searchpath=[pkg://verl.trainer.config]"])
+    validate_config(config, need_reference_policy(config), need_critic(config))
+    from verl_tapo.trainer.check import check_run
+
+    check_run(config)
+    return config
+
+
+def find_problems(config: Any) -> Iterator[str]:
+    """What is wrong with data, tools and reward."""
+    bad_data: list[str] = []
+    for key in ("train_files", "val_files"):
+        for file in _files(config.data[key]):
+            bad_data += _data_problems(f"data.{key}", file)
+    yield from bad_data
+    tools = _tools(config.actor_rollout_ref.rollout.multi_turn.tool_config_path)
+    yield from _tool_problems(config, tools)
+    yield from _template_problems(config.actor_rollout_ref.model, tools)
+    if not bad_data:
+        yield from _reward_problems(config, _files(config.data.val_files)[0])
+    yield from asyncio.run(_unreachable(tools))
+
+
+def _files(setting: Any) -> list[Path]:
+    return [Path(file) for file in ([setting] if isinstance(setting, str) else setting)]
+
+
+def _data_problems(key: str, file: Path) -> Iterator[str]:
+    import pyarrow.parquet as parquet
+
+    if not file.is_file():
+        yield f"{key}: there is no file {file}"
+        return
+    try:
+        names = parquet.read_schema(file).names
+    except Exception as error:
+        yield f"{key}: {file} is not parquet: {error}"
+        return
+    missing = [column for column in COLUMNS if column not in names]
+    if missing:
+        yield f"{key}: {file} has no column {', '.join(missing)}; make it with python -m search_agent.data.prepare"
+
+
+def _reward_problems(config: Any, file: Path) -> Iterator[str]:
+    """Whether the reward function takes its settings, and a right answer for right."""
+    import pyarrow.parquet as parquet
+    from verl.trainer.ppo.reward import get_custom_reward_fn
+
+    reward = get_custom_reward_fn(config)
+    if reward is None:
+        return
+    columns = ["data_source", "reward_model", "extra_info"]
+    batch = next(parquet.ParquetFile(file).iter_batches(batch_size=1, columns=columns), None)
+    if batch is None:
+        yield f"{file} has no rows"
+        return
+    row = batch.to_pylist()[0]
+    truth = row["reward_model"]["ground_truth"]
+    answer = truth if isinstance(truth, str) else truth[0]
+    result = reward(row["data_source"], f"<answer>{answer}</answer>", truth, dict(row["extra_info"] or {}))
+    if inspect.isawaitable(result):
+        result = asyncio.run(_awaited(result))
+    if isinstance(result, dict):
+        success = result["acc"] if "acc" in result else result["score"]
+    else:
+        success = result
+    if not float(success) > 0:
+        yield f"the reward function gives the accepted answer {answer!r} of the first question no success: {result}"
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def _tools(file: str) -> list[Any]:
+    from verl.tools.tool_registry import initialize_tools_from_config
+
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"actor_rollout_ref.rollout.multi_turn.tool_config_path: there is no file {file}")
+    return list(initialize_tools_from_config(file))
+
+
+def _tool_problems(config: Any, tools: Sequence[Any]) -> Iterator[str]:
+    from omegaconf import OmegaConf
+
+    from search_agent.tools.base import SearchTool
+
+    multi_turn = config.actor_rollout_ref.rollout.multi_turn
+    declared = OmegaConf.to_container(config.algorithm.get("tapo") or OmegaConf.create({}), resolve=True)
+    kernels = declared.get("tools") if isinstance(declared, dict) else None
+    loop = _loop_settings(config.actor_rollout_ref.rollout.agent)
+    patience = loop.get("tool_timeout_s", 60.0)
+    for tool in tools:
+        unknown = set((kernels or {}).get(tool.name, {})) - set(tool.tool_schema.function.parameters.properties)
+        if unknown:
+            yield f"algorithm.tapo.tools.{tool.name} names {', '.join(sorted(unknown))}, which the tool does not take"
+        if not isinstance(tool, SearchTool):
+            continue
+        limit, timeout = tool.settings.limit_chars, tool.settings.timeout_s
+        if limit > multi_turn.max_tool_response_length:
+            yield (
+                f"the tool {tool.name} may answer {limit} characters, and multi_turn.max_tool_response_length="
+                f"{multi_turn.max_tool_response_length} would cut them in the middle"
+            )
+        if timeout >= patience:
+            yield (
+                f"the tool {tool.name} has {timeout:g} s for a call, the agent loop gives it {patience:g} "
+                f"(tool_timeout_s): raise that, or a slow back end cannot be told from a defect"
+            )
+
+
+def _template_problems(model: Any, tools: Sequence[Any]) -> Iterator[str]:
+    """Whether the chat template tells the model of the tools: that of Qwen2.5-VL, for one, does not."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    template = model.custom_chat_template
+    holder: Any = None
+    for kind in (AutoTokenizer, AutoProcessor):  # the processor's is the one that counts, where there is one
+        try:
+            holder = kind.from_pretrained(
+                model.tokenizer_path or model.path, trust_remote_code=model.trust_remote_code, local_files_only=True
+            )
+        except Exception:  # not downloaded yet, or a kind that this model does not have
+            continue
+        tokenizer = getattr(holder, "tokenizer", holder)
+        template = model.custom_chat_template or holder.chat_template or tokenizer.chat_template
+    if holder is None:
+        print(f"search_agent.check: the chat template of {model.path} was not looked at: the model is not here yet")
+        return
+    schemas = [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in tools]
+    text = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "."}, {"role": "user", "content": "?"}],
+        tools=schemas,
+        chat_template=template,
+        tokenize=False,
+    )
+    missing = [tool.name for tool in tools if tool.name not in text]
+    if missing:
+        yield (
+            f"the chat template of {model.path} does not tell the model of {', '.join(missing)}: set "
+            f"actor_rollout_ref.model.custom_chat_template (config/policy/qwen2_5_vl_7b.yaml has one for Qwen2.5-VL)"
+        )
+
+
+def _loop_settings(agent: Any) -> dict[str, Any]:
+    """Of the agent loop that is the default, out of its YAML."""
+    from omegaconf import OmegaConf
+
+    if not agent.agent_loop_config_path:
+        return {}
+    if not Path(agent.agent_loop_config_path).is_file():
+        raise FileNotFoundError(
+            f"rollout.agent.agent_loop_config_path: there is no file {agent.agent_loop_config_path}"
+        )
+    loops = OmegaConf.to_container(OmegaConf.load(agent.agent_loop_config_path), resolve=True)
+    return next((loop for loop in loops or [] if loop.get("name") == agent.default_agent_loop), {})
+
+
+async def _unreachable(tools: Sequence[Any]) -> list[str]:
+    """Which tools' back ends do not answer."""
+    from search_agent.errors import InfrastructureError
+    from search_agent.tools.backed import BackedTool
+
+    problems = []
+    for tool in tools:
+        if isinstance(tool, BackedTool):
+            try:
+                print(f"search_agent.check: {tool.name} is answered by {await tool.check()}")
+            except InfrastructureError as error:
+                problems.append(f"the tool {tool.name}: {error}")
+            finally:
+                await tool.close()
+    return problems
+
+
+if __name__ == "__main__":
+    sys.exit(main())

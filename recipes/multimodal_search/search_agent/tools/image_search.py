@@ -1,0 +1,78 @@
+"""Image search: what pages that show such an image say of it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar
+
+from PIL import Image
+from pydantic import Field
+
+from search_agent.clean import format_image_hits
+from search_agent.errors import InfrastructureError, ModelError
+from search_agent.pictures import encode, load_picture
+from search_agent.providers import CachedImages, make_image_provider
+from search_agent.results import ImageHit
+from search_agent.tools.backed import BackedSettings, BackedTool
+from search_agent.tools.base import Answer, Call
+from search_agent.tools.budget import ImageBudget
+
+MAX_THUMBNAIL_PIXELS = 25_000_000  # of a provider's; larger ones are left out unread
+
+
+class ImageSearchSettings(BackedSettings, ImageBudget):
+    """Of `ImageSearch`."""
+
+    topk: int = Field(3, ge=1, le=20)
+    """Hits that are returned."""
+    thumbnails: int = Field(0, ge=0, le=20)
+    """Of the first hits, how many images are shown with their captions."""
+
+
+class ImageSearch(BackedTool):
+    """Finds out what an image shows: the question's, or one that a tool returned."""
+
+    Settings = ImageSearchSettings
+    schema: ClassVar[dict[str, Any]] = {
+        "name": "image_search",
+        "description": "Searches for an image. Gives titles and texts of pages that show the same or a similar one.",
+        "parameters": {
+            "type": "object",
+            "properties": {"image": {"type": "integer", "description": "Number of the image; the first is 1."}},
+            "required": ["image"],
+        },
+    }
+    kernels: ClassVar[dict[str, str]] = {"image": "exact"}
+    make_provider = staticmethod(make_image_provider)
+    remembered = CachedImages
+
+    async def answer(self, call: Call) -> Answer:
+        position = call.image()
+        keys = call.created.get("image_keys") or []
+        key = keys[position] if position < len(keys) else None
+        picture = await asyncio.to_thread(encode, call.images[position])
+        hits, metrics = await self.ask(picture, self.settings.topk, key)
+        if not hits:
+            return Answer("Nothing was found.", metrics={**metrics, "results": 0})
+        images, hits = await asyncio.to_thread(self._thumbnails, hits, call)
+        text, _ = format_image_hits(
+            hits, first_image_number=call.next_image if images else None, limit_chars=self.settings.limit_chars
+        )
+        return Answer(text, images, {**metrics, "results": len(hits)})
+
+    def _thumbnails(self, hits: list[ImageHit], call: Call) -> tuple[list[Image.Image], list[ImageHit]]:
+        """Images to show, and the hits, only those with an image that are shown with it."""
+        shown: list[Image.Image] = []
+        kept = []
+        for hit in hits:
+            image = None
+            if hit.image is not None and len(shown) < self.settings.thumbnails:
+                try:
+                    room = self.settings.room([*call.images, *shown])
+                    image = self.settings.fit(load_picture(hit.image, max_pixels=MAX_THUMBNAIL_PIXELS), room)
+                except (ModelError, InfrastructureError):  # no room, or no image: its caption stands alone
+                    image = None
+            if image is not None:
+                shown.append(image)
+            kept.append(hit if image is not None else ImageHit(hit.title, hit.text, hit.url, None, hit.score))
+        return shown, kept

@@ -1,0 +1,44 @@
+"""Text search."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from search_agent.clean import format_passages
+from search_agent.providers import CachedText, make_text_provider
+from search_agent.tools.backed import BackedSettings, BackedTool
+from search_agent.tools.base import Answer, Call
+
+LONGEST_QUERY = 512
+
+
+class TextSearchSettings(BackedSettings):
+    """Of `TextSearch`."""
+
+    topk: int = Field(3, ge=1, le=50)
+    """Passages that are returned."""
+
+
+class TextSearch(BackedTool):
+    """Finds passages that answer a query."""
+
+    Settings = TextSearchSettings
+    schema: ClassVar[dict[str, Any]] = {
+        "name": "text_search",
+        "description": "Searches for texts. Gives the passages that fit the query best.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "What to look for, in a few words."}},
+            "required": ["query"],
+        },
+    }
+    kernels: ClassVar[dict[str, str]] = {"query": "text"}
+    make_provider = staticmethod(make_text_provider)
+    remembered = CachedText
+
+    async def answer(self, call: Call) -> Answer:
+        passages, metrics = await self.ask(call.text("query", LONGEST_QUERY), self.settings.topk)
+        text = format_passages(passages, limit_chars=self.settings.limit_chars) if passages else "Nothing was found."
+        return Answer(text, metrics={**metrics, "results": len(passages)})

@@ -1,0 +1,35 @@
+"""Visit: a page's readable text."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from search_agent.clean import format_page
+from search_agent.providers import CachedPages, make_page_provider
+from search_agent.tools.backed import BackedSettings, BackedTool
+from search_agent.tools.base import Answer, Call
+
+LONGEST_URL = 2048
+
+
+class Visit(BackedTool):
+    """Reads a page that a search found."""
+
+    Settings = BackedSettings
+    schema: ClassVar[dict[str, Any]] = {
+        "name": "visit",
+        "description": "Opens a page and gives its text.",
+        "parameters": {
+            "type": "object",
+            "properties": {"url": {"type": "string", "description": "The page's address."}},
+            "required": ["url"],
+        },
+    }
+    kernels: ClassVar[dict[str, str]] = {"url": "exact"}
+    make_provider = staticmethod(make_page_provider)
+    remembered = CachedPages
+    method = "read"
+
+    async def answer(self, call: Call) -> Answer:
+        page, metrics = await self.ask(call.text("url", LONGEST_URL))
+        return Answer(format_page(page, limit_chars=self.settings.limit_chars), metrics=metrics)

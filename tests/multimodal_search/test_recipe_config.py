@@ -1,0 +1,192 @@
+"""The recipe's YAMLs and scripts: they compose with the real veRL, and pass its own checks and shellcheck."""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("verl.utils.config")
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from search_agent.tools import ImageSearch, TextSearch, Visit, Zoom
+from verl.tools.tool_registry import initialize_tools_from_config
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+from verl_tapo.rollout.tool_agent import TapoToolAgentLoop
+from verl_tapo.trainer.check import check_run
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "multimodal_search"
+POLICIES = sorted(file.stem for file in (RECIPE / "config" / "policy").glob("*.yaml"))
+LOSSES = sorted(file.stem for file in (RECIPE / "config" / "loss").glob("*.yaml"))
+
+
+def composed(*overrides, name="multimodal_search"):
+    with initialize_config_dir(str(RECIPE / "config"), version_base=None):
+        data = ["data.train_files=T", "data.val_files=V", "hydra.searchpath=[pkg://verl.trainer.config]"]
+        return compose(name, overrides=[*data, *overrides])
+
+
+@pytest.fixture(autouse=True)
+def _recipe(monkeypatch):
+    monkeypatch.setenv("RECIPE", str(RECIPE))
+
+
+def test_what_the_issue_names_is_there():
+    assert POLICIES == ["qwen2_5_vl_7b", "qwen3_vl_4b", "qwen3_vl_8b"]
+    assert LOSSES == ["grpo", "gspo", "sapo"]
+
+
+@pytest.mark.parametrize(("policy", "loss"), itertools.product(POLICIES, LOSSES))
+def test_composes_and_passes_verl_s_checks(policy, loss):
+    for advantage, nodes in (("tapo", 8), ("grpo", 1)):
+        config = composed(
+            f"policy={policy}", f"loss={loss}", f"algorithm.adv_estimator={advantage}", f"trainer.nnodes={nodes}"
+        )
+        validate_config(config, use_reference_policy=False, use_critic=False)
+        check_run(config)
+        rollout = omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
+        assert rollout.n == 8
+        assert config.actor_rollout_ref.actor.policy_loss.loss_mode == {"grpo": "vanilla"}.get(loss, loss)
+        assert config.data.train_batch_size == 128
+        assert config.trainer.experiment_name == f"{advantage}-{config.actor_rollout_ref.actor.policy_loss.loss_mode}"
+    assert config.actor_rollout_ref.actor.optim.lr == 1e-6
+
+
+def test_the_cpu_s_differs_where_it_must(monkeypatch):
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    config = composed(name="multimodal_search_cpu")
+    validate_config(config, use_reference_policy=False, use_critic=False)
+    rollout = config.actor_rollout_ref.rollout
+    assert (rollout.name, rollout.agent.default_agent_loop) == ("transformers", "tapo_tool_agent")
+    assert rollout.multi_turn.tool_config_path == composed().actor_rollout_ref.rollout.multi_turn.tool_config_path
+
+
+def test_tapo_knows_every_tool_by_the_kernels_that_it_declares():
+    declared = {cls.schema["name"]: cls.kernels for cls in (TextSearch, ImageSearch, Zoom, Visit)}
+    assert OmegaConf.to_container(composed().algorithm.tapo.tools) == declared
+
+
+@pytest.mark.parametrize(
+    ("name", "tools"),
+    [
+        ("tools_train", ["text_search", "image_search", "zoom"]),
+        ("tools_eval", ["text_search", "image_search", "zoom", "visit"]),
+    ],
+)
+def test_tools_are_made(monkeypatch, tmp_path, name, tools):
+    from search_agent.providers.precomputed import write
+
+    results = tmp_path / "results.sqlite"
+    write(results, [])
+    monkeypatch.setenv("SERPER_API_KEY", "k")
+    monkeypatch.setenv("IMAGE_RESULTS", str(results))
+    made = initialize_tools_from_config(str(RECIPE / "config" / f"{name}.yaml"))
+    assert [tool.name for tool in made] == tools
+    multi_turn = composed().actor_rollout_ref.rollout.multi_turn
+    assert all(tool.settings.limit_chars <= multi_turn.max_tool_response_length for tool in made)
+    (loop,) = OmegaConf.load(RECIPE / "config" / "agent_loop.yaml")
+    assert loop._target_.endswith(TapoToolAgentLoop.__name__)
+    assert all(tool.settings.timeout_s < loop.tool_timeout_s for tool in made)
+    assert composed().actor_rollout_ref.rollout.limit_images >= max(getattr(t.settings, "max_images", 0) for t in made)
+
+
+def test_qwen2_5_vl_hears_of_the_tools():
+    """Its own chat template is silent about them."""
+    from transformers import AutoTokenizer
+
+    model = RECIPE.parents[1] / "examples" / "quickstart" / "flags_and_facts" / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    template = composed("policy=qwen2_5_vl_7b").actor_rollout_ref.model.custom_chat_template
+    tool = Zoom({"type": "native"})
+    schema = tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True)
+    call = {"type": "function", "function": {"name": "zoom", "arguments": {"image": 1, "bbox": [0, 0, 5, 5]}}}
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    answer = {"role": "tool", "content": [{"type": "text", "text": "Image 2:"}, {"type": "image"}]}
+    system = {"role": "system", "content": "Be brief."}
+    messages = [system, question, {"role": "assistant", "content": "I look.", "tool_calls": [call]}, answer]
+
+    def render(messages, **options):
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    text = render(messages, tools=[schema], add_generation_prompt=True)
+    head, _, rest = text.partition("<|im_end|>\n")
+    assert head.startswith("<|im_start|>system\nBe brief.\n\n# Tools")
+    assert '"name": "zoom"' in head
+    assert "<tool_call>" in head
+    assert rest == (
+        f"<|im_start|>user\n{image}What is it?<|im_end|>\n<|im_start|>assistant\nI look.\n<tool_call>\n"
+        '{"name": "zoom", "arguments": {"image": 1, "bbox": [0, 0, 5, 5]}}\n</tool_call><|im_end|>\n'
+        f"<|im_start|>user\n<tool_response>\nImage 2:{image}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert render([question]).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user")
+    assert render([system, question]) == (
+        f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{image}What is it?<|im_end|>\n"
+    )
+    # veRL renders answers alone and appends them: turns must not depend on what stands before them
+    assert text.endswith(render([question, answer], add_generation_prompt=True).partition("What is it?<|im_end|>\n")[2])
+
+
+def script(name, *arguments, **env):
+    return subprocess.run(
+        ["bash", RECIPE / name, *arguments], capture_output=True, text=True, env={**os.environ, **env}, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "qwen9"], "--policy qwen9 is none of: qwen2_5_vl_7b qwen3_vl_4b qwen3_vl_8b"),
+        (["--loss", "ppo"], "--loss ppo is none of: grpo gspo sapo"),
+        (["--los", "grpo"], "unknown option --los"),
+        (["--loss"], "--loss needs a value"),
+        ([], "--data is missing"),
+        (["--data", "/no/such"], "there is no file /no/such"),
+        (["--data", __file__, "--val", __file__, "--nodes", "two"], "--nodes must be a number"),
+        (["--data", __file__, "--val", __file__, "--nodes", "2"], "needs RAY_ADDRESS"),
+    ],
+)
+def test_train_sh_says_what_is_wrong(arguments, message):
+    done = script("train.sh", *arguments, RAY_ADDRESS="")
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_other_scripts_say_what_they_want(tmp_path):
+    assert "global_step_100 merged" in script("merge.sh").stderr
+    assert "has no folder 'actor'" in script("merge.sh", str(tmp_path), "out").stderr
+    assert "join IP" in script("ray_cluster.sh").stderr
+    assert "--policy: qwen2_5_vl_7b" in script("train.sh", "--help").stdout
+
+
+def test_check_finds_what_is_wrong(tmp_path):
+    file = tmp_path / "data.parquet"
+    file.write_text("none")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    tools = tmp_path / "tools.yaml"
+    text = (RECIPE / "config" / "tools_train.yaml").read_text()
+    tools.write_text(text.replace("provider: service,", "provider: service, attempts: 1,"))
+    multi_turn = "actor_rollout_ref.rollout.multi_turn"
+    wrong = [f"{multi_turn}.tool_config_path={tools}", f"{multi_turn}.max_tool_response_length=256"]
+    wrong += ["+algorithm.tapo.tools.zoom.box=iou"]
+    data = ["--data", str(file), "--val", str(file)]
+    done = script("train.sh", "--dry-run", *data, *wrong, PATH=path, SEARCH_URL="http://127.0.0.1:9")
+    assert done.returncode == 1
+    for message in (
+        f"{file} is not parquet",
+        "127.0.0.1:9",
+        "max_tool_response_length=256 would cut",
+        "algorithm.tapo.tools.zoom names box",
+    ):
+        assert message in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_scripts_pass_shellcheck():
+    done = subprocess.run(["shellcheck", *RECIPE.glob("*.sh")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,243 @@
+"""The recipe's tools as veRL calls them: faults told apart, any JSON answered, images counted and bounded."""
+
+import asyncio
+import io
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from search_agent.errors import InfrastructureError, ModelError
+from search_agent.results import ImageHit, Page, Passage
+from search_agent.tools import ImageSearch, TextSearch, Visit, Zoom
+from search_agent.tools.toolbox import Toolbox
+
+from verl_tapo.parsing import answer_is_error
+
+
+class Stub:
+    """A provider that answers, or does what its query says."""
+
+    identity = "stub 1"
+
+    def __init__(self):
+        self.asked = []
+
+    async def search(self, what, topk, key=None):
+        self.asked.append((what, topk, key))
+        if what == "hang":
+            await asyncio.sleep(60)
+        if what == "down":
+            raise InfrastructureError("the back end at 10.0.0.1 is down")
+        if what == "defect":
+            raise KeyError("defect")
+        if what == "nothing":
+            return []
+        if isinstance(what, bytes):
+            return [ImageHit(f"hit {number}", "a caption", "", png((640, 480))) for number in range(topk)]
+        return [Passage(f"{what} is number {number}", f"title {number}") for number in range(topk)]
+
+    async def read(self, url):
+        if url == "http://refused/":
+            raise ModelError("this address cannot be read, choose another")
+        return Page(url, "word " * 5000, "A page")
+
+    async def close(self):
+        pass
+
+
+def png(size):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "red").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def stub():
+    return Stub()
+
+
+@pytest.fixture
+def make(stub, monkeypatch):
+    def make(cls, **config):
+        if hasattr(cls, "make_provider"):
+            monkeypatch.setattr(cls, "make_provider", staticmethod(lambda _: stub))
+        return cls({"type": "native", **config})
+
+    return make
+
+
+def execute(tool, arguments, images=(), created=None, calls=1):
+    """What veRL's loop does for one call."""
+
+    async def run():
+        instance, _ = await tool.create(create_kwargs=created or {})
+        agent = SimpleNamespace(image_data=list(images) or None, tool_calls=[None] * calls)
+        response, _, metrics = await tool.execute(instance, arguments, agent_data=agent)
+        await tool.release(instance)
+        return response, metrics
+
+    return asyncio.run(run())
+
+
+def test_text_search(make, stub):
+    response, metrics = execute(make(TextSearch, topk=2), {"query": " Who? "})
+    assert "Who? is number 0" in response.text
+    assert "title 1" in response.text
+    assert metrics == {"results": 2, "chars": len(response.text)}
+    assert stub.asked == [("Who?", 2, None)]
+    assert execute(make(TextSearch), {"query": "nothing"})[0].text == "Nothing was found."
+
+
+def test_the_cache_answers_equal_calls(make, stub, tmp_path):
+    tool = make(TextSearch, cache=str(tmp_path / "cache.sqlite"))
+    assert execute(tool, {"query": "Who?"})[1]["cache_hit"] is False
+    assert execute(tool, {"query": "Who?"})[1]["cache_hit"] is True
+    assert len(stub.asked) == 1
+    for _ in range(2):  # failures are not kept
+        assert execute(tool, {"query": "down"})[1] == {"fault": "infrastructure"}
+    assert len(stub.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("query", "fault", "told"),
+    [
+        (5, "model", "query must be a text"),
+        ("  ", "model", "query must be a text"),
+        ("x" * 5000, "model", "not be longer than 512 characters, it has 5000"),
+        (["a", "b"], "model", "query must be a text"),
+        ("down", "infrastructure", "not available at the moment"),
+        ("hang", "infrastructure", "not available at the moment"),
+        ("defect", "infrastructure", "not available at the moment"),
+    ],
+)
+def test_whose_fault_it_is(make, query, fault, told):
+    response, metrics = execute(make(TextSearch, timeout_s=0.2), {"query": query})
+    assert metrics == {"fault": fault}
+    assert told in response.text
+    assert "10.0.0.1" not in response.text
+    assert answer_is_error(response.text, ())  # in rollouts without a record too
+
+
+def test_waiting_for_a_place_takes_of_the_call_s_time(make):
+    tool = make(TextSearch, concurrency=1, timeout_s=0.3)
+
+    async def run():
+        agent = SimpleNamespace(image_data=None, tool_calls=[])
+        calls = [tool.execute("x", {"query": query}, agent_data=agent) for query in ("hang", "Who?")]
+        return await asyncio.gather(*calls)
+
+    assert [metrics["fault"] for _, _, metrics in asyncio.run(run())] == ["infrastructure"] * 2
+
+
+def test_image_search(make, stub):
+    images = [Image.new("RGB", (100, 80), "blue"), Image.new("RGB", (50, 40), "red")]
+    tool = make(ImageSearch, topk=3, thumbnails=2, max_pixels=100 * 100)
+    created = {"image_keys": ["key of the first"]}
+    response, metrics = execute(tool, {"image": 1}, images, created)
+    assert metrics["results"] == 3
+    assert len(response.image) == 2
+    assert all(image.width * image.height <= 100 * 100 for image in response.image)
+    assert "hit 2" in response.text
+    with Image.open(io.BytesIO(stub.asked[0][0])) as sent:
+        assert sent.size == (100, 80)
+    execute(tool, {"image": "2"}, images, created)
+    assert [key for _, _, key in stub.asked] == ["key of the first", None]
+    full = make(ImageSearch, thumbnails=2, max_images=2)
+    response, metrics = execute(full, {"image": 1}, images)
+    assert response.image is None  # no room: the captions stand alone
+    assert "hit 0" in response.text
+
+
+def test_zoom(make):
+    image = Image.new("RGB", (200, 100), "white")
+    image.paste((255, 0, 0), (100, 0, 200, 50))
+    response, _ = execute(make(Zoom), {"image": 1, "bbox": [500, 0, 1000, 500]}, [image])
+    assert response.text.startswith("Image 2 is the region of image 1")
+    assert response.image[0].getpixel((20, 20)) == (255, 0, 0)
+    absolute, _ = execute(make(Zoom), {"bbox": [100, 0, 200, 50]}, [image], {"coordinates": "absolute"})
+    assert absolute.image[0].tobytes() == response.image[0].tobytes()
+    beside, _ = execute(make(Zoom), {"image": 1, "bbox": [500, 0, 1000, 500]}, [image], calls=2)
+    assert beside.text.startswith("The next image")  # another call of the turn may return one first
+
+
+def test_images_are_bounded(make):
+    image = Image.new("RGB", (400, 400))
+    tool = make(Zoom, max_pixels=300 * 300, total_pixels=510 * 510, max_images=3)
+    box = {"image": 1, "bbox": [0, 0, 1000, 1000]}
+    images = [image]
+    while (response := execute(tool, box, images)[0]).image:
+        images += response.image
+    assert len(images) == 3
+    assert "no more images" in response.text
+    assert sum(each.width * each.height for each in images[:-1]) <= 510 * 510
+
+
+def test_visit(make):
+    response, _ = execute(make(Visit, limit_chars=500), {"url": "http://example.org/"})
+    assert len(response.text) <= 500
+    assert "A page" in response.text
+    response, metrics = execute(make(Visit), {"url": "http://refused/"})
+    assert metrics == {"fault": "model"}
+    assert "choose another" in response.text
+
+
+def test_visit_reaches_no_private_address():
+    tool = Visit({"type": "native", "provider": {"provider": "direct"}})
+    response, metrics = execute(tool, {"url": "http://127.0.0.1:8080/admin"})
+    assert metrics == {"fault": "model"}
+    assert response.text.startswith("Error executing tool 'visit'")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_json_is_answered(make, data):
+    cls = data.draw(st.sampled_from([TextSearch, ImageSearch, Zoom, Visit]))
+    names = list(cls.schema["parameters"]["properties"])
+    arguments = data.draw(st.dictionaries(st.sampled_from(names), JSON) | JSON)
+    images = [Image.new("RGB", (64, 48))] * data.draw(st.integers(0, 2))
+    response, metrics = execute(make(cls), arguments, images)
+    assert ("fault" in metrics) == answer_is_error(response.text, ())
+    assert metrics.get("fault") != "infrastructure"
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "message"),
+    [
+        (TextSearch, {"topk": 0}, "the tool text_search: topk: .*greater than or equal to 1, got 0"),
+        (TextSearch, {"top_k": 3}, "top_k: .*not permitted"),
+        (TextSearch, {"provider": {"provider": "gogle"}}, "the tool text_search: provider: .*got 'gogle'"),
+        (Zoom, {"coordinates": "auto"}, "coordinates: .*'absolute' or 'thousandths'"),
+        (Zoom, {"max_pixels": 3}, "max_pixels"),
+        (Visit, {"timeout_s": 0}, "the tool visit: timeout_s"),
+    ],
+)
+def test_bad_settings(cls, config, message):
+    with pytest.raises(ValueError, match=message):
+        cls({"type": "native", **config})
+
+
+def test_toolbox(make):
+    toolbox = Toolbox([make(TextSearch), make(Zoom)], timeout_s=0.2)
+
+    def call(*arguments):
+        return asyncio.run(toolbox.call(*arguments))
+
+    assert [schema["function"]["name"] for schema in toolbox.schemas] == ["text_search", "zoom"]
+    assert call("text_search", '{"query": "Who?"}').status == "ok"
+    assert call("text_search", {"query": 3}).metrics == {"fault": "model"}
+    assert call("text_search", "{").status == "malformed"
+    assert call("serch", {}).status == "unknown_tool"
+    assert call("text_search", {"query": "hang"}).status == "timeout"
+    answer = call("zoom", {"image": 1, "bbox": [0, 0, 500, 500]}, [Image.new("RGB", (90, 90))])
+    assert len(answer.images) == 1
+    with pytest.raises(FileNotFoundError, match="no file"):
+        Toolbox.from_yaml("/no/such.yaml")
