@@ -408,6 +408,13 @@ def test_time_is_limited_with_all_hops_and_attempts() -> None:
     run(check, silent, timeout_s=1.0, attempts=50)
 
 
+def test_a_server_that_hangs_once_is_asked_again_in_time() -> None:
+    async def silent(writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    assert fetch("http://example.com/", silent, page(), timeout_s=4.0, attempts=2).body == b"hello"
+
+
 def test_cancelling_closes_the_connection() -> None:
     closed = asyncio.Event()
 
