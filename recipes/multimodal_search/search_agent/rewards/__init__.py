@@ -1,0 +1,85 @@
+"""The reward, as veRL calls it.
+
+    reward:
+      custom_reward_function:
+        path: pkg://search_agent.rewards
+        name: compute_score
+        reward_kwargs:
+          preset: mmsearch_r1            # outcome (default), mmsearch_r1, sensenova_mars, deepeyes
+          match: [exact, judge]          # exact, substring, f1, judge: each makes an answer right, the judge comes last
+          judge: {model: NAME, base_url: "http://HOST:8000/v1", cache: /local/disk/judge.sqlite}
+
+`settings` has all keys. The score is::
+
+    accuracy * acc * penalty + format * format + tool_bonus * (right, and a tool was used)
+
+with the weights of that name. What tools failed to do through no fault of the model never lowers it.
+
+**A judge that is down.** What veRL makes of a reward that raises: its V0 trainer ends the run. V1 logs the error and
+goes on with what is left of the prompt's group; a step without any trajectory ends the run in the mode ``sync``,
+while the asynchronous modes replace failed groups for ever. So one error alone would not stop a run but thin it out.
+Hence, with ``on_outage: stop``, rewards wait for ``patience_s``, and the run with them; when the judge is back,
+nothing was lost. When it is not, each process that computes rewards gives it up for good and raises for every
+trajectory, also where the rules would do, so that the next step is empty. What was scored before is still trained on,
+in at most one step; asynchronous runs have to be ended by hand. With ``on_outage: count`` the rules decide, and
+``judge_failed`` says how often: watch it.
+
+A judge that twice replies what is no verdict, or refuses a request because of its content, is no outage: the rules
+decide, and ``judge_failed`` is 1. With ``stop``, 20 of these in a row are one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from search_agent.rewards.judge import JudgeOutage, NoVerdict
+from search_agent.rewards.score import Reward
+from search_agent.rewards.settings import PRESETS, RewardSettings, read_settings
+
+__all__ = ["PRESETS", "JudgeOutage", "NoVerdict", "Reward", "RewardSettings", "compute_score", "read_settings"]
+
+
+async def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    reward_router_address: str | None = None,
+    reward_model_tokenizer: Any = None,
+    **settings: Any,
+) -> dict[str, float]:
+    """The reward of a trajectory and its parts: finite numbers, always the same keys.
+
+    ``score``; ``acc``, 0 or 1, what TAPO takes for success; ``format``, ``answered``, ``judge_used`` and
+    ``judge_failed``, 0 or 1; ``f1``, the best over accepted answers, however they are matched; ``penalty``, the factor
+    applied; and how many ``tool_calls``, ``model_faults`` and ``infrastructure_faults`` the trajectory has.
+
+    Args:
+        data_source: not used.
+        solution_str: the response, all turns, decoded without special tokens.
+        ground_truth: see `answers.accepted_answers`.
+        extra_info: ``tapo_steps`` is the record of calls; ``question`` is for the judge.
+        reward_router_address: veRL's, of its own reward model: the judge, where none has a ``base_url``.
+        reward_model_tokenizer: veRL's; not used.
+        settings: ``reward_kwargs``.
+
+    Raises:
+        ValueError: A setting is wrong, or the row has no accepted answer, or no question for the judge.
+        JudgeOutage
+    """
+    reward = _reward(json.dumps(settings, sort_keys=True, default=_plain), reward_router_address)
+    return await reward.score(solution_str, ground_truth, extra_info or {})
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else list(value)  # OmegaConf's
+
+
+@lru_cache(maxsize=8)
+def _reward(settings: str, router_address: str | None) -> Reward:
+    """One for a process: connections, cache and what is known of the judge are shared by its trajectories."""
+    return Reward(read_settings(json.loads(settings)), router_address)

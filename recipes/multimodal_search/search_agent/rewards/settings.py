@@ -1,0 +1,113 @@
+"""What ``reward.custom_reward_function.reward_kwargs`` may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from search_agent.providers.base import Address, HttpSettings, Settings
+
+Match: TypeAlias = Literal["exact", "substring", "f1", "judge"]
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # TAPO's paper: the outcome alone.
+    "outcome": {},
+    "mmsearch_r1": {"weights": {"accuracy": 0.9, "format": 0.1}, "penalty": "once"},
+    "sensenova_mars": {"weights": {"accuracy": 1.0, "format": 0.5}, "tool_errors_cost_format": True},
+    "deepeyes": {"weights": {"accuracy": 0.8, "format": 0.2, "tool_bonus": 1.2}, "counted_tools": None},
+}
+
+
+class Weights(Settings):
+    """Of the parts of the score; at least one is not 0."""
+
+    accuracy: float = Field(default=1.0, ge=0, le=100)
+    """Of ``acc``, times the penalty."""
+    format: float = Field(default=0.0, ge=0, le=100)
+    tool_bonus: float = Field(default=0.0, ge=0, le=100)
+    """Where the answer is right and a tool was used."""
+
+
+class JudgeSettings(HttpSettings):
+    """Of the model that compares answers, behind an OpenAI-compatible end point."""
+
+    model: str = Field(min_length=1)
+    base_url: Address | None = None
+    """Up to and with ``/v1``. None: veRL's own reward model (``reward.reward_model``)."""
+    key_variable: str | None = "OPENAI_API_KEY"
+    """The environment variable with the key; None where there is none."""
+    request: Mapping[str, Any] = Field(default={"max_tokens": 512})
+    """Further fields of a request; ``temperature`` is 0 unless it stands here, and a field that is null is left out."""
+    cache: str | None = None
+    """A file, see `search_agent.cache`, in which verdicts are kept."""
+    on_outage: Literal["stop", "count"] = "stop"
+    """What an outage does: no rewards at all, or rewards by rules alone, which are counted."""
+    patience_s: float = Field(600.0, gt=0, lt=float("inf"))
+    """With ``stop``: for so long rewards wait for the judge to come back."""
+
+
+class RewardSettings(Settings):
+    """Of the reward."""
+
+    match: Annotated[
+        tuple[Match, ...],
+        Field(min_length=1),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    ] = ("exact",)
+    """Each alone makes an answer right; the judge is only asked about answers that the rules do not find right."""
+    f1_threshold: float = Field(0.8, gt=0, le=1)
+    substring_ratio: float = Field(3.0, ge=1, le=100)
+    """How many times longer than an accepted answer, in words, an answer may be that contains it."""
+    weights: Weights = Weights()
+    penalty: Literal["none", "once", "per_call"] = "none"
+    """Whether calls of tools make a right answer worth less, and whether each does."""
+    penalty_factor: float = Field(0.9, gt=0, le=1)
+    counted_tools: tuple[str, ...] | None = ("text_search", "image_search")
+    """Tools that penalty and bonus are about. None: all."""
+    think: bool = False
+    """Whether the format asks for a thought before the answer."""
+    tool_errors_cost_format: bool = False
+    """Whether calls that failed through the model's fault, or were over a limit, do; unreadable ones always do."""
+    judge: JudgeSettings | None = None
+
+
+_KindT = TypeVar("_KindT", bound=BaseModel)
+
+
+def read_settings(config: Mapping[str, Any]) -> RewardSettings:
+    """The settings in ``config``, over those of its ``preset`` (default: outcome).
+
+    Raises:
+        ValueError: One is missing, unknown or out of range.
+    """
+    own = dict(config)
+    name = own.pop("preset", "outcome")
+    if name not in PRESETS:
+        raise ValueError(f"reward_kwargs.preset is {name!r}; known: {', '.join(PRESETS)}")
+    preset = dict(PRESETS[name])
+    weights = own.pop("weights", None) or {}
+    if isinstance(weights, Mapping):
+        weights = {**preset.pop("weights", {}), **weights}
+    merged = {**preset, **own, "weights": _checked(Weights, "weights.", weights)}
+    if own.get("judge") is not None:
+        merged["judge"] = _checked(JudgeSettings, "judge.", own["judge"])
+    settings = _checked(RewardSettings, "", merged, "preset")
+    if not any(dict(settings.weights).values()):
+        raise ValueError("reward_kwargs.weights are all 0: there would be nothing to learn")
+    if "judge" in settings.match and settings.judge is None:
+        raise ValueError("reward_kwargs.match names judge: reward_kwargs.judge must say which (model, base_url)")
+    return settings
+
+
+def _checked(kind: type[_KindT], where: str, config: Any, *more: str) -> _KindT:
+    known = ", ".join([*kind.model_fields, *more])
+    if not isinstance(config, Mapping):
+        raise ValueError(f"reward_kwargs.{where[:-1]} must be a mapping of {known}; got {config!r}")
+    try:
+        return kind(**config)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        name = where + ".".join(map(str, problem["loc"]))
+        raise ValueError(f"reward_kwargs.{name}: {problem['msg']}; known: {known}") from None
