@@ -70,7 +70,8 @@ class Batcher(Generic[Item]):
         self._search, self._pool, self._threads, self._max_batch = search, pool, threads, max_batch
         self._observe = observe
         self._waiting: deque[_Job[Item]] = deque()
-        self._running: set[asyncio.Task[None]] = set()
+        self._running = 0
+        self._tasks: set[asyncio.Task[None]] = set()  # asyncio itself keeps none alive
 
     async def answer(self, items: Sequence[Item], topk: int, render: Callable[[list[Hits]], bytes]) -> bytes:
         """What ``render`` makes of the hits of the items; it runs in a thread too.
@@ -80,10 +81,11 @@ class Batcher(Generic[Item]):
         """
         job = _Job(items, topk, render, asyncio.get_running_loop().create_future())
         self._waiting.append(job)
-        if len(self._running) < self._threads:
+        if self._running < self._threads:
+            self._running += 1
             task = asyncio.create_task(self._run())
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         return await job.answer
 
     async def _run(self) -> None:
@@ -105,6 +107,7 @@ class Batcher(Generic[Item]):
                 for job, answer in zip(batch, answers, strict=True):
                     if not job.answer.done():  # its client may have gone
                         job.answer.set_result(answer)
+        self._running -= 1  # at once: whoever was answered just now may come again before this task counts as done
 
     def _work(self, batch: Sequence[_Job[Item]]) -> list[bytes]:
         hits = iter(self._search([item for job in batch for item in job.items], max(job.topk for job in batch)))

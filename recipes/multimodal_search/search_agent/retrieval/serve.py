@@ -388,14 +388,15 @@ def serve(settings: Settings, host: str, port: int) -> int:
         timeout_graceful_shutdown=30,
     )
     server = uvicorn.Server(config)
-    # uvicorn raises the signal again once it has shut down; that would end the process as if it had been killed.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
+    # uvicorn has handlers of its own while it runs. Before, a signal must not be lost; afterwards uvicorn raises it once
+    # more, which must not end the process as if it had been killed.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop())
     _log(f"http://{host}:{listener.getsockname()[1]}, loading {settings.index}")
     server.run([listener])
     if service.problem is not None:
         raise service.problem
-    return 0 if service.index is not None or server.started else 1
+    return 0
 
 
 def _listen(host: str, port: int) -> socket.socket:
