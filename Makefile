@@ -29,6 +29,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=recipes/multimodal_search $(BIN)/mypy --package search_agent
 
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
