@@ -107,8 +107,7 @@ def _extract(body: bytes, content_type: str) -> tuple[str, str]:
     tree = trafilatura.load_html(content)
     if tree is None:
         return "", ""
-    text = trafilatura.extract(tree, include_comments=False, favor_recall=True) or trafilatura.html2txt(tree)
-    return tree.findtext(".//title") or "", text
+    return tree.findtext(".//title") or "", trafilatura.extract(tree, include_comments=False, favor_recall=True) or ""
 
 
 def _decode(body: bytes, parameters: str) -> str:
