@@ -169,4 +169,3 @@ def test_a_service_that_dies_ends_the_run_with_one_message(recipe, service, data
     assert "max_fault_rate allows 10%" in said
     assert steps == []  # nothing was trained on
     assert not (tmp_path / "out" / "tapo-vanilla" / "checkpoints").exists()
-

@@ -112,11 +112,8 @@ def _reward_problems(config: Any, file: Path) -> Iterator[str]:
     result = reward(row["data_source"], f"<answer>{answer}</answer>", truth, dict(row["extra_info"] or {}))
     if inspect.isawaitable(result):
         result = asyncio.run(_awaited(result))
-    if isinstance(result, dict):
-        success = result["acc"] if "acc" in result else result["score"]
-    else:
-        success = result
-    if not float(success) > 0:
+    values: dict[str, Any] = result if isinstance(result, dict) else {"score": result}
+    if not float(values["acc" if "acc" in values else "score"]) > 0:
         yield f"the reward function gives the accepted answer {answer!r} of the first question no success: {result}"
 
 
