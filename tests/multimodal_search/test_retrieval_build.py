@@ -478,7 +478,7 @@ class TestResuming:
         return {**os.environ, "PYTHONPATH": str(RECIPE), "HF_HUB_OFFLINE": "1"}
 
     def test_killed_in_the_middle_it_goes_on_to_the_same_index(self, tmp_path):
-        texts = [f"passage {number} tells of subject {number * 7919 % 1000}" for number in range(400)]
+        texts = [f"passage {number} tells of subject {number * 7919 % 1000}" for number in range(160)]
         corpus = write_jsonl(tmp_path / "a.jsonl", passages(texts))
         images = write_scenes(tmp_path / "images.parquet", 5)
         options = ("--corpus", corpus, "--text", "bm25,dense", "--encoder", get_model_path())
@@ -489,7 +489,7 @@ class TestResuming:
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
         done = {file: file.stat().st_mtime_ns for file in shards.glob("*.npy")}
-        assert 3 <= len(done) < 50
+        assert 3 <= len(done) < 20
         assert not (tmp_path / "index" / MANIFEST).exists()
         with pytest.raises(IndexProblem, match="was not finished"):
             read_manifest(tmp_path / "index")
