@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -87,5 +88,5 @@ def accepted_answers(ground_truth: Any) -> list[str]:
     texts = [str(value).strip() for value in values if value is not None]
     accepted = list(dict.fromkeys(text for text in texts if text))
     if not accepted:
-        raise ValueError(f"ground_truth has no accepted answer: {ground_truth!r}")
+        raise ValueError(f"ground_truth has no accepted answer: {reprlib.repr(ground_truth)}")
     return accepted

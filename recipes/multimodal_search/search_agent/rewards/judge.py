@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 PROMPT_VERSION = 1
 """Part of a verdict's key in the cache: to be counted up with every change of the prompt."""
 MAX_ANSWER_CHARS = 1000
-"""Longer ones are no answers: they are wrong, and the judge is not asked."""
+"""Longer ones are no answers: the judge is not asked about them."""
 
 _PAUSE_S = 5.0  # between two questions to a judge that is down
 _WARN_S = 60.0
@@ -67,7 +67,10 @@ def read_verdict(reply: Any) -> bool | None:
     """The verdict of a reply that is nothing else, but for a thought before it; None where there is none."""
     if not isinstance(reply, str):
         return None
-    return _VERDICTS.get(_DECORATION.sub(" ", reply.rpartition("</think>")[2]).strip().casefold())
+    thought, _, verdict = reply.rpartition("</think>")
+    if "<think>" in thought.strip().removeprefix("<think>"):  # in the middle: the reply repeats what it has read
+        return None
+    return _VERDICTS.get(_DECORATION.sub(" ", verdict).strip().casefold())
 
 
 class Judge:
@@ -106,6 +109,16 @@ class Judge:
         if self._given_up:
             raise JudgeOutage(self._given_up)
 
+    async def check(self) -> str:
+        """Asks something easy, once; says who answered.
+
+        Raises:
+            InfrastructureError: Nobody did, or not as it should.
+        """
+        if not await self._ask(messages("What is the capital of France?", ["Paris"], "It is Paris.")):
+            raise InfrastructureError(f"{self._client.name} finds a right answer incorrect")
+        return f"{self._settings.model} at {self._client.name}"
+
     async def is_right(self, question: str, accepted: Sequence[str], answer: str) -> bool:
         """The verdict.
 
@@ -113,8 +126,6 @@ class Judge:
             NoVerdict: There is none on this answer, and there is no use in waiting.
             JudgeOutage: See the class.
         """
-        if len(answer) > MAX_ANSWER_CHARS:
-            return False
         start = time.monotonic()
         while True:
             self.require()
@@ -164,11 +175,12 @@ class Judge:
         await asyncio.sleep(min(_PAUSE_S, self._settings.patience_s / 10))
 
     def _give_up(self, why: str) -> NoReturn:
-        self._given_up = (
-            f"the judge {self._settings.model} ({self._client.name}) was given up, and no reward is computed without "
-            f"it: {why}. Bring it back and resume from the last checkpoint, or set on_outage to count"
-        )
-        logger.critical("%s", self._given_up)
+        if not self._given_up:
+            self._given_up = (
+                f"the judge {self._settings.model} ({self._client.name}) was given up, and no reward is computed "
+                f"without it: {why}. Bring it back and resume from the last checkpoint, or set on_outage to count"
+            )
+            logger.critical("%s", self._given_up)
         raise JudgeOutage(self._given_up)
 
     def _count(self, why: str) -> None:
@@ -188,7 +200,7 @@ class Judge:
             return await ask(), True
         arguments = {"question": question, "accepted": sorted(accepted), "answer": answer}
         key = cache_key("judge", self._identity, arguments)
-        verdict, hit = await self._cache.get_or_compute(key, ask, label=f"judge {answer} | {question}")
+        verdict, hit = await self._cache.get_or_compute(key, ask, label=clean_text(f"judge {answer} | {question}"))
         return bool(verdict), not hit
 
     async def _ask(self, asked: list[dict[str, str]]) -> bool:

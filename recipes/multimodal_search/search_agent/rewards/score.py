@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from search_agent.rewards.answers import accepted_answers, read_reply
-from search_agent.rewards.judge import Judge, NoVerdict
+from search_agent.rewards.judge import MAX_ANSWER_CHARS, Judge, NoVerdict
 from search_agent.rewards.matching import Tokens, exact, f1, substring, tokens
 from search_agent.rewards.settings import RewardSettings
 from verl_tapo.records import RECORD_KEY, fault_of
@@ -67,6 +67,14 @@ class Reward:
             "judge_failed": float(verdict.judge_failed),
         }
 
+    async def check_judge(self) -> str | None:
+        """Who judges, having answered a question; None where nobody does.
+
+        Raises:
+            InfrastructureError: The judge does not answer, or not as it should.
+        """
+        return None if self._judge is None else await self._judge.check()
+
     async def close(self) -> None:
         """Closes the judge's connections and cache."""
         if self._judge is not None:
@@ -89,7 +97,7 @@ class Reward:
             or ("f1" in match and overlap >= self._settings.f1_threshold)
             or ("substring" in match and any(self._contains(given, candidate) for candidate in candidates))
         )
-        if right or self._judge is None:
+        if right or self._judge is None or len(answer) > MAX_ANSWER_CHARS:
             return _Verdict(right, overlap)
         try:
             return _Verdict(await self._judge.is_right(str(question), accepted, answer), overlap, judge_used=True)

@@ -1,0 +1,210 @@
+"""Rules that say whether two answers are the same: tables in many languages, and laws."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from search_agent.rewards.matching import exact, f1, substring, tokens
+
+SAME = [
+    # English
+    ("The Beatles", "beatles"),
+    ("  “Paris.” ", "Paris"),
+    ("**Paris**", "Paris"),
+    ("the United States", "United States"),
+    ("U.S.A.", "USA"),
+    ("J. R. R. Tolkien", "J.R.R. Tolkien"),
+    ("O’Brien", "O'Brien"),
+    ("twenty-one", "twenty one"),
+    ("ＡＢＣ　１２", "abc 12"),
+    ("ﬁre", "fire"),
+    # French
+    ("L’Oréal", "l'oreal"),
+    ("la tour Eiffel", "Tour Eiffel"),
+    ("l'œuvre", "Oeuvre"),
+    ("Les Misérables", "MISERABLES"),
+    # German
+    ("Die Straße", "strasse"),
+    ("das Brandenburger Tor", "Brandenburger Tor"),
+    ("ein Fahrrad", "Fahrrad"),
+    # Spanish, Portuguese, Italian
+    ("El Niño", "nino"),
+    ("los Ángeles", "Angeles"),
+    ("São Tomé e Príncipe", "Sao Tome e Principe"),
+    ("Il Gattopardo", "Gattopardo"),
+    ("Un'altra vita", "altra vita"),
+    # Polish, Norwegian, Turkish, Vietnamese
+    ("Łódź", "Lodz"),
+    ("Tromsø", "Tromso"),
+    ("İstanbul", "istanbul"),
+    ("Diyarbakır", "DIYARBAKIR"),
+    ("Hồ Chí Minh", "Ho Chi Minh"),
+    # Russian, Greek
+    ("Пётр Чайковский", "Петр Чайковский"),
+    ("Толсто́й", "Толстой"),
+    ("Αθήνα", "ΑΘΗΝΑ"),
+    # Arabic, Persian, Hebrew
+    ("الْقَاهِرَة", "القاهرة"),
+    ("القـــاهرة", "القاهرة"),
+    ("أحمد", "احمد"),
+    ("می\u200cخواهم", "می‌خواهم".replace("\u200c", "")),
+    ("کتاب", "كتاب"),
+    ("שָׁלוֹם", "שלום"),
+    # Chinese, Japanese, Korean, Thai
+    ("巴黎 圣母院", "巴黎圣母院。"),
+    ("レオナルド・ダ・ヴィンチ", "レオナルドダヴィンチ"),
+    ("ﾄｳｷｮｳ", "トウキョウ"),
+    ("서울 특별시", "서울특별시"),
+    ("กรุงเทพ มหานคร", "กรุงเทพมหานคร"),
+    # numbers
+    ("1,234,567", "1234567"),
+    ("1.234.567", "1234567"),
+    ("1\u202f234\u00a0567", "1 234 567"),
+    ("1'234'567", "1234567"),
+    ("12,34,567", "1234567"),
+    ("1.234.567,89", "1,234,567.89"),
+    ("1 234,5", "1234.5"),
+    ("3,5 km", "3.5 km"),
+    ("١٢٣٫٥", "123.5"),
+    ("١٬٢٣٤", "1,234"),
+    ("१२३", "123"),
+    ("２０２０年", "2020年"),
+    ("-5 °C", "−5°C"),
+    ("50 %", "50%"),
+    ("$1,234.50", "$ 1234.50"),
+    ("8,849 m", "8849m"),
+    ("+5", "5"),
+    # dates, written alike
+    ("2020-05-12", "2020/05/12"),
+    ("May 12, 2020", "may 12 2020"),
+    # only signs
+    ("?", " ? "),
+]
+
+DIFFERENT = [
+    ("Vitamin A", "Vitamin"),
+    ("A", "The"),
+    ("A 7", "7"),
+    ("I", "1"),
+    ("1 2", "12"),
+    ("10-5", "105"),
+    ("-5", "5"),
+    ("5%", "5"),
+    ("$5", "€5"),
+    ("C++", "C"),
+    ("C#", "C"),
+    ("3.5", "35"),
+    ("3,5", "35"),
+    ("1.234", "1234"),
+    ("3.142", "3142"),
+    ("1,2,3", "123"),
+    ("12.05.2020", "12052020"),
+    ("2020-05-12", "20200512"),
+    ("12 March 1999", "1 2 March 1999"),
+    ("1,234,56", "123456"),
+    ("2020 100 200", "2020100200"),
+    ("AT&T", "ATT"),
+    ("thé vert", "vert"),
+    ("là-bas", "bas"),
+    ("йод", "иод"),
+    ("がく", "かく"),
+    ("北京", "南京"),
+    ("कि", "की"),
+    ("नमस्ते", "नमसते"),
+    ("?", "!"),
+    ("👍", "👎"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_exact_same(one, other):
+    assert exact(tokens(one), tokens(other))
+    assert exact(tokens(other), tokens(one))
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_exact_different(one, other):
+    assert not exact(tokens(one), tokens(other))
+    assert not exact(tokens(other), tokens(one))
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted"),
+    [
+        ("Paris, France", "Paris"),
+        ("It is Paris", "paris"),
+        ("La ville de Paris", "Paris"),
+        ("答案是巴黎", "巴黎"),
+        ("東京です", "東京"),
+        ("서울은", "서울"),
+        ("عاصمة مصر القَاهِرة", "القاهرة"),
+        ("in Москве", "Москве"),
+        ("8,849 m", "8849"),
+        ("der Fluss Rhein", "der Rhein"),
+    ],
+)
+def test_substring_found(answer, accepted):
+    assert substring(tokens(answer), tokens(accepted), 3.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted"),
+    [
+        ("London, Paris, Rome, Berlin", "Paris"),
+        ("伦敦巴黎罗马柏林", "巴黎"),
+        ("서울 부산 대구 인천", "서울"),
+        ("القاهرة أو دمشق أو بيروت", "القاهرة"),
+        ("15", "5"),
+        ("3.5", "5"),
+        ("-5", "5"),
+        ("Parisian", "Paris"),
+        ("Paris", "Paris, France"),
+        ("York, New", "New York"),
+    ],
+)
+def test_substring_refused(answer, accepted):
+    assert not substring(tokens(answer), tokens(accepted), 3.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "value"),
+    [
+        ("Barack Hussein Obama", "Barack Obama", 0.8),
+        ("the Eiffel Tower", "Eiffel Tower in Paris", 2 / 3),
+        ("La torre Eiffel", "torre Eiffel", 1.0),
+        ("北京市", "北京", 0.8),
+        ("東京", "京都", 0.5),
+        ("서울시", "서울", 0.8),
+        ("Лев Толстой", "Толстой", 2 / 3),
+        ("نهر النيل", "النيل", 2 / 3),
+        ("well well well", "well", 0.5),
+        ("Rome", "Paris", 0.0),
+    ],
+)
+def test_f1(answer, accepted, value):
+    assert f1(tokens(answer), tokens(accepted)) == pytest.approx(value)
+
+
+TEXTS = st.text(max_size=40) | st.text(alphabet="aL'Eé1,. -%中がأ", max_size=20)
+
+
+@given(TEXTS)
+def test_every_answer_is_itself_and_nothing_is_nothing(text):
+    once = tokens(text)
+    assert bool(once) == bool(text.strip("\u0640").strip())
+    if once:
+        assert f1(once, once) == 1.0
+        assert substring(once, once, 1.0)
+
+
+@given(TEXTS, TEXTS)
+def test_comparing_is_symmetric_and_bounded(one, other):
+    one, other = tokens(one), tokens(other)
+    assert exact(one, other) == exact(other, one)
+    assert f1(one, other) == f1(other, one)
+    assert 0.0 <= f1(one, other) <= 1.0
+
+
+@given(TEXTS, TEXTS, st.floats(1, 5), st.floats(1, 5))
+def test_a_longer_bound_refuses_no_more(answer, accepted, ratio, more):
+    if substring(tokens(answer), tokens(accepted), ratio):
+        assert substring(tokens(answer), tokens(accepted), ratio * more)
