@@ -3,12 +3,10 @@
 import asyncio
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import yaml
 from raw_server import RawServer, response
-from search_agent.cache import Cache
 from search_agent.errors import InfrastructureError
 from search_agent.rewards import JudgeOutage, Reward, compute_score, read_settings
 from search_agent.rewards.judge import MAX_ANSWER_CHARS, messages, read_verdict
@@ -418,7 +416,6 @@ def test_from_yaml_through_compute_score(tmp_path):
     results, requests = asyncio.run(main())
     assert [result["score"] for result in results] == [1.5] * 3
     assert requests == 1
-    assert Cache(Path(tmp_path / "judge.sqlite")).path.exists()
 
 
 def test_verls_own_reward_model_is_the_judge_where_no_other_is_named():
