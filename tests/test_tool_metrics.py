@@ -1,10 +1,11 @@
 """What is said of a batch's tools, and when a run ends for want of them."""
 
+import numpy as np
 import pytest
 
 from verl_tapo.config import TapoSettings
 from verl_tapo.records import CallRecord, TrajectoryRecord, fault_of
-from verl_tapo.trainer.tool_metrics import ToolOutage, check_outage, tool_metrics
+from verl_tapo.trainer.tool_metrics import ToolOutage, check_outage, reward_metrics, tool_metrics
 
 
 def record(*steps):
@@ -88,3 +89,13 @@ def test_a_run_ends_beyond_the_rate_only():
 def test_bad_rates(rate):
     with pytest.raises(ValueError, match="max_fault_rate must be null or a number from 0 to 1"):
         TapoSettings.from_mapping({"max_fault_rate": rate})
+
+
+def test_parts_of_rewards():
+    infos = [
+        {"acc": 1.0, "used": True, "why": "text"},
+        {"acc": np.float32(0.0), "used": False},
+        {},
+        {"acc": float("nan")},
+    ]
+    assert reward_metrics(infos) == {"reward/acc": 0.5, "reward/used": 0.5}

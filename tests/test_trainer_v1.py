@@ -152,6 +152,7 @@ def test_tools_are_watched_under_any_estimator(queue, make_trainer, qwen_like_to
     calls = [step for rollout, _, _ in rows for step in rollout.record.steps]
     assert metrics["tools/calls_per_trajectory"] == pytest.approx(len(calls) / len(rows))  # of padding rows: none
 
+    assert metrics["reward/acc"] == pytest.approx(sum(ok for _, ok, _ in rows) / len(rows))
     calls[0].status = "timeout"
     with pytest.raises(ToolOutage, match=rf"{calls[0].tool}.*max_fault_rate allows 0%"):
         advantages(queue, make_trainer(name, max_fault_rate=0.0), put(queue, rows))

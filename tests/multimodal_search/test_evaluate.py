@@ -334,7 +334,8 @@ def test_limits_that_are_none(stand_ins, folder, setting, capsys):
         (("--temperature", "1"), "temperature: 0.0 is now 1.0"),
         (("--max-turns", "3"), "limits:"),
         (("--request", '{"seed": 1}'), "request:"),
-        (("--match", "judge"), "match:"),
+        (("--match", "substring"), "match:"),
+        (("--match", "judge", "--judge", '{"model": "m", "base_url": "http://h/v1"}'), "judge:"),
     ],
 )
 def test_other_settings_do_not_go_on_in_a_folder(stand_ins, folder, server, capsys, more, said):

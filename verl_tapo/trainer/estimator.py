@@ -18,7 +18,7 @@ from verl_tapo.parsing import ToolCallParser, parse_steps
 from verl_tapo.records import recorded_steps
 from verl_tapo.steps import ToolStep, build_tool_mask
 from verl_tapo.trainer.rollout import CURRENT, Rollout
-from verl_tapo.trainer.tool_metrics import check_outage, tool_metrics
+from verl_tapo.trainer.tool_metrics import check_outage, reward_metrics, tool_metrics
 from verl_tapo.trainer.verl_parser import cached_parser
 
 logger = logging.getLogger("verl_tapo")
@@ -179,15 +179,21 @@ def _prompt_images(rollout: Rollout, parser: ToolCallParser, row: int) -> list[s
     return [f"prompt {prompt} image {number}" for number in range(parser.count_images(ids))]
 
 
-def watch_tools(records: Sequence[Any], padding: npt.NDArray[np.bool_], settings: TapoSettings) -> dict[str, float]:
-    """Metrics of the tools of B rows, from their records.
+def watch(
+    records: Sequence[Any],
+    infos: Sequence[Mapping[str, Any]],
+    padding: npt.NDArray[np.bool_],
+    settings: TapoSettings,
+) -> dict[str, float]:
+    """Metrics of the tools of B rows, from their records, and of the parts of their rewards.
 
     Raises:
         ToolOutage: where too many calls failed.
     """
-    metrics = tool_metrics([records[row] for row in np.flatnonzero(~padding).tolist()])
+    real = np.flatnonzero(~padding).tolist()
+    metrics = tool_metrics([records[row] for row in real])
     check_outage(metrics, settings.max_fault_rate)
-    return metrics
+    return {**metrics, **reward_metrics([infos[row] for row in real])}
 
 
 def estimate(
@@ -254,7 +260,7 @@ def estimate(
     WATCH.look(steps, settings)
     real = max(int((~rollout.padding).sum()), 1)
     rollout.metrics.update(report.metrics())
-    rollout.metrics.update(watch_tools(rollout.records, rollout.padding, settings))
+    rollout.metrics.update(watch(rollout.records, rollout.reward_infos, rollout.padding, settings))
     rollout.metrics["tapo/success_rate"] = float((success & ~rollout.padding).sum()) / real
     rollout.metrics["tapo/dropped_rows"] = float(len(lost))
     rollout.metrics["tapo/ms/base"] = (based - start) * 1e3

@@ -4,6 +4,7 @@ Metrics (all shares are of calls; one set for each tool that was executed):
 
 - ``tools/calls_per_trajectory``, ``tools/malformed``, ``tools/unknown_tool``, ``tools/over_limit``
 - ``tools/infrastructure_faults``: of executed calls
+- ``reward/<part>``: the mean of every number that the reward function returns (veRL logs them in validation only)
 - ``tools/<tool>/``: ``calls_per_trajectory``, ``ok``, ``model_faults``, ``infrastructure_faults``, ``latency_s``,
   ``latency_p95_s``, ``answer_tokens``, and the mean of every number the tool itself returns as a metric (a cache hit,
   say)
@@ -53,6 +54,16 @@ def tool_metrics(records: Sequence[Any]) -> dict[str, float]:
         metrics[f"tools/{tool}/calls_per_trajectory"] = len(calls) / len(known)
     metrics["tools/infrastructure_faults"] = _fault_rate([call for calls in executed.values() for call in calls])
     return metrics
+
+
+def reward_metrics(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of every number in B trajectories' ``reward_extra_info``; of real rows only."""
+    parts: dict[str, list[float]] = defaultdict(list)
+    for info in infos:
+        for name, value in info.items():
+            if isinstance(value, bool | int | float | np.number) and math.isfinite(value):
+                parts[f"reward/{name}"].append(float(value))
+    return {name: float(np.mean(values)) for name, values in parts.items()}
 
 
 def check_outage(metrics: Mapping[str, float], max_fault_rate: float | None) -> None:

@@ -18,7 +18,7 @@ from verl_tapo.config import TapoSettings
 from verl_tapo.records import RECORD_KEY
 from verl_tapo.trainer.batch import base_advantages
 from verl_tapo.trainer.check import check_run
-from verl_tapo.trainer.estimator import load_settings, watch_tools
+from verl_tapo.trainer.estimator import load_settings, watch
 from verl_tapo.trainer.rollout import CURRENT, Rollout, Sessions, Tokens
 
 
@@ -33,16 +33,18 @@ def compute_advantage_hook(wrapped: Callable[..., Any], trainer: Any, args: Any,
     if trainer.config.algorithm.adv_estimator == "tapo":
         return _with_rollout(wrapped, trainer, *args, **kwargs)
     if trainer.config.algorithm.get("tapo") is not None:  # to compare with: the tools are watched all the same
-        _add_tool_metrics(trainer, *args, **kwargs)
+        _add_metrics(trainer, *args, **kwargs)
     return wrapped(*args, **kwargs)
 
 
-def _add_tool_metrics(trainer: Any, batch: Any, metrics: dict[str, Any]) -> None:
+def _add_metrics(trainer: Any, batch: Any, metrics: dict[str, Any]) -> None:
     import transfer_queue as tq
 
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-    records = [fields.get(RECORD_KEY) for fields in _extra_fields(data, len(batch))]
-    metrics.update(watch_tools(records, _padding(batch), load_settings(trainer.config.algorithm)))
+    extra = _extra_fields(data, len(batch))
+    records = [fields.get(RECORD_KEY) for fields in extra]
+    infos = [fields.get("reward_extra_info") or {} for fields in extra]
+    metrics.update(watch(records, infos, _padding(batch), load_settings(trainer.config.algorithm)))
 
 
 def _extra_fields(data: Any, rows: int) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info")
 
 
@@ -70,6 +72,8 @@ def find_problems(config: Any) -> Iterator[str]:
     yield from _template_problems(config.actor_rollout_ref.model, tools)
     if not bad_data:
         yield from _reward_problems(config, _files(config.data.val_files)[0])
+    if not config.reward.reward_model.enable:  # veRL's own is not up yet
+        yield from asyncio.run(_judge_problems(config.reward.custom_reward_function))
     yield from asyncio.run(_unreachable(tools))
 
 
@@ -121,6 +125,25 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
+async def _judge_problems(function: Any) -> list[str]:
+    """Whether the judge answers, where this recipe's reward has one."""
+    from search_agent.errors import InfrastructureError
+    from search_agent.rewards import Reward, read_settings
+
+    if function.path != "pkg://search_agent.rewards":
+        return []
+    reward = Reward(read_settings(dict(OmegaConf.to_container(function, resolve=True).get("reward_kwargs") or {})))
+    try:
+        judge = await reward.check_judge()
+    except InfrastructureError as error:
+        return [f"the judge: {error}"]
+    finally:
+        await reward.close()
+    if judge is not None:
+        print(f"search_agent.check: answers are judged by {judge}")
+    return []
+
+
 def _tools(file: str) -> list[Any]:
     from verl.tools.tool_registry import initialize_tools_from_config
 
@@ -130,8 +153,6 @@ def _tools(file: str) -> list[Any]:
 
 
 def _tool_problems(config: Any, tools: Sequence[Any]) -> Iterator[str]:
-    from omegaconf import OmegaConf
-
     from search_agent.tools.base import SearchTool
 
     multi_turn = config.actor_rollout_ref.rollout.multi_turn
@@ -193,8 +214,6 @@ def _template_problems(model: Any, tools: Sequence[Any]) -> Iterator[str]:
 
 def _loop_settings(agent: Any) -> dict[str, Any]:
     """Of the agent loop that is the default, out of its YAML."""
-    from omegaconf import OmegaConf
-
     if not agent.agent_loop_config_path:
         return {}
     if not Path(agent.agent_loop_config_path).is_file():

@@ -93,14 +93,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--checkpoint; vLLM can do it); hermes: both happen here",
     )
     add("--match", default="exact", metavar="A,B", help="how answers are compared, as in the reward (default: exact)")
+    add(
+        "--judge",
+        type=json.loads,
+        metavar="JSON",
+        help='of --match judge: {"model": ..., "base_url": ...}, as in the reward',
+    )
     add("--max-failures", type=int, default=20, metavar="N", help="questions in a row; then it stops (default: 20)")
     args = parser.parse_args(argv)
     if (args.model is None) == (args.base_url is not None):
         parser.error("--model belongs to --base-url, which needs it")
     if args.vllm_args and args.base_url:
         parser.error("--vllm-args belongs to --checkpoint")
-    if not isinstance(args.request, dict):
-        parser.error("--request must be a JSON object")
+    for name in ("request", "judge"):
+        if getattr(args, name) is not None and not isinstance(getattr(args, name), dict):
+            parser.error(f"--{name} must be a JSON object")
+    if ("judge" in args.match.split(",")) != (args.judge is not None):
+        parser.error("--judge belongs to --match judge, which needs it")
     for name in ("concurrency", "max_tokens", "timeout", "limit"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -227,6 +236,7 @@ def _settings(args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
         "tool_calls": args.tool_calls,
         "limits": asdict(limits),
         "match": args.match.split(","),
+        "judge": args.judge and {key: args.judge[key] for key in ("model", "request") if key in args.judge},
         "data": {file.name: file_hash(file) for file in args.data},
     }
 
@@ -252,7 +262,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
 
     limits = Limits.from_agent_loop(args.agent_loop, max_turns=args.max_turns, calls_per_turn=args.calls_per_turn)
     settings = _settings(args, limits)
-    rewards = {"match": settings["match"]}
+    rewards = {"match": settings["match"], "judge": args.judge}
     selected = [question.id for question in read_questions(args.data, args.limit)]
     if not selected:
         raise ValueError("--data has no questions")
