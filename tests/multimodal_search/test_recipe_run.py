@@ -3,6 +3,7 @@
 On a CPU, with the quickstart's questions, flags, facts and model.
 """
 
+import io
 import json
 import math
 import os
@@ -14,9 +15,12 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pandas as pd
 import prepare
 import pytest
+from multimodal_search.evaluation_server import Server
 from multimodal_search.flags_corpus import write_corpus
+from PIL import Image
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -169,3 +173,43 @@ def test_a_service_that_dies_ends_the_run_with_one_message(recipe, service, data
     assert "max_fault_rate allows 10%" in said
     assert steps == []  # nothing was trained on
     assert not (tmp_path / "out" / "tapo-vanilla" / "checkpoints").exists()
+
+
+def test_evaluates_with_the_real_tools_and_rewards(recipe, service, tmp_path):
+    """The model is a script; tools, service, cache and rewards are the recipe's."""
+    url, _ = service
+    rows = []
+    for number, (play, truth) in enumerate({"search": 2, "zoom": 3, "silly": 6, "unknown": 5}.items()):
+        picture = io.BytesIO()
+        Image.new("RGB", (96, 64), (number * 50, 40, 90)).save(picture, format="PNG")
+        rows.append(
+            {
+                "data_source": "FVQA-test",
+                "prompt": [{"role": "user", "content": f"<image>play {play} number {number}"}],
+                "images": [{"bytes": picture.getvalue()}],
+                "reward_model": {"style": "rule", "ground_truth": [f"value {truth}"]},
+                "extra_info": {
+                    "data_id": f"q{number}",
+                    "question": f"play {play} number {number}",
+                    "category": "search_free",
+                },
+            }
+        )
+    data = tmp_path / "fvqa_test.parquet"
+    pd.DataFrame(rows).to_parquet(data)
+    env = environment(recipe, SEARCH_URL=url, SEARCH_CACHE=str(tmp_path / "cache.sqlite"))
+    with Server() as model:
+        arguments = ["--data", data, "--tools", recipe / "config" / "tools_train.yaml", "--out", tmp_path / "results"]
+        arguments += ["--base-url", model.url, "--model", "player", "--match", "exact,substring"]
+        command = [sys.executable, "-m", "search_agent.evaluate", *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    entries = [json.loads(line) for line in (tmp_path / "results" / "transcripts.jsonl").read_text().splitlines()]
+    assert [entry["acc"] for entry in entries] == [1.0] * 4
+    found = {entry["question"].split()[-3]: entry["tapo_steps"]["steps"] for entry in entries}
+    assert [(step["tool"], step["status"]) for step in found["search"]] == [("text_search", "ok")]
+    assert [step["status"] for step in found["zoom"]] == ["ok", "ok", "ok"]
+    assert [step["status"] for step in found["silly"]] == ["error"]
+    assert found["silly"][0]["metrics"] == {"fault": "model"}
+    assert [step["status"] for step in found["unknown"]] == ["unknown_tool"]
+    assert "FVQA-test" in (tmp_path / "results" / "results.md").read_text()
