@@ -48,7 +48,7 @@ class ImageSearch(BackedTool):
 
     async def answer(self, call: Call) -> Answer:
         position = call.image()
-        keys = call.created.get("image_keys") or []
+        keys = call.created.get("image_keys", ())
         key = keys[position] if position < len(keys) else None
         picture = await asyncio.to_thread(encode, call.images[position])
         hits, metrics = await self.ask(picture, self.settings.topk, key)

@@ -1,0 +1,1 @@
+"""Questions for training and evaluation, out of the public data sets, as veRL reads them."""

@@ -1,0 +1,163 @@
+"""The public data sets: which columns hold what.
+
+No data set could be looked at when this was written. ``seen`` says where the columns were read; ``--map`` overrides
+them, and a file that has none of them is refused with what it has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+_MAPPED = ("question", "answer", "image", "id", "category")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Columns, in the order in which they are looked for; ``a.b`` is a key of a column."""
+
+    question: tuple[str, ...]
+    """The first that is there. A list of messages is the last of the user's."""
+    answer: tuple[str, ...]
+    """All that are there: accepted answers; the first of the first is the canonical one."""
+    image: tuple[str, ...]
+    """The first that is there: bytes, ``{"bytes": ..., "path": ...}``, a path, base64, or a list of these."""
+    id: tuple[str, ...] = ("data_id", "id")
+    category: tuple[str, ...] = ("category",)
+    hub: str = ""
+    """Where it is on the Hugging Face hub."""
+    seen: str = ""
+    """Where the columns were read."""
+
+    def mapped(self, changes: Mapping[str, str]) -> Source:
+        """With other columns.
+
+        Raises:
+            ValueError: A name is not known.
+        """
+        unknown = set(changes) - set(_MAPPED)
+        if unknown:
+            raise ValueError(f"--map: {sorted(unknown)[0]!r} is none of {', '.join(_MAPPED)}")
+        columns: dict[str, Any] = {name: (column,) for name, column in changes.items()}
+        return replace(self, **columns)
+
+
+SOURCES: dict[str, Source] = {
+    "fvqa_train": Source(
+        ("prompt",),
+        ("reward_model.ground_truth", "reward_model.candidate_answers"),
+        ("images",),
+        hub="lmms-lab/FVQA:train",
+        seen="MMSearch-R1's training code and loaders of others; `category` in the training file only",
+    ),
+    "infoseek": Source(
+        ("question",),
+        ("answer", "answer_eval"),
+        ("image", "image_id", "image_path"),
+        category=("data_split",),
+        seen="the authors' evaluation code; images are OVEN's, files named by image_id: say --images FOLDER",
+    ),
+    "simplevqa": Source(
+        ("question",),
+        ("answer",),
+        ("image",),
+        category=("vqa_category", "original_category"),
+        hub="m-a-p/SimpleVQA:test",
+        seen="loaders of others; the image is base64",
+    ),
+    "livevqa": Source(
+        ("query", "question"),
+        ("gt_answer", "Ground_Truth_List", "answer"),
+        ("img_path", "image", "image_path"),
+        id=("sample_id", "id"),
+        category=("topic", "category"),
+        seen="loaders of others, for LiveVQA-new and the research preview's qa.json",
+    ),
+    "mmsearch": Source(
+        ("query",),
+        ("gt_answer", "alternative_gt_answers"),
+        ("query_image",),
+        id=("sample_id",),
+        category=("area",),
+        hub="CaraJ/MMSearch:end2end",
+        seen="loaders of others, of the split end2end; questions without an image are left out",
+    ),
+    "hr_mmsearch": Source(
+        ("question", "query", "prompt"),
+        ("answer", "gt_answer", "reward_model.ground_truth"),
+        ("image", "images", "image_path"),
+        hub="sensenova/HR-MMSearch:test",
+        seen="nowhere: guessed",
+    ),
+    "mat_search": Source(
+        ("question",),
+        ("answer",),
+        ("image_path",),
+        id=("id",),
+        seen="Visual-ARFT's evaluation code, of MAT-Search.json; say --images FOLDER",
+    ),
+    "custom": Source(("question",), ("answer", "answers"), ("image", "images"), seen="yours"),
+}
+SOURCES["fvqa_test"] = replace(SOURCES["fvqa_train"], hub="lmms-lab/FVQA:test")
+
+
+def source_of(name: str) -> Source:
+    """The source of a name; ``custom_...`` are custom ones.
+
+    Raises:
+        ValueError: There is none.
+    """
+    key = "custom" if name.startswith("custom_") else name
+    if key not in SOURCES:
+        raise ValueError(f"{name!r} is none of {', '.join(sorted(SOURCES))}, or custom_NAME")
+    return SOURCES[key]
+
+
+def find(row: Mapping[str, Any], columns: Iterable[str]) -> Any:
+    """The value of the first of ``columns`` that the row has, and that is not empty; None where there is none."""
+    for column in columns:
+        value: Any = row
+        for key in column.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None and not (isinstance(value, str | list) and not value):
+            return value
+    return None
+
+
+def question_of(row: Mapping[str, Any], source: Source) -> str | None:
+    """The question's text, as it stands there."""
+    value = find(row, source.question)
+    if isinstance(value, list):  # messages
+        texts = [message.get("content") for message in value if isinstance(message, Mapping)]
+        roles = [message.get("role") for message in value if isinstance(message, Mapping)]
+        users = [text for text, role in zip(texts, roles, strict=True) if role in ("user", None)]
+        value = users[-1] if users else None
+    if isinstance(value, list):  # blocks
+        value = " ".join(block["text"] for block in value if isinstance(block, Mapping) and block.get("text"))
+    return value.strip() if isinstance(value, str) and value.strip() else None
+
+
+def answers_of(row: Mapping[str, Any], source: Source) -> list[str]:
+    """Accepted answers, the canonical one first, none twice."""
+    found: list[str] = []
+    for column in source.answer:
+        found += _texts(find(row, [column]))
+    return list(dict.fromkeys(filter(None, (text.strip() for text in found))))
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        text = value.strip()
+        if text[:1] == "[":  # FVQA's candidates are JSON
+            try:
+                return _texts(json.loads(text))
+            except ValueError:
+                return [text]
+        return [text]
+    if isinstance(value, Mapping):  # InfoSeek's numbers: {"wikidata": [...], "range": [...]}; veRL's: {"target": [...]}
+        return _texts(value.get("wikidata") or value.get("target"))
+    if isinstance(value, Iterable):
+        return [text for each in value for text in _texts(each)]
+    return [] if value is None else [str(value)]
