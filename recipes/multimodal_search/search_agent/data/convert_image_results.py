@@ -5,8 +5,8 @@
 
 A pickle is a program. This runs once, outside of training, and takes nothing from it but plain values and Pillow
 images; anything else is refused by name. The questions, made by search_agent.data.prepare, say which image a result is
-for. (The form, ``{data_id: {"tool_returned_web_title_list": [...], "tool_returned_images_urls": [...]}}``, with an address
-or an image for each title, is known from code that reads such files.)
+for. (The form is known from code that reads such files: ``{data_id: {"tool_returned_web_title_list": [...],
+"tool_returned_images_urls": [...]}}``, with an address or an image for each title.)
 """
 
 from __future__ import annotations
