@@ -83,7 +83,7 @@ def test_tools_are_made(monkeypatch, tmp_path, name, tools):
 
     results = tmp_path / "results.sqlite"
     write(results, [])
-    monkeypatch.setenv("SERPER_API_KEY", "k")
+    monkeypatch.setenv("SERPER_API_KEY", "k")  # too short to be hidden: it may be part of any word
     monkeypatch.setenv("IMAGE_RESULTS", str(results))
     made = initialize_tools_from_config(str(RECIPE / "config" / f"{name}.yaml"))
     assert [tool.name for tool in made] == tools

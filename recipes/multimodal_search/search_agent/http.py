@@ -32,6 +32,9 @@ _DETAIL_BYTES = 4096  # of an error's body are read
 _DETAIL_CHARS = 200  # of its message are shown
 
 
+_SHORTEST_SECRET = 8  # a shorter one is a stand-in ("EMPTY", of a server without keys), and may be part of any word
+
+
 class _HiddenKeys(logging.Filter):
     """Takes keys out of httpx's own log lines, which show addresses with their parameters."""
 
@@ -40,7 +43,8 @@ class _HiddenKeys(logging.Filter):
         self._keys: set[str] = set()
 
     def add(self, key: str) -> None:
-        self._keys |= {key, quote(key, safe="")}
+        if len(key) >= _SHORTEST_SECRET:
+            self._keys |= {key, quote(key, safe="")}
 
     def hide(self, text: str) -> str:
         for key in self._keys:
