@@ -1,0 +1,171 @@
+// @ts-check
+"use strict";
+// Reads the data, draws the page, listens.
+
+/**
+ * The parsed blocks of one kind, which leave the page's tree: their text would be held twice.
+ * @param {string} kind
+ */
+function takeData(kind) {
+  return [...document.querySelectorAll(`script[data-kind="${kind}"]`)].map((block) => {
+    block.remove();
+    return JSON.parse(block.textContent ?? "");
+  });
+}
+
+/** @param {Summary} summary */
+function drawHeadline({ totals }) {
+  /** @type {[string, string, string][]} */
+  const figures = [
+    [percent(share(totals.correctable_trajectories, totals.failing_trajectories)), "of failing rollouts", "have a call that TAPO corrects"],
+    [percent(share(totals.misassigned_steps, totals.failing_steps)), "of failing calls", "were made by a successful sibling too"],
+    [percent(share(totals.corrected_steps, totals.failing_steps)), "of failing calls", "pass both gates and are corrected"],
+    [percent(totals.token_share), "of the policy's tokens", "get another advantage"],
+    [signed(totals.lift), "lift of the witnesses", "above 0, they mark what leads to success"],
+    [percent(totals.success_rate), "success rate", `${counted(totals.trajectories, "rollout")} of ${counted(totals.prompts, "prompt")}`],
+  ];
+  byId("headline").append(...figures.map(([value, of, what]) => html("div", {}, html("dt", {}, of, html("span", {}, what)), html("dd", {}, value))));
+}
+
+/** @param {Summary} summary */
+function drawWarnings({ warnings }) {
+  const order = ["error", "warning", "info"];
+  const names = { error: "✗ Error", warning: "⚠ Warning", info: "ℹ Note" };
+  const sorted = [...warnings].sort((a, b) => order.indexOf(a.level) - order.indexOf(b.level));
+  byId("warnings").append(
+    ...sorted.map(({ level, text, advice }) =>
+      html("div", { class: `notice ${level}` }, html("p", {}, html("b", {}, names[level], ": "), shown(text)), html("p", { class: "advice" }, shown(advice))),
+    ),
+  );
+}
+
+/**
+ * @param {Summary} summary
+ * @param {Group[]} groups
+ * @param {number} bytes
+ */
+function drawFrame(summary, groups, bytes) {
+  const { title, created, sources, settings, problems, skipped, totals } = summary;
+  document.title = `${spelled(title)} · TAPO audit`;
+  byId("title").append(shown(title));
+  const when = created.slice(0, 16).replace("T", " ");
+  const from = sources.length > 3 ? [...sources.slice(0, 3), `${count(sources.length - 3)} more`] : sources;
+  byId("provenance").append(shown(`${when} · from ${from.join(", ")}`));
+  byId("settings").append(table("Settings", ["Setting", "Value"], Object.entries(settings).map(([name, value]) => [name, spelled(plain(value))])));
+  const box = byId("problems");
+  box.hidden = !problems.length && !skipped;
+  /** @type {HTMLElement} */ (box.querySelector("summary")).textContent = `${counted(skipped, "line")} skipped, ${counted(problems.length, "problem")}`;
+  box.append(table("What could not be read", ["File", "Line", "Reason"], problems.map(({ file, line, reason }) => [file, count(line), spelled(cut(reason, 400))])));
+  const trajectories = groups.reduce((sum, group) => sum + group.trajectories.length, 0);
+  byId("colophon").textContent =
+    `This file: ${fileSize(bytes)}, with ${counted(groups.length, "prompt group")} and ${counted(trajectories, "rollout")} of ` +
+    `${count(totals.trajectories)} to read. It loads nothing from the network.`;
+}
+
+/**
+ * @param {string} id
+ * @param {string} any
+ * @param {[string, string][]} options value and text
+ */
+function offer(id, any, options) {
+  byId(id).append(html("option", { value: "" }, any), ...options.map(([value, text]) => html("option", { value }, text)));
+}
+
+/**
+ * @param {Browser} browser
+ * @param {Group[]} groups
+ */
+function connectFilters(browser, groups) {
+  const calls = groups.flatMap(({ trajectories }) => trajectories.flatMap((trajectory) => trajectory.calls));
+  const steps = [...new Set(groups.map(({ step }) => step))].sort((a, b) => a - b);
+  const tools = [...new Set(calls.map(({ tool }) => tool))].sort();
+  offer("filter-step", "any", steps.map((step) => [String(step), String(step)]));
+  offer("filter-tool", "any", tools.map((tool) => [tool, cut(spelled(tool), 60)]));
+  offer("filter-gate", "any", Object.entries(GATES));
+  offer("filter-role", "any", Object.entries(ROLES));
+  offer("filter-success", "any", [["yes", "right"], ["no", "wrong"]]);
+
+  const form = /** @type {HTMLFormElement} */ (byId("filters"));
+  const value = (/** @type {string} */ id) => /** @type {HTMLInputElement | HTMLSelectElement} */ (byId(id)).value;
+  const apply = () => {
+    browser.apply({
+      search: searchFor(value("filter-text").trim()),
+      step: value("filter-step"),
+      tool: value("filter-tool"),
+      gate: value("filter-gate"),
+      role: value("filter-role"),
+      success: value("filter-success"),
+    });
+    const { place } = browser;
+    const group = place && browser.listed.includes(place.group) ? place.group : browser.listed[0];
+    browser.place = null; // draw it anew: what is highlighted has changed
+    if (group !== undefined) browser.open(place?.group === group ? place : { group, trajectory: null, call: null }, false);
+  };
+  let waiting = 0;
+  form.addEventListener("input", ({ target }) => {
+    clearTimeout(waiting);
+    waiting = setTimeout(apply, target === byId("filter-text") ? 200 : 0);
+  });
+  form.addEventListener("reset", () => setTimeout(apply)); // after the fields are empty
+  form.addEventListener("submit", (event) => event.preventDefault());
+  return apply;
+}
+
+/** @param {Browser} browser */
+function connectKeyboard(browser) {
+  const help = /** @type {HTMLDialogElement} */ (byId("help"));
+  const search = /** @type {HTMLInputElement} */ (byId("filter-text"));
+  const shortcuts = /** @type {HTMLInputElement} */ (byId("shortcuts"));
+  byId("help-button").addEventListener("click", () => help.showModal());
+  /** @type {Record<string, () => void>} */
+  const keys = {
+    j: () => browser.moveGroup(1),
+    k: () => browser.moveGroup(-1),
+    n: () => browser.moveCall(1),
+    p: () => browser.moveCall(-1),
+    w: () => browser.moveToWitness(),
+    "/": () => search.focus(),
+    "?": () => help.showModal(),
+  };
+  document.addEventListener("keydown", (event) => {
+    const { key, target } = event;
+    if (event.ctrlKey || event.metaKey || event.altKey || help.open || !(target instanceof Element)) return;
+    if (target === search && key === "Escape") {
+      search.value = "";
+      search.dispatchEvent(new Event("input", { bubbles: true }));
+      search.blur();
+    }
+    if (target.closest("#group-list") && (key === "ArrowDown" || key === "ArrowUp")) {
+      event.preventDefault();
+      browser.moveGroup(key === "ArrowDown" ? 1 : -1);
+      const current = document.querySelector("#group-list [aria-current]");
+      if (current instanceof HTMLElement) current.focus();
+      return;
+    }
+    const action = keys[key];
+    if (!action || !shortcuts.checked || target.closest("input, select, textarea")) return;
+    event.preventDefault();
+    action();
+  });
+}
+
+{
+  /** @type {Summary} */
+  const summary = takeData("summary")[0];
+  /** @type {Group[]} */
+  const groups = takeData("group");
+  drawFrame(summary, groups, takeData("bytes")[0]);
+  drawHeadline(summary);
+  drawWarnings(summary);
+  drawPlots(summary);
+  drawTools(summary);
+  drawSweeps(summary);
+  const browser = new Browser(groups, summary.settings);
+  connectFilters(browser, groups)();
+  const follow = () => {
+    const place = placeOf(location.hash);
+    if (place) browser.open(place, true);
+  };
+  addEventListener("hashchange", follow);
+  follow();
+}

@@ -1,0 +1,403 @@
+// @ts-check
+"use strict";
+// Plots as SVG. Colours never stand alone: series differ in dash or shape too, and every plot has its table.
+
+/**
+ * @typedef {object} Figures Of one training step, one tool, or all. Counts, but for the means and shares.
+ * @property {number} [step]
+ * @property {number} prompts
+ * @property {number} trajectories
+ * @property {number} failing_trajectories
+ * @property {number} correctable_trajectories
+ * @property {number} calls
+ * @property {number} failing_steps
+ * @property {number} misassigned_steps
+ * @property {number} corrected_steps
+ * @property {number | null} token_share
+ * @property {number | null} success_rate
+ * @property {number | null} similarity
+ * @property {number | null} support
+ * @property {number | null} alpha
+ * @property {number | null} transfer
+ * @property {number | null} lift
+ * @property {number} failed_calls
+ * @property {number} malformed_calls
+ *
+ * @typedef {{ beta: number, theta: number, alpha_min: number, corrected_steps: number, token_share: number | null,
+ *   mean_lifted_advantage: number | null }} Sweep
+ * @typedef {"corrected" | "below_alpha" | "below_theta"} PlottedGate
+ *
+ * @typedef {object} Summary
+ * @property {string} title
+ * @property {string} created
+ * @property {string[]} sources
+ * @property {Record<string, unknown> & { beta: number, theta: number, alpha_min: number, token_scope: string }} settings
+ * @property {Figures[]} steps
+ * @property {Figures} totals
+ * @property {Record<string, Figures>} tools
+ * @property {{ edges: number[] } & Record<PlottedGate, number[]>} similarity_histogram
+ * @property {[number, number, string][]} support_alpha support, similarity, gate
+ * @property {Sweep[]} sweeps
+ * @property {{ code: string, level: "info" | "warning" | "error", text: string, advice: string }[]} warnings
+ * @property {{ file: string, line: number | null, reason: string }[]} problems
+ * @property {number} skipped
+ */
+
+/** @typedef {{ name: string, style: string, points: [number, number | null][] }} Series style: a class, `s1` to `s3`. */
+
+/** @type {[PlottedGate, string][]} */
+const PLOTTED_GATES = [
+  ["corrected", "corrected"],
+  ["below_alpha", "below alpha_min"],
+  ["below_theta", "below theta"],
+];
+
+const WIDTH = 440;
+const HEIGHT = 250;
+const INNER = { left: 46, right: WIDTH - 12, top: 12, bottom: HEIGHT - 40 };
+
+/**
+ * Round values that cover `low` to `high`.
+ * @param {number} low
+ * @param {number} high
+ */
+function ticks(low, high) {
+  if (high <= low) high = low + 1;
+  const rough = (high - low) / 4;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * (/** @type {number} */ ([1, 2, 2.5, 5, 10].find((factor) => factor * power >= rough * 0.999)));
+  const result = [];
+  for (let k = Math.floor(low / step + 1e-9); k * step < high + step * 0.999; k++) result.push(Number((k * step).toPrecision(12)));
+  return result;
+}
+
+/**
+ * @param {number} low
+ * @param {number} high
+ * @param {number} from
+ * @param {number} to
+ * @returns {(value: number) => number}
+ */
+function scale(low, high, from, to) {
+  return (value) => from + ((value - low) / (high - low || 1)) * (to - from);
+}
+
+/**
+ * The frame of a plot: grid, axes and their labels.
+ * @param {{ x: number[], y: number[], xLabel: string, yLabel: string, format: (value: number) => string, about: string }} axes
+ *   x, y: ticks, from end to end
+ */
+function frame({ x, y, xLabel, yLabel, format, about }) {
+  const toX = scale(x[0], x[x.length - 1], INNER.left, INNER.right);
+  const toY = scale(y[0], y[y.length - 1], INNER.bottom, INNER.top);
+  const node = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": about });
+  for (const value of y) {
+    node.append(
+      svg("line", { class: value === 0 ? "axis" : "grid", x1: INNER.left, x2: INNER.right, y1: toY(value), y2: toY(value) }),
+      svg("text", { class: "tick", x: INNER.left - 7, y: toY(value) + 4, "text-anchor": "end" }, format(value)),
+    );
+  }
+  for (const value of x) {
+    const text = Number.isInteger(value) ? count(value) : String(value);
+    node.append(svg("text", { class: "tick", x: toX(value), y: INNER.bottom + 17, "text-anchor": "middle" }, text));
+  }
+  node.append(
+    svg("text", { class: "label", x: (INNER.left + INNER.right) / 2, y: HEIGHT - 5, "text-anchor": "middle" }, xLabel),
+    svg("text", { class: "label", x: 0, y: 0, "text-anchor": "middle", transform: `translate(11 ${(INNER.top + INNER.bottom) / 2}) rotate(-90)` }, yLabel),
+  );
+  return { node, toX, toY };
+}
+
+/**
+ * @param {string} title
+ * @param {string} text what to look for
+ * @param {Node} plot
+ * @param {Node[]} legend
+ * @param {(() => Node) | null} [data] the figures as a table
+ */
+function figure(title, text, plot, legend, data = null) {
+  return html(
+    "figure",
+    {},
+    html("h3", {}, title),
+    html("figcaption", {}, text),
+    html("ul", { class: "legend", "aria-hidden": "true" }, ...legend.map((entry) => html("li", {}, entry))),
+    plot,
+    data && folded("As a table", data),
+  );
+}
+
+/**
+ * @param {string} style
+ * @param {string} name
+ * @param {"line" | "bar" | "dot"} kind
+ */
+function legendEntry(style, name, kind) {
+  const swatch = svg("svg", { viewBox: "0 0 26 12", class: "swatch" });
+  if (kind === "line") swatch.append(svg("path", { class: `line ${style}`, d: "M1 6H25" }));
+  else if (kind === "bar") swatch.append(svg("rect", { class: `bar ${style}`, x: 6, y: 0.5, width: 14, height: 11 }));
+  else swatch.append(svg("path", { class: `dot ${style}`, d: dot(style, 13, 6, 4.5) }));
+  return html("span", {}, swatch, name);
+}
+
+/**
+ * Lines over `x`; a gap where a series has no value.
+ * @param {Series[]} series
+ * @param {{ xLabel: string, yLabel: string, format: (value: number) => string, about: string, current?: number }} options
+ *   current: the value of x in use
+ */
+function linePlot(series, { xLabel, yLabel, format, about, current }) {
+  const points = series.flatMap((one) => one.points);
+  const xs = points.map(([x]) => x);
+  const ys = /** @type {number[]} */ (points.map(([, y]) => y).filter(isNumber));
+  const low = xs.reduce((a, b) => Math.min(a, b), Infinity);
+  const high = xs.reduce((a, b) => Math.max(a, b), -Infinity);
+  let x = ticks(low, high).filter((value) => value >= low && value <= high);
+  if (xs.every(Number.isInteger)) x = x.filter(Number.isInteger);
+  x = [...new Set([low, ...x.slice(1, -1), high])];
+  const y = ticks(ys.reduce((a, b) => Math.min(a, b), 0), ys.reduce((a, b) => Math.max(a, b), 0));
+  const { node, toX, toY } = frame({ x, y, xLabel, yLabel, format, about });
+  if (current !== undefined && current >= low && current <= high) {
+    node.append(svg("line", { class: "gate", x1: toX(current), x2: toX(current), y1: INNER.top, y2: INNER.bottom }));
+  }
+  for (const { name, style, points } of series) {
+    let path = "";
+    let broken = true;
+    const dots = svg("g", {});
+    for (const [px, py] of points) {
+      if (!isNumber(py)) {
+        broken = true;
+        continue;
+      }
+      const at = `${toX(px).toFixed(1)} ${toY(/** @type {number} */ (py)).toFixed(1)}`;
+      path += `${broken ? "M" : "L"}${at}`;
+      broken = false;
+      if (points.length <= 40) {
+        const [cx, cy] = at.split(" ");
+        const value = format(/** @type {number} */ (py));
+        dots.append(svg("circle", { class: `point ${style}`, cx, cy, r: 3 }, svg("title", {}, `${name}, ${xLabel} ${px}: ${value}`)));
+      }
+    }
+    node.append(svg("path", { class: `line ${style}`, d: path }), dots);
+  }
+  return node;
+}
+
+/**
+ * @param {{ edges: number[] } & Record<PlottedGate, number[]>} histogram
+ * @param {number} theta
+ */
+function histogramPlot(histogram, theta) {
+  const { edges } = histogram;
+  const bins = edges.length - 1;
+  const sums = Array.from({ length: bins }, (_, bin) => PLOTTED_GATES.reduce((sum, [gate]) => sum + histogram[gate][bin], 0));
+  const { node, toX, toY } = frame({
+    x: [0, 0.2, 0.4, 0.6, 0.8, 1],
+    y: ticks(0, Math.max(1, ...sums)),
+    xLabel: "similarity to the best witness",
+    yLabel: "failing calls",
+    format: count,
+    about: `Histogram of the similarity of failing calls to their best witness; theta is ${theta}.`,
+  });
+  for (let bin = 0; bin < bins; bin++) {
+    let base = 0;
+    for (const [gate, name] of PLOTTED_GATES) {
+      const number = histogram[gate][bin];
+      if (!number) continue;
+      const left = toX(edges[bin]) + 0.75;
+      node.append(
+        svg(
+          "rect",
+          { class: `bar ${gate}`, x: left, width: toX(edges[bin + 1]) - 0.75 - left, y: toY(base + number), height: toY(base) - toY(base + number) },
+          svg("title", {}, `${decimal(edges[bin])} to ${decimal(edges[bin + 1])}, ${name}: ${count(number)}`),
+        ),
+      );
+      base += number;
+    }
+  }
+  node.append(
+    svg("line", { class: "gate", x1: toX(theta), x2: toX(theta), y1: INNER.top, y2: INNER.bottom }),
+    svg("text", { class: "gate-label", x: toX(theta) - 5, y: INNER.top + 10, "text-anchor": "end" }, `theta ${theta}`),
+  );
+  return node;
+}
+
+/**
+ * The outline of a mark: a disc, a triangle or a cross, by gate.
+ * @param {string} gate
+ * @param {number} x
+ * @param {number} y
+ * @param {number} r
+ */
+function dot(gate, x, y, r) {
+  const f = (/** @type {number} */ value) => value.toFixed(1);
+  if (gate === "corrected") return `M${f(x - r)} ${f(y)}a${f(r)} ${f(r)} 0 1 0 ${f(2 * r)} 0a${f(r)} ${f(r)} 0 1 0 ${f(-2 * r)} 0Z`;
+  if (gate === "below_alpha") return `M${f(x)} ${f(y - r)}L${f(x + r)} ${f(y + r)}H${f(x - r)}Z`;
+  return `M${f(x - r)} ${f(y - r)}L${f(x + r)} ${f(y + r)}M${f(x - r)} ${f(y + r)}L${f(x + r)} ${f(y - r)}`;
+}
+
+/**
+ * Calls near each other are one mark, whose area is their number.
+ * @param {[number, number, string][]} calls support, similarity, gate
+ * @param {{ theta: number, alpha_min: number }} settings
+ */
+function gatePlot(calls, { theta, alpha_min }) {
+  const unit = [0, 0.2, 0.4, 0.6, 0.8, 1];
+  const about = `Support of the matched reference group against similarity. Calls right of theta ${theta} and above the curve similarity times support = ${alpha_min} are corrected.`;
+  const { node, toX, toY } = frame({ x: unit, y: unit, xLabel: "similarity", yLabel: "support", format: String, about });
+  const GRID = 50;
+  /** @type {Map<string, number>} */
+  const cells = new Map();
+  for (const [support, similarity, gate] of calls) {
+    const key = `${gate} ${Math.round(similarity * GRID)} ${Math.round(support * GRID)}`;
+    cells.set(key, (cells.get(key) ?? 0) + 1);
+  }
+  const most = Math.max(1, ...cells.values());
+  const curve = [];
+  for (let s = Math.max(alpha_min, 0.01); s <= 1.0001; s += 0.01) curve.push(`${toX(Math.min(s, 1)).toFixed(1)} ${toY(Math.min(1, alpha_min / s)).toFixed(1)}`);
+  node.append(svg("path", { class: "gate", d: `M${curve.join("L")}` }));
+  node.append(svg("line", { class: "gate", x1: toX(theta), x2: toX(theta), y1: INNER.top, y2: INNER.bottom }));
+  for (const [gate] of PLOTTED_GATES) {
+    let path = "";
+    for (const [key, number] of cells) {
+      const [kind, x, y] = key.split(" ");
+      if (kind === gate) path += dot(gate, toX(Number(x) / GRID), toY(Number(y) / GRID), 3 + 7 * Math.sqrt(number / most));
+    }
+    node.append(svg("path", { class: `dot ${gate}`, d: path }));
+  }
+  node.append(
+    svg("text", { class: "gate-label", x: toX(theta) - 5, y: INNER.top + 10, "text-anchor": "end" }, `theta ${theta}`),
+    svg("text", { class: "gate-label", x: toX(0.5), y: toY(Math.min(1, alpha_min / 0.5)) - 6, "text-anchor": "end" }, `alpha_min ${alpha_min}`),
+  );
+  return node;
+}
+
+/** @param {Summary} summary */
+function drawPlots({ steps, settings, similarity_histogram: histogram, support_alpha: calls }) {
+  const place = byId("plots");
+  /** @type {(style: string, name: string, value: (figures: Figures) => number | null) => Series} */
+  const series = (style, name, value) => ({ style, name, points: steps.map((figures) => [figures.step ?? 0, value(figures)]) });
+  const credit = [
+    series("s1", "misassigned", (f) => share(f.misassigned_steps, f.failing_steps)),
+    series("s2", "corrected", (f) => share(f.corrected_steps, f.failing_steps)),
+    series("s3", "failing rollouts with a correctable call", (f) => share(f.correctable_trajectories, f.failing_trajectories)),
+  ];
+  const outcome = [series("s1", "success rate", (f) => f.success_rate), series("s2", "lift of the witnesses", (f) => f.lift)];
+  /** @type {(caption: string, all: Series[]) => () => Node} */
+  const asTable = (caption, all) => () =>
+    table(
+      caption,
+      ["Training step", ...all.map(({ name }) => name)],
+      steps.map((figures, row) => [figures.step ?? 0, ...all.map(({ points }) => percent(points[row][1]))]),
+    );
+  /** @type {(all: Series[]) => Node[]} */
+  const lines = (all) => all.map(({ style, name }) => legendEntry(style, name, "line"));
+  const xLabel = "training step";
+  if (steps.length) {
+    place.append(
+      figure(
+        "Misassigned and corrected",
+        "Of the failing calls: those a successful sibling made as well, and those TAPO lifts.",
+        linePlot(credit, { xLabel, yLabel: "share", format: percent, about: "Share of failing calls that are misassigned and that are corrected, over training steps. The table has the figures." }),
+        lines(credit),
+        asTable("Misassigned and corrected over training", credit),
+      ),
+      figure(
+        "Success and lift",
+        "Lift: how much more often rollouts that hold a witness succeed than their prompt group. At or below 0 the witnesses are lucky, and TAPO may lift wrong calls.",
+        linePlot(outcome, { xLabel, yLabel: "share", format: percent, about: "Success rate and lift of the witnesses over training steps. The table has the figures." }),
+        lines(outcome),
+        asTable("Success and lift over training", outcome),
+      ),
+    );
+  }
+  place.append(
+    figure(
+      "Similarity",
+      "Failing calls by their best witness. A heap just left of theta is what a lower theta would let through.",
+      histogramPlot(histogram, settings.theta),
+      PLOTTED_GATES.map(([gate, name]) => legendEntry(gate, name, "bar")),
+      () =>
+        table(
+          "Failing calls by similarity",
+          ["Similarity", ...PLOTTED_GATES.map(([, name]) => name)],
+          histogram.edges.slice(1).map((edge, bin) => [
+            `${decimal(histogram.edges[bin])} to ${decimal(edge)}`,
+            ...PLOTTED_GATES.map(([gate]) => count(histogram[gate][bin])),
+          ]),
+        ),
+    ),
+    figure(
+      "The two gates",
+      `A call is corrected right of theta and above the curve, where similarity × support reaches alpha_min. The larger the mark, the more calls; ${counted(calls.length, "call")} drawn.`,
+      gatePlot(calls, settings),
+      PLOTTED_GATES.map(([gate, name]) => legendEntry(gate, name, "dot")),
+    ),
+  );
+}
+
+/** @param {Summary} summary */
+function drawTools({ tools }) {
+  const rows = Object.entries(tools).sort(([, a], [, b]) => b.calls - a.calls);
+  byId("tools").append(
+    table(
+      "Calls by tool, most used first",
+      ["Tool", "Calls", "Failed", "In failing rollouts", "Misassigned", "Corrected", "Similarity", "Support", "Alpha", "Lift"],
+      rows.map(([tool, f]) => [
+        tool,
+        count(f.calls),
+        percent(share(f.failed_calls, f.calls)),
+        count(f.failing_steps),
+        percent(share(f.misassigned_steps, f.failing_steps)),
+        percent(share(f.corrected_steps, f.failing_steps)),
+        decimal(f.similarity),
+        decimal(f.support),
+        decimal(f.alpha),
+        signed(f.lift),
+      ]),
+    ),
+  );
+}
+
+/** @param {Summary} summary */
+function drawSweeps({ sweeps, settings, totals }) {
+  byId("sweeps-section").hidden = !sweeps.length;
+  /** @type {[keyof Sweep & string, string, string, (sweep: Sweep) => number | null, (value: number) => string][]} */
+  const plots = [
+    ["beta", "Beta", "mean advantage of corrected calls, after", (s) => s.mean_lifted_advantage, (value) => decimal(value)],
+    ["theta", "Theta", "failing calls corrected", (s) => share(s.corrected_steps, totals.failing_steps), percent],
+    ["alpha_min", "Alpha_min", "failing calls corrected", (s) => share(s.corrected_steps, totals.failing_steps), percent],
+  ];
+  const swept = /** @type {const} */ (["beta", "theta", "alpha_min"]);
+  /** @type {(sweep: Sweep, but?: string) => boolean} whether a sweep has the settings in use, but for one */
+  const inUse = (sweep, but) => swept.every((name) => name === but || Math.abs(sweep[name] - settings[name]) < 1e-9);
+  for (const [name, title, yLabel, value, format] of plots) {
+    const rows = sweeps.filter((sweep) => inUse(sweep, name)).sort((a, b) => Number(a[name]) - Number(b[name]));
+    if (rows.length < 2) continue;
+    const current = Number(settings[name]);
+    /** @type {Series} */
+    const series = { name: yLabel, style: "s1", points: rows.map((sweep) => [Number(sweep[name]), value(sweep)]) };
+    const about = `${yLabel} for ${name} from ${rows[0][name]} to ${rows[rows.length - 1][name]}; ${current} is in use. The table below has the figures.`;
+    byId("sweep-plots").append(
+      figure(title, `In use: ${current} (dashed).`, linePlot([series], { xLabel: name, yLabel, format, about, current }), []),
+    );
+  }
+  byId("sweeps").append(
+    folded("All settings tried, as a table", () =>
+      table(
+        "Other settings on the same rollouts; the row in use is marked",
+        ["Beta", "Theta", "Alpha_min", "Corrected calls", "Of failing calls", "Of tokens", "Advantage after"],
+        sweeps.map((s) => [
+          `${decimal(s.beta)}${inUse(s) ? " (in use)" : ""}`,
+          decimal(s.theta),
+          decimal(s.alpha_min),
+          count(s.corrected_steps),
+          percent(share(s.corrected_steps, totals.failing_steps)),
+          percent(s.token_share),
+          decimal(s.mean_lifted_advantage),
+        ]),
+        (row) => inUse(sweeps[row]),
+      ),
+    ),
+  );
+}

@@ -1,0 +1,233 @@
+// @ts-check
+"use strict";
+// Elements, numbers and untrusted text. Text from a rollout becomes text nodes and nothing else.
+
+/** @typedef {Node | string | null | undefined | false} Child Strings become text nodes. */
+/** @typedef {Record<string, string | number | boolean | null | undefined>} Attributes true: empty; false, null: left out. */
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** Characters that cannot be seen or that reorder what is around them: controls, bidi marks, zero-width, tags, halves of
+ * surrogate pairs. The joiners U+200C and U+200D are part of scripts and emoji and stay. */
+const INVISIBLE =
+  /\r(?!\n)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\p{Cs}\u{e0000}-\u{e007f}]/u;
+const INVISIBLE_ALL = new RegExp(INVISIBLE, "gu");
+
+/**
+ * @param {Element} node
+ * @param {Attributes} attributes
+ * @param {Child[]} children
+ */
+function fill(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === true) node.setAttribute(name, "");
+    else if (value !== false && value != null) node.setAttribute(name, String(value));
+  }
+  for (const child of children) if (child || child === "") node.append(child);
+}
+
+/**
+ * @template {keyof HTMLElementTagNameMap} T
+ * @param {T} tag
+ * @param {Attributes} [attributes]
+ * @param {...Child} children
+ */
+function html(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  fill(node, attributes, children);
+  return node;
+}
+
+/**
+ * @template {keyof SVGElementTagNameMap} T
+ * @param {T} tag
+ * @param {Attributes} [attributes]
+ * @param {...Child} children
+ */
+function svg(tag, attributes = {}, ...children) {
+  const node = /** @type {SVGElementTagNameMap[T]} */ (document.createElementNS(SVG, tag));
+  fill(node, attributes, children);
+  return node;
+}
+
+/**
+ * The element of the page with this id.
+ * @template {HTMLElement} [T=HTMLElement]
+ * @param {string} id
+ */
+function byId(id) {
+  return /** @type {T} */ (document.getElementById(id));
+}
+
+/** @param {string} character */
+function codeName(character) {
+  return `U+${/** @type {number} */ (character.codePointAt(0)).toString(16).toUpperCase().padStart(4, "0")}`;
+}
+
+/**
+ * Untrusted text for places that hold nothing but text (options, labels): invisible characters are spelled out.
+ * @param {string} text
+ */
+function spelled(text) {
+  return text.replace(INVISIBLE_ALL, (character) => `⟨${codeName(character)}⟩`);
+}
+
+/**
+ * Untrusted text with invisible characters as visible marks and what is searched for highlighted.
+ * @param {string} text
+ * @param {RegExp | null} [search]
+ */
+function shown(text, search = null) {
+  const pattern = new RegExp(search ? `${INVISIBLE.source}|${search.source}` : INVISIBLE, "giu");
+  const fragment = document.createDocumentFragment();
+  let at = 0;
+  for (const match of text.matchAll(pattern)) {
+    fragment.append(text.slice(at, match.index));
+    const [found] = match;
+    if (INVISIBLE.test(found)) fragment.append(html("span", { class: "invisible" }, codeName(found)));
+    else fragment.append(html("mark", {}, found));
+    at = match.index + found.length;
+  }
+  fragment.append(text.slice(at));
+  return fragment;
+}
+
+/**
+ * Untrusted text of any length: the beginning, and a button that shows more, a piece at a time.
+ * @param {string} text
+ * @param {{ limit?: number, search?: RegExp | null, label?: string }} [options]
+ */
+function longText(text, { limit = 600, search = null, label = "text" } = {}) {
+  const PIECE = 20_000;
+  const box = html("div", { class: "text", dir: "auto" });
+  let at = 0;
+  /** @param {number} size */
+  const extend = (size) => {
+    let end = text.length - at < size * 1.2 ? text.length : at + size; // no button for a few words
+    if (/[\ud800-\udbff]/.test(text.charAt(end - 1))) end++; // not through a surrogate pair
+    box.append(shown(text.slice(at, end), search));
+    at = end;
+    if (at >= text.length) return;
+    const left = text.length - at;
+    const hit = search?.test(text.slice(at)) ? ", a match among them" : "";
+    const more = html("button", { type: "button", class: "more" }, `Show more (${count(left)} characters left${hit})`);
+    more.setAttribute("aria-label", `Show more of the ${label}, ${count(left)} characters left${hit}`);
+    more.addEventListener("click", () => {
+      const first = html("span", { tabindex: -1 });
+      more.replaceWith(first);
+      extend(PIECE);
+      first.focus({ preventScroll: true });
+    });
+    box.append(more);
+  };
+  extend(limit);
+  return box;
+}
+
+/**
+ * What finds `words` in texts, whatever the case; null for nothing to find.
+ * @param {string} words
+ */
+function searchFor(words) {
+  return words ? new RegExp(words.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"), "iu") : null;
+}
+
+/** @param {number | null | undefined} value */
+function isNumber(value) {
+  return typeof value === "number" && Number.isFinite(value);
+}
+
+/**
+ * @param {number | null | undefined} value
+ * @param {number} [digits]
+ */
+function decimal(value, digits = 2) {
+  return isNumber(value) ? /** @type {number} */ (value).toFixed(digits).replace(/^-(?=0?\.?0*$)/, "").replace("-", "−") : "–";
+}
+
+/**
+ * With its sign, as advantages are shown.
+ * @param {number | null | undefined} value
+ */
+function signed(value) {
+  const text = decimal(value);
+  return /^[\d.]*[1-9]/.test(text) ? `+${text}` : text;
+}
+
+/** @param {number | null | undefined} value */
+function count(value) {
+  return isNumber(value) ? /** @type {number} */ (value).toLocaleString("en") : "–";
+}
+
+/**
+ * @param {number} value
+ * @param {string} one
+ * @param {string} [many]
+ */
+function counted(value, one, many = `${one}s`) {
+  return `${count(value)} ${value === 1 ? one : many}`;
+}
+
+/** @param {number | null | undefined} value */
+function percent(value) {
+  if (!isNumber(value)) return "–";
+  const share = /** @type {number} */ (value) * 100;
+  return `${share.toFixed(share !== 0 && Math.abs(share) < 10 ? 1 : 0)} %`.replace("-", "−");
+}
+
+/**
+ * @param {number | null | undefined} part
+ * @param {number | null | undefined} whole
+ * @returns {number | null} null where there is no whole
+ */
+function share(part, whole) {
+  return isNumber(part) && whole ? /** @type {number} */ (part) / whole : null;
+}
+
+/** @param {number} bytes */
+function fileSize(bytes) {
+  return bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
+}
+
+/**
+ * A table that scrolls on its own where it is too wide. Texts in the first column head their rows.
+ * @param {string} caption
+ * @param {string[]} columns
+ * @param {(string | number)[][]} rows
+ * @param {(row: number) => boolean} [isCurrent] marks a row
+ */
+function table(caption, columns, rows, isCurrent = () => false) {
+  return html(
+    "div",
+    { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
+    html(
+      "table",
+      {},
+      html("caption", {}, caption),
+      html("thead", {}, html("tr", {}, ...columns.map((name) => html("th", { scope: "col" }, name)))),
+      html(
+        "tbody",
+        {},
+        ...rows.map(([first, ...rest], index) =>
+          html(
+            "tr",
+            { "aria-current": isCurrent(index) && "true" },
+            html("th", { scope: "row" }, typeof first === "string" ? shown(first) : count(first)),
+            ...rest.map((cell) => html("td", {}, String(cell))),
+          ),
+        ),
+      ),
+    ),
+  );
+}
+
+/**
+ * A part that is made when it is first opened.
+ * @param {string} summary
+ * @param {() => Node} content
+ */
+function folded(summary, content) {
+  const details = html("details", {}, html("summary", {}, summary));
+  details.addEventListener("toggle", () => details.append(content()), { once: true });
+  return details;
+}
