@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import base64
 import binascii
+import gc
 import os
 import signal
 import socket
@@ -137,6 +138,8 @@ class Service:
             return
         self._texts = self._batcher("text", index.search_texts)
         self._images = self._batcher("image", index.search_images)
+        gc.collect()
+        gc.freeze()  # the index stays: looking through it again and again for garbage stops everything for a while
         self.index = index
         _log(f"ready after {time.monotonic() - started:.1f} s: {', '.join(index.loaded)}, identity {self.identity}")
 
