@@ -396,7 +396,7 @@ class TestImages:
         said = capsys.readouterr().err
         for row, reason in {
             2: "not an image",
-            3: "broken",
+            3: "cannot be read",
             4: "pixels",
             5: "no `image`",
             6: "no `image`",

@@ -235,11 +235,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("image", "message"),
         [
-            (b"text", "images[0]: not an image"),
-            (b"", "images[0]: not an image"),
-            (encoded(striped("red"))[:120], "images[0]: a broken image"),
+            (b"text", "images[0]: this is not an image"),
+            (b"", "images[0]: this is not an image"),
+            (encoded(striped("red"))[:120], "images[0]: the image cannot be read"),
             (encoded(Image.new("1", (int(MAX_PIXELS**0.5) + 1,) * 2)), "pixels"),
-            (encoded(Image.new("RGB", (50, 50)), "TIFF"), "images[0]: not an image of a kind"),
+            (encoded(Image.new("RGB", (50, 50)), "TIFF"), "images[0]: this is not an image of a known kind"),
             (encoded(Image.new("RGB", (50, 50)), "PNG").replace(b"IDAT", b"XDAT"), "images[0]: "),
         ],
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+from search_agent.errors import ModelError
+from search_agent.pictures import FORMATS, load_picture
+
 MAX_PIXELS = 50_000_000
 """Of an image that is read: 150 MB in memory."""
 THUMBNAIL_SIDE = 320
@@ -14,36 +16,12 @@ THUMBNAIL_SIDE = 320
 
 
 def read_image(data: bytes) -> Image.Image:
-    """The image as RGB, upright, on white where it is transparent; of an animation the first frame.
+    """See `load_picture`.
 
     Raises:
-        ValueError: No such image, broken, or of more than `MAX_PIXELS` pixels; the message says which.
+        ModelError: A `ValueError`; there is no such image, it is broken, or has more than `MAX_PIXELS` pixels.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise _TooLarge(f"it has {image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are read")
-        if min(image.size) < 1:
-            raise _TooLarge("it has no pixels")
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode in ("P", "PA", "LA", "RGBA") or "transparency" in upright.info:
-            upright = upright.convert("RGBA")
-            white = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(white, upright)
-        return upright.convert("RGB")
-    except _TooLarge:
-        raise
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"it has too many pixels: {error}") from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"not an image of a kind that is read ({', '.join(FORMATS)})") from error
-    except Exception as error:  # Pillow's decoders raise many kinds on broken data
-        raise ValueError(f"a broken image: {error or type(error).__name__}") from error
-
-
-class _TooLarge(ValueError):
-    pass
+    return load_picture(data, max_pixels=MAX_PIXELS, error=ModelError)
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
