@@ -31,9 +31,16 @@ def audit_result(
         "created": "2026-11-23T05:00:00+00:00",
         "sources": ["out/vanilla/rollouts"],
         "settings": {
-            "beta": BETA, "theta": THETA, "alpha_min": ALPHA_MIN, "token_scope": "step", "scope": "group",
-            "use_support": True, "clip": True, "tools": None, "base_estimator": "grpo",
-        },  # fmt: skip
+            "beta": BETA,
+            "theta": THETA,
+            "alpha_min": ALPHA_MIN,
+            "token_scope": "step",
+            "scope": "group",
+            "use_support": True,
+            "clip": True,
+            "tools": None,
+            "base_estimator": "grpo",
+        },
         "steps": [{"step": step, **_figures(of)} for step, of in by_step.items()],
         "totals": _figures(made),
         "tools": {tool: _figures(made, tool) for tool in sorted({c["tool"] for c in calls})},
@@ -50,24 +57,35 @@ def audit_result(
         "support_alpha": [[c["support"], c["similarity"], c["gate"]] for c in failing][:3000],
         "sweeps": [
             {
-                "beta": beta, "theta": theta, "alpha_min": ALPHA_MIN, "token_share": 0.1 * beta,
+                "beta": beta,
+                "theta": theta,
+                "alpha_min": ALPHA_MIN,
+                "token_share": 0.1 * beta,
                 "corrected_steps": sum(c["similarity"] >= theta for c in failing),
                 "mean_lifted_advantage": -0.9 + 0.6 * beta,
             }
-            for beta in (0.2, 0.5, 0.8, 1.0) for theta in (0.6, 0.7, 0.8, 0.9, 0.95)
+            for beta in (0.2, 0.5, 0.8, 1.0)
+            for theta in (0.6, 0.7, 0.8, 0.9, 0.95)
         ],
         "warnings": [
-            {"code": "dead_tool", "level": "info", "text": "zoom is never a witness.",
-             "advice": "Its calls succeed nowhere: look at its results in the trajectories below."},
-            {"code": "lucky_witnesses", "level": "warning",
-             "text": "In 2 of 6 steps rollouts that hold a witness succeed no more often than their prompt group.",
-             "advice": "TAPO can lift wrong calls there. Reward the use of evidence, or compare with beta = 0."},
+            {
+                "code": "dead_tool",
+                "level": "info",
+                "text": "zoom is never a witness.",
+                "advice": "Its calls succeed nowhere: look at its results in the trajectories below.",
+            },
+            {
+                "code": "lucky_witnesses",
+                "level": "warning",
+                "text": "In 2 of 6 steps rollouts that hold a witness succeed no more often than their prompt group.",
+                "advice": "TAPO can lift wrong calls there. Reward the use of evidence, or compare with beta = 0.",
+            },
         ],
         "problems": [{"file": "rollouts/4.jsonl", "line": 17, "reason": "not JSON: the line is cut short"}],
         "skipped": 1,
         "groups": made,
         **changes,
-    }  # fmt: skip
+    }
 
 
 def _group(number: int, step: int, rollouts: int, filler: int, chance: random.Random) -> dict[str, Any]:
@@ -113,9 +131,16 @@ def _trajectory(name: str, right: bool, advantage: float, place: str, filler: in
         answer = answer if ok else "Error: the service did not answer in 10 s"
         text += f"\nuser\n<tool_response>\n{answer}\n</tool_response>\nassistant\n"
         calls.append(
-            {"tool": tool, "arguments": arguments, "result": answer, "ok": ok, "status": "ok" if ok else "timeout",
-             "span": span, "call_span": [call_start, span[1]]}
-        )  # fmt: skip
+            {
+                "tool": tool,
+                "arguments": arguments,
+                "result": answer,
+                "ok": ok,
+                "status": "ok" if ok else "timeout",
+                "span": span,
+                "call_span": [call_start, span[1]],
+            }
+        )
     text += f"The internet domain is <answer> {'.' + place[:2].lower() if right else 'English'} </answer>"
     return {"name": name, "score": float(right), "success": right, "advantage": advantage, "text": text, "calls": calls}
 
@@ -123,8 +148,18 @@ def _trajectory(name: str, right: bool, advantage: float, place: str, filler: in
 def _judge(call: dict[str, Any], holder: Any, siblings: list[Any], winners: list[int]) -> None:
     """Fills in what the rule says of a call; similarity is 1, 0.9 or 0.5, by the words of the query."""
     advantage = holder["advantage"]
-    call.update(role="none", gate="", similarity=None, support=None, alpha=None, reference_advantage=None,
-                transfer=0.0, before=advantage, after=advantage, witness=None)  # fmt: skip
+    call.update(
+        role="none",
+        gate="",
+        similarity=None,
+        support=None,
+        alpha=None,
+        reference_advantage=None,
+        transfer=0.0,
+        before=advantage,
+        after=advantage,
+        witness=None,
+    )
     if not call["ok"] or advantage == 0:
         return
     call["role"] = "witness" if advantage > 0 else "failing"
@@ -142,7 +177,9 @@ def _judge(call: dict[str, Any], holder: Any, siblings: list[Any], winners: list
     similarity, t, c = max(found, key=lambda item: item[0])
     holders = {t for s, t, _ in found if s == similarity}
     support, reference = len(holders) / len(winners), sum(siblings[t]["advantage"] for t in holders) / len(holders)
-    call.update(similarity=similarity, support=support, reference_advantage=reference, witness={"trajectory": t, "call": c})
+    call.update(
+        similarity=similarity, support=support, reference_advantage=reference, witness={"trajectory": t, "call": c}
+    )
     if similarity < THETA:
         call.update(gate="below_theta", support=0.0, reference_advantage=0.0, witness=None)
         return

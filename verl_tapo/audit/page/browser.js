@@ -49,10 +49,13 @@ const GATE_SIGNS = { corrected: "▲", below_alpha: "◇", below_theta: "≠", n
 
 const GROUPS_PER_PAGE = 20;
 const ROLLOUTS_AT_ONCE = 16;
+const CALLS_AT_ONCE = 40; // of one rollout
 
 /** @param {unknown} value */
 function plain(value) {
-  return typeof value === "string" ? value : JSON.stringify(value, null, 1) ?? "";
+  if (typeof value === "string") return value;
+  const line = JSON.stringify(value) ?? "";
+  return line.length < 60 ? line.replaceAll(",", ", ") : JSON.stringify(value, null, 1);
 }
 
 /**
@@ -179,7 +182,8 @@ class Browser {
     this.page = 0;
     /** @type {Place | null} */
     this.place = null;
-    this.rollouts = ROLLOUTS_AT_ONCE;
+    /** How much of the open group is drawn; `calls` of each rollout. */
+    this.drawn = { rollouts: ROLLOUTS_AT_ONCE, calls: CALLS_AT_ONCE };
     /** For each call of the open group that is a witness, the calls it speaks for. @type {Map<string, Place[]>} */
     this.speaksFor = new Map();
     byId("page-before").addEventListener("click", () => this.showPage(this.page - 1));
@@ -270,12 +274,12 @@ class Browser {
     if (!group) return;
     const box = byId("group");
     const { trajectory, call } = place;
-    if (this.place?.group !== place.group || (trajectory ?? 0) >= this.rollouts || !box.hasChildNodes()) {
-      this.rollouts = Math.max(ROLLOUTS_AT_ONCE, (trajectory ?? 0) + 1);
-      this.place = place;
-      this.render();
-    }
+    if (this.place?.group !== place.group) this.drawn = { rollouts: ROLLOUTS_AT_ONCE, calls: CALLS_AT_ONCE };
+    const { rollouts, calls } = this.drawn;
+    this.drawn = { rollouts: Math.max(rollouts, (trajectory ?? 0) + 1), calls: Math.max(calls, (call ?? 0) + 1) };
+    const isDrawn = this.place?.group === place.group && this.drawn.rollouts === rollouts && this.drawn.calls === calls;
     this.place = place;
+    if (!isDrawn) this.render();
     const position = this.listed.indexOf(place.group);
     if (position >= 0) this.showPage(Math.floor(position / GROUPS_PER_PAGE));
     const current = document.querySelector("#group-list [aria-current]");
@@ -315,7 +319,8 @@ class Browser {
       calls.forEach(({ witness }, call) => {
         if (!witness) return;
         const key = linkTo({ group: index, ...witness });
-        this.speaksFor.set(key, [...(this.speaksFor.get(key) ?? []), { group: index, trajectory, call }]);
+        if (!this.speaksFor.has(key)) this.speaksFor.set(key, []);
+        this.speaksFor.get(key)?.push({ group: index, trajectory, call });
       }),
     );
     const asked = question(group.prompt);
@@ -343,24 +348,26 @@ class Browser {
   rolloutsOf(group, index) {
     const matched = new Set(matching(group, this.filter));
     const row = html("div", { class: "siblings", tabindex: 0, role: "region", "aria-label": "Rollouts of this prompt, side by side" });
-    const box = html("div", {}, row);
-    /** @param {number} from */
-    const extend = (from) => {
-      const until = Math.min(this.rollouts, group.trajectories.length);
-      for (let t = from; t < until; t++) row.append(this.rollout(group.trajectories[t], index, t, matched.has(group.trajectories[t])));
-      const left = group.trajectories.length - until;
-      if (!left) return;
-      const more = html("button", { type: "button" }, `Show ${Math.min(left, ROLLOUTS_AT_ONCE)} more of ${counted(left, "rollout")}`);
-      more.addEventListener("click", () => {
-        more.remove();
-        this.rollouts += ROLLOUTS_AT_ONCE;
-        extend(until);
-        byId(`g${index}t${until}`).focus();
-      });
-      box.append(more);
-    };
-    extend(0);
-    return box;
+    const drawn = group.trajectories.slice(0, this.drawn.rollouts);
+    row.append(...drawn.map((trajectory, t) => this.rollout(trajectory, index, t, matched.has(trajectory))));
+    const left = group.trajectories.length - drawn.length;
+    return html("div", {}, row, left > 0 && this.more(counted(left, "rollout"), { group: index, trajectory: drawn.length, call: null }));
+  }
+
+  /**
+   * A button that draws more of the open group.
+   * @param {string} left what is not drawn yet
+   * @param {Place} first the first of it
+   */
+  more(left, first) {
+    const button = html("button", { type: "button" }, `Show more (${left} left)`);
+    button.addEventListener("click", () => {
+      const part = first.call === null ? "rollouts" : "calls";
+      this.drawn[part] += part === "calls" ? CALLS_AT_ONCE : ROLLOUTS_AT_ONCE;
+      this.render();
+      this.go(first);
+    });
+    return button;
   }
 
   /**
@@ -376,12 +383,14 @@ class Browser {
     const body = html("div", { class: "turns" });
     const position = characterPositions(text);
     let at = 0;
-    for (const turn of this.turns(calls)) {
+    for (const turn of this.turns(calls.slice(0, this.drawn.calls))) {
       const [start, end] = (turn[0].call.span ?? [0, 0]).map(position);
       if (start > at) body.append(this.between(text.slice(at, start)));
       body.append(this.turn(trajectory, turn, { group, t, start: Math.max(start, at), end, position }));
       at = Math.max(at, end);
     }
+    const left = calls.length - this.drawn.calls;
+    if (left > 0) body.append(this.more(counted(left, "call"), { group, trajectory: t, call: this.drawn.calls }));
     const rest = text.slice(at);
     const spoken = at ? rest.lastIndexOf("assistant\n") : -1;
     const answer = spoken < 0 ? rest : rest.slice(spoken + "assistant\n".length);
@@ -414,7 +423,8 @@ class Browser {
     const turns = new Map();
     calls.forEach((call, c) => {
       const key = call.span ? String(call.span) : `call ${c}`;
-      turns.set(key, [...(turns.get(key) ?? []), { call, c }]);
+      if (!turns.has(key)) turns.set(key, []);
+      turns.get(key)?.push({ call, c });
     });
     return [...turns.values()];
   }

@@ -76,9 +76,11 @@ function offer(id, any, options) {
  * @param {Group[]} groups
  */
 function connectFilters(browser, groups) {
-  const calls = groups.flatMap(({ trajectories }) => trajectories.flatMap((trajectory) => trajectory.calls));
   const steps = [...new Set(groups.map(({ step }) => step))].sort((a, b) => a - b);
-  const tools = [...new Set(calls.map(({ tool }) => tool))].sort();
+  /** @type {Map<string, number>} */
+  const calls = new Map();
+  for (const { trajectories } of groups) for (const trajectory of trajectories) for (const { tool } of trajectory.calls) calls.set(tool, (calls.get(tool) ?? 0) + 1);
+  const tools = [...calls.keys()].sort((a, b) => (calls.get(b) ?? 0) - (calls.get(a) ?? 0)).slice(0, 200); // a policy may invent any number
   offer("filter-step", "any", steps.map((step) => [String(step), String(step)]));
   offer("filter-tool", "any", tools.map((tool) => [tool, cut(spelled(tool), 60)]));
   offer("filter-gate", "any", Object.entries(GATES));
@@ -99,6 +101,7 @@ function connectFilters(browser, groups) {
     const { place } = browser;
     const group = place && browser.listed.includes(place.group) ? place.group : browser.listed[0];
     browser.place = null; // draw it anew: what is highlighted has changed
+    byId("group").replaceChildren();
     if (group !== undefined) browser.open(place?.group === group ? place : { group, trajectory: null, call: null }, false);
   };
   let waiting = 0;
@@ -162,6 +165,7 @@ function connectKeyboard(browser) {
   drawSweeps(summary);
   const browser = new Browser(groups, summary.settings);
   connectFilters(browser, groups)();
+  connectKeyboard(browser);
   const follow = () => {
     const place = placeOf(location.hash);
     if (place) browser.open(place, true);

@@ -52,20 +52,22 @@ const PLOTTED_GATES = [
   ["below_theta", "below theta"],
 ];
 
-const WIDTH = 440;
-const HEIGHT = 250;
-const INNER = { left: 46, right: WIDTH - 12, top: 12, bottom: HEIGHT - 40 };
+const WIDTH = innerWidth < 640 ? 360 : 560; // so that the labels keep their size
+const HEIGHT = 270;
+const INNER = { left: 46, right: WIDTH - 12, top: 28, bottom: HEIGHT - 40 };
+const UNIT = [0, 0.2, 0.4, 0.6, 0.8, 1];
 
 /**
  * Round values that cover `low` to `high`.
  * @param {number} low
  * @param {number} high
+ * @param {number} [least] the smallest step
  */
-function ticks(low, high) {
+function ticks(low, high, least = 0) {
   if (high <= low) high = low + 1;
-  const rough = (high - low) / 4;
+  const rough = Math.max((high - low) / 5, least);
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * (/** @type {number} */ ([1, 2, 2.5, 5, 10].find((factor) => factor * power >= rough * 0.999)));
+  const step = power * (/** @type {number} */ ([1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999)));
   const result = [];
   for (let k = Math.floor(low / step + 1e-9); k * step < high + step * 0.999; k++) result.push(Number((k * step).toPrecision(12)));
   return result;
@@ -84,11 +86,11 @@ function scale(low, high, from, to) {
 
 /**
  * The frame of a plot: grid, axes and their labels.
- * @param {{ x: number[], y: number[], xLabel: string, yLabel: string, format: (value: number) => string, about: string }} axes
- *   x, y: ticks, from end to end
+ * @param {{ x: number[], span?: [number, number], y: number[], xLabel: string, yLabel: string,
+ *   format: (value: number) => string, about: string }} axes x, y: ticks; span: the ends of x, where they are no ticks
  */
-function frame({ x, y, xLabel, yLabel, format, about }) {
-  const toX = scale(x[0], x[x.length - 1], INNER.left, INNER.right);
+function frame({ x, span = [x[0], x[x.length - 1]], y, xLabel, yLabel, format, about }) {
+  const toX = scale(...span, INNER.left, INNER.right);
   const toY = scale(y[0], y[y.length - 1], INNER.bottom, INNER.top);
   const node = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": about });
   for (const value of y) {
@@ -103,7 +105,7 @@ function frame({ x, y, xLabel, yLabel, format, about }) {
   }
   node.append(
     svg("text", { class: "label", x: (INNER.left + INNER.right) / 2, y: HEIGHT - 5, "text-anchor": "middle" }, xLabel),
-    svg("text", { class: "label", x: 0, y: 0, "text-anchor": "middle", transform: `translate(11 ${(INNER.top + INNER.bottom) / 2}) rotate(-90)` }, yLabel),
+    svg("text", { class: "label", x: 2, y: 12 }, yLabel),
   );
   return { node, toX, toY };
 }
@@ -121,7 +123,7 @@ function figure(title, text, plot, legend, data = null) {
     {},
     html("h3", {}, title),
     html("figcaption", {}, text),
-    html("ul", { class: "legend", "aria-hidden": "true" }, ...legend.map((entry) => html("li", {}, entry))),
+    legend.length > 0 && html("ul", { class: "legend", "aria-hidden": "true" }, ...legend.map((entry) => html("li", {}, entry))),
     plot,
     data && folded("As a table", data),
   );
@@ -152,11 +154,9 @@ function linePlot(series, { xLabel, yLabel, format, about, current }) {
   const ys = /** @type {number[]} */ (points.map(([, y]) => y).filter(isNumber));
   const low = xs.reduce((a, b) => Math.min(a, b), Infinity);
   const high = xs.reduce((a, b) => Math.max(a, b), -Infinity);
-  let x = ticks(low, high).filter((value) => value >= low && value <= high);
-  if (xs.every(Number.isInteger)) x = x.filter(Number.isInteger);
-  x = [...new Set([low, ...x.slice(1, -1), high])];
+  const x = ticks(low, high, xs.every(Number.isInteger) ? 1 : 0).filter((value) => value >= low && value <= high);
   const y = ticks(ys.reduce((a, b) => Math.min(a, b), 0), ys.reduce((a, b) => Math.max(a, b), 0));
-  const { node, toX, toY } = frame({ x, y, xLabel, yLabel, format, about });
+  const { node, toX, toY } = frame({ x, span: [low, high], y, xLabel, yLabel, format, about });
   if (current !== undefined && current >= low && current <= high) {
     node.append(svg("line", { class: "gate", x1: toX(current), x2: toX(current), y1: INNER.top, y2: INNER.bottom }));
   }
@@ -192,8 +192,8 @@ function histogramPlot(histogram, theta) {
   const bins = edges.length - 1;
   const sums = Array.from({ length: bins }, (_, bin) => PLOTTED_GATES.reduce((sum, [gate]) => sum + histogram[gate][bin], 0));
   const { node, toX, toY } = frame({
-    x: [0, 0.2, 0.4, 0.6, 0.8, 1],
-    y: ticks(0, Math.max(1, ...sums)),
+    x: UNIT,
+    y: ticks(0, Math.max(1, ...sums), 1),
     xLabel: "similarity to the best witness",
     yLabel: "failing calls",
     format: count,
@@ -242,9 +242,8 @@ function dot(gate, x, y, r) {
  * @param {{ theta: number, alpha_min: number }} settings
  */
 function gatePlot(calls, { theta, alpha_min }) {
-  const unit = [0, 0.2, 0.4, 0.6, 0.8, 1];
   const about = `Support of the matched reference group against similarity. Calls right of theta ${theta} and above the curve similarity times support = ${alpha_min} are corrected.`;
-  const { node, toX, toY } = frame({ x: unit, y: unit, xLabel: "similarity", yLabel: "support", format: String, about });
+  const { node, toX, toY } = frame({ x: UNIT, y: UNIT, xLabel: "similarity", yLabel: "support", format: String, about });
   const GRID = 50;
   /** @type {Map<string, number>} */
   const cells = new Map();
@@ -267,7 +266,7 @@ function gatePlot(calls, { theta, alpha_min }) {
   }
   node.append(
     svg("text", { class: "gate-label", x: toX(theta) - 5, y: INNER.top + 10, "text-anchor": "end" }, `theta ${theta}`),
-    svg("text", { class: "gate-label", x: toX(0.5), y: toY(Math.min(1, alpha_min / 0.5)) - 6, "text-anchor": "end" }, `alpha_min ${alpha_min}`),
+    svg("text", { class: "gate-label", x: toX(0.4) + 5, y: toY(Math.min(1, alpha_min / 0.4)) - 4 }, `alpha_min ${alpha_min}`),
   );
   return node;
 }
@@ -364,7 +363,7 @@ function drawSweeps({ sweeps, settings, totals }) {
   byId("sweeps-section").hidden = !sweeps.length;
   /** @type {[keyof Sweep & string, string, string, (sweep: Sweep) => number | null, (value: number) => string][]} */
   const plots = [
-    ["beta", "Beta", "mean advantage of corrected calls, after", (s) => s.mean_lifted_advantage, (value) => decimal(value)],
+    ["beta", "Beta", "mean advantage of corrected calls", (s) => s.mean_lifted_advantage, (value) => decimal(value)],
     ["theta", "Theta", "failing calls corrected", (s) => share(s.corrected_steps, totals.failing_steps), percent],
     ["alpha_min", "Alpha_min", "failing calls corrected", (s) => share(s.corrected_steps, totals.failing_steps), percent],
   ];

@@ -189,14 +189,17 @@ function fileSize(bytes) {
   return bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
+const MOST_ROWS = 1000;
+
 /**
- * A table that scrolls on its own where it is too wide. Texts in the first column head their rows.
+ * A table that scrolls on its own where it is too wide; what is in the first column heads its row.
  * @param {string} caption
  * @param {string[]} columns
  * @param {(string | number)[][]} rows
  * @param {(row: number) => boolean} [isCurrent] marks a row
  */
 function table(caption, columns, rows, isCurrent = () => false) {
+  if (rows.length > MOST_ROWS) caption += ` (the first ${count(MOST_ROWS)} of ${count(rows.length)} rows)`;
   return html(
     "div",
     { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
@@ -208,7 +211,7 @@ function table(caption, columns, rows, isCurrent = () => false) {
       html(
         "tbody",
         {},
-        ...rows.map(([first, ...rest], index) =>
+        ...rows.slice(0, MOST_ROWS).map(([first, ...rest], index) =>
           html(
             "tr",
             { "aria-current": isCurrent(index) && "true" },
