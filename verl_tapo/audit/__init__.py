@@ -1,0 +1,1 @@
+"""Where credit goes wrong in a run, and what TAPO changes."""
