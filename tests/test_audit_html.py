@@ -537,6 +537,10 @@ def test_long_lines_are_cut_until_asked_for(open_report: Any) -> None:
     trajectory = result["groups"][0]["trajectories"][0]
     trajectory["calls"][0]["arguments"] = {"query": line}
     trajectory["text"] += line
+    trajectory["name"] = trajectory["calls"][1]["tool"] = trajectory["calls"][1]["status"] = line
+    trajectory["calls"][1].update(ok=False, arguments={f"{line[:100]}{key}": "x" for key in range(100)})
+    result["groups"][0]["uid"] = result["groups"][0]["ground_truth"] = line
+    result["groups"][0]["prompt"] += line
     report = open_report(result, "#g0t0c0")
     page = report.page
     assert len(page.locator("#group").inner_text()) < 50_000
@@ -603,8 +607,9 @@ def test_no_width_scrolls_the_page_sideways(open_report: Any, width: int) -> Non
 
 @needs_browser
 def test_it_prints(open_report: Any) -> None:
-    report = open_report(audit_result(), "#g0t0c0")
+    report = open_report(audit_result(), "#g0t0c0", viewport={"width": 680, "height": 1000})  # A4, about
     report.page.emulate_media(media="print")
+    assert report.page.evaluate("document.documentElement.scrollWidth") == 680
     hidden = ("#filters", ".picker", ".permalink")
     assert all(report.page.locator(what).first.is_hidden() for what in hidden)
     boxes = [rollout.bounding_box() for rollout in report.page.locator(".rollout").all()]

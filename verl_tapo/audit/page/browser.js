@@ -50,6 +50,7 @@ const GATE_SIGNS = { corrected: "▲", below_alpha: "◇", below_theta: "≠", n
 const GROUPS_PER_PAGE = 20;
 const ROLLOUTS_AT_ONCE = 16;
 const CALLS_AT_ONCE = 40; // of one rollout
+const MOST_ARGUMENTS = 40; // of one call; "As written" has them all
 
 /** @param {unknown} value */
 function plain(value) {
@@ -332,7 +333,7 @@ class Browser {
         "p",
         { class: "facts" },
         `Training step ${count(group.step)} · ${right} of ${counted(group.trajectories.length, "rollout")} right · group ${index + 1} `,
-        html("span", { class: "uid" }, shown(group.uid)),
+        html("span", { class: "uid" }, shown(cut(group.uid, 200))),
       ),
       html("p", { class: "facts" }, "Expected: ", html("b", { dir: "auto" }, shown(cut(plain(group.ground_truth), 300), this.filter.search))),
       folded("Whole prompt", () => longText(group.prompt, { limit: 4000, search: this.filter.search, label: "prompt" })),
@@ -408,7 +409,7 @@ class Browser {
         {},
         html("h4", { id, tabindex: -1 }, `Rollout ${t + 1}`, html("span", { class: success ? "verdict right" : "verdict wrong" }, success ? "✓ right" : "✗ wrong")),
         html("p", { class: "facts" }, `score ${decimal(trajectory.score)} · `, advantage(trajectory.advantage, trajectory.advantage), matches ? null : " · does not match the filters"),
-        html("p", { class: "uid" }, shown(trajectory.name)),
+        html("p", { class: "uid" }, shown(cut(trajectory.name, 200))),
       ),
       body,
     );
@@ -476,6 +477,7 @@ class Browser {
   card(call, place, raw) {
     const id = linkTo(place).slice(1);
     const { search } = this.filter;
+    const given = Object.entries(call.arguments);
     const state = call.role === "failing" ? call.gate : "";
     const card = html(
       "section",
@@ -483,24 +485,26 @@ class Browser {
       html(
         "h5",
         { id: `${id}-title` },
-        `Call ${/** @type {number} */ (place.call) + 1}: `,
-        html("span", { class: "tool" }, shown(call.tool, search)),
+        html("span", {}, `Call ${/** @type {number} */ (place.call) + 1}:`),
+        " ",
+        html("span", { class: "tool" }, shown(cut(call.tool, 200), search)),
         html("a", { class: "permalink", href: `#${id}`, "aria-label": `Link to call ${id}` }, "#"),
       ),
       html(
         "p",
         { class: "state" },
         html("span", { class: "badge" }, call.role === "failing" ? `${GATE_SIGNS[call.gate]} ${GATES[call.gate] ?? "failing"}` : call.role === "witness" ? "★ witness" : ROLES[call.role]),
-        !call.ok && html("span", { class: "badge broken" }, "✗ ", spelled(call.status.replaceAll("_", " "))),
+        !call.ok && html("span", { class: "badge broken" }, "✗ ", spelled(cut(call.status, 80).replaceAll("_", " "))),
         advantage(call.before, call.after),
       ),
       html(
         "dl",
         { class: "arguments" },
-        ...Object.entries(call.arguments).map(([name, value]) =>
+        ...given.slice(0, MOST_ARGUMENTS).map(([name, value]) =>
           html("div", {}, html("dt", {}, shown(cut(name, 80), search)), html("dd", {}, longText(plain(value), { limit: 300, search, label: "argument" }))),
         ),
       ),
+      given.length > MOST_ARGUMENTS && html("p", { class: "why" }, `and ${count(given.length - MOST_ARGUMENTS)} more arguments`),
       html("p", { class: "why" }, this.why(call)),
       this.figures(call),
       this.witnessOf(call, place),
