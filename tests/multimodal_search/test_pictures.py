@@ -157,10 +157,14 @@ def test_what_is_no_image_is_refused(data: Any) -> None:
         _load(data, error=ModelError)
 
 
-def test_other_kinds_of_files_are_not_opened() -> None:
+def test_other_kinds_of_files_are_not_opened(tmp_path: Path) -> None:
     for kind in ("TIFF", "PPM", "PCX", "ICO", "TGA", "EPS"):
-        with pytest.raises(InfrastructureError, match="not an image of a known kind"):
-            _load(_bytes(Image.new("RGB", (32, 32)), kind))
+        data = _bytes(Image.new("RGB", (32, 32)), kind)
+        path = tmp_path / "a.png"
+        path.write_bytes(data)
+        for source in (data, path):
+            with pytest.raises(InfrastructureError, match="not an image of a known kind"):
+                _load(source)
 
 
 @settings(max_examples=200, deadline=None)
