@@ -8,6 +8,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -243,27 +245,38 @@ def test_mistakes_are_told(tmp_path, capsys, arguments, message):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_verl_reads_the_rows(tmp_path, monkeypatch):
-    """Its own data set class, with a real processor: one image's tokens for each image."""
-    monkeypatch.setenv("VERL_PLATFORM", "cpu")
-    pytest.importorskip("verl.utils.dataset.rl_dataset")
-    from flags_and_facts.dataset import FlagsDataset
-    from omegaconf import OmegaConf
-    from transformers import AutoProcessor, AutoTokenizer
+VERL_READS = """
+import json, sys
+from flags_and_facts.dataset import FlagsDataset
+from omegaconf import OmegaConf
+from transformers import AutoProcessor, AutoTokenizer
+made, model = sys.argv[1:]
+config = OmegaConf.create({"image_key": "images", "max_prompt_length": 2048, "filter_overlong_prompts": False})
+dataset = FlagsDataset(made, AutoTokenizer.from_pretrained(model), config, AutoProcessor.from_pretrained(model))
+print(json.dumps(dataset[1], default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)))
+"""
 
+
+def test_verl_reads_the_rows(tmp_path):
+    """Its own data set class, with a real processor. In its own process: veRL reads VERL_PLATFORM once."""
     file = write_parquet(tmp_path / "fvqa.parquet", [fvqa(number) for number in range(4)])
     assert run(tmp_path, f"fvqa_train={file}") == 0
-    config = OmegaConf.create({"image_key": "images", "max_prompt_length": 2048, "filter_overlong_prompts": False})
-    made = str(tmp_path / "out" / "fvqa_train.parquet")
-    dataset = FlagsDataset(made, AutoTokenizer.from_pretrained(MODEL), config, AutoProcessor.from_pretrained(MODEL))
-    row = dataset[1]
+    done = subprocess.run(
+        [sys.executable, "-c", VERL_READS, tmp_path / "out" / "fvqa_train.parquet", MODEL],
+        env=os.environ | {"VERL_PLATFORM": "cpu", "PYTHONPATH": str(MODEL.parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
     blocks = row["raw_prompt"][1]["content"]
     assert [block["type"] for block in blocks] == ["image", "text"]
     assert row["tools_kwargs"]["zoom"]["create_kwargs"]["coordinates"] == "thousandths"
-    assert list(row["tools_kwargs"]["image_search"]["create_kwargs"]["image_keys"]) == [
+    assert row["tools_kwargs"]["image_search"]["create_kwargs"]["image_keys"] == [
         hashlib.sha256(picture(1)).hexdigest()
     ]
-    assert list(row["reward_model"]["ground_truth"]) == ["builder 1", "Mr Builder 1"]
+    assert row["reward_model"]["ground_truth"] == ["builder 1", "Mr Builder 1"]
 
 
 class Hostile:

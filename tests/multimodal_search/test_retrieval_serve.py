@@ -382,12 +382,12 @@ class TestUnderLoad:
                 data = json.dumps(body).encode()
                 yield data[:10]
                 sent.set()
-                time.sleep(0.5)  # the signal comes while the request does
+                time.sleep(3)  # the signal comes while the request does
                 yield data[10:]
 
             answer = pool.submit(client.post, "/retrieve", content=content())
             sent.wait()
-            time.sleep(0.1)
+            time.sleep(1)  # for a busy machine's server to see it
             process.send_signal(signal.SIGTERM)
             assert len(answer.result().json()["result"]) == MAX_QUERIES
             assert process.wait(30) == 0
