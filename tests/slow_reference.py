@@ -85,6 +85,7 @@ def transfer(base, mask, index, success, steps, cfg):
                 role = "failing"
         records.append(
             {"role": role, "gate": "", "similarity": 0.0, "support": 0.0, "alpha": 0.0, "abar": 0.0, "transfer": 0.0}
+            | {"witnesses": {None}}
         )
     for number, (step, record) in enumerate(zip(steps, records, strict=True)):
         if record["role"] != "failing":
@@ -117,9 +118,12 @@ def transfer(base, mask, index, success, steps, cfg):
             prompts = {index[i] for i in holders}
             winners = [i for i in range(rows) if index[i] in prompts and success[i] and a[i] > 0]
             sup = len(holders) / len(winners) if cfg.use_support else 1.0
-            ranked.append((-m, -sup, -abar, min(holders)))
-        m, sup, abar = (-value for value in min(ranked)[:3])
+            ranked.append((-m, -sup, -abar, min(holders), group))
+        m, sup, abar = (-value for value in min(entry[:4] for entry in ranked)[:3])
         record["similarity"] = m
+        best = min(entry[:4] for entry in ranked)
+        among = witnesses if m < cfg.theta else [k for *rank, group in ranked if tuple(rank) == best for k in group]
+        record["witnesses"] = {k for k in among if similarity(cfg.tools, steps[number], steps[k]) == m}
         if m < cfg.theta:
             record["gate"] = "below_theta"
             continue

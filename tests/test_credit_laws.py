@@ -26,6 +26,7 @@ def test_equals_the_slow_reference(block):
         torch.testing.assert_close(result, expected, atol=1e-6, rtol=0, msg=lambda m, seed=seed: f"seed {seed}: {m}")
         for got, want in zip(report.steps, records, strict=True):
             assert (got.role, got.gate) == (want["role"], want["gate"]), seed
+            assert got.witness in want["witnesses"], seed
             for name, value in [("reference_advantage", want["abar"]), *want.items()]:
                 if isinstance(value, float) and name != "abar":
                     assert getattr(got, name) == pytest.approx(value, abs=1e-6), (seed, name)

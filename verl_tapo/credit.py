@@ -70,6 +70,8 @@ class StepCredit:
     """``abar(G*)``"""
     transfer: float
     """``beta * alpha * abar(G*)`` of a corrected step, else 0. Tokens of a turn with several calls get the smallest."""
+    witness: int | None
+    """Number of the most similar witness step, in G* where there is one, else of all; None where none was compared."""
 
 
 class _Trajectories(NamedTuple):
@@ -89,6 +91,7 @@ class _Matches(NamedTuple):
     component: IntArray  # -1: none at theta or above
     support: FloatArray
     reference: FloatArray
+    witness: IntArray  # the step number of the most similar witness, -1 for none
     witness_component: IntArray  # (S,) the reference group of each witness step in play, else -1
 
 
@@ -117,8 +120,8 @@ class CreditReport:
         """One record per given step, in the given order."""
         if self._steps is None:
             self._steps = [
-                StepCredit(row, tool, _ROLES[role], _GATES[gate], *numbers)
-                for row, tool, role, gate, *numbers in zip(
+                StepCredit(row, tool, _ROLES[role], _GATES[gate], m, sup, alpha, abar, add, w if w >= 0 else None)
+                for row, tool, role, gate, m, sup, alpha, abar, add, w in zip(
                     self._columns.row.tolist(),
                     self._columns.tool,
                     self._role.tolist(),
@@ -128,6 +131,7 @@ class CreditReport:
                     self._alpha.tolist(),
                     self._matches.reference.tolist(),
                     self._transfer.tolist(),
+                    self._matches.witness.tolist(),
                     strict=True,
                 )
             ]
@@ -414,6 +418,7 @@ def _match(columns: StepColumns, t: _Trajectories, role: IntArray, cfg: TapoConf
 
     component = np.arange(nodes)  # (3): of a witness node, the least node of its reference group
     best = np.full(nodes, -np.inf)  # of a failing node, the best similarity to any witness
+    closest = np.full(nodes, -1)  # of a failing node, a witness node at that similarity
     ties: list[IntArray] = [np.zeros((2, 0), dtype=np.int64)]  # (failing node, witness node) at that similarity
     for left, right, similarity in _compared_pairs(calls, is_witness):
         near = similarity >= cfg.theta
@@ -421,7 +426,9 @@ def _match(columns: StepColumns, t: _Trajectories, role: IntArray, cfg: TapoConf
         _link(component, left[linked], right[linked])
         mine = is_failing[left]
         np.maximum.at(best, left[mine], similarity[mine])
-        ties.append(np.stack([left, right])[:, near & mine & (similarity == best[left])])
+        mine &= similarity == best[left]
+        closest[left[mine]] = right[mine]
+        ties.append(np.stack([left, right])[:, near & mine])
 
     # (4) and (5), for all reference groups at once.
     group = component[calls.of_step[in_play]]
@@ -442,16 +449,21 @@ def _match(columns: StepColumns, t: _Trajectories, role: IntArray, cfg: TapoConf
     order = np.lexsort((earliest[candidate], -reference[candidate], -support[candidate], call))
     calls_tied, first = np.unique(call[order], return_index=True)
     chosen[calls_tied] = candidate[order][first]
+    closest[calls_tied] = witness[order][first]
+    earliest_step = np.full(nodes, len(role))
+    np.minimum.at(earliest_step, calls.of_step[in_play], in_play)
 
     similarity, matched = np.full(len(role), -np.inf), np.full(len(role), -1)
     similarity[failing] = best[calls.of_step[failing]]
+    nearest, compared = np.full(len(role), -1), failing[closest[calls.of_step[failing]] >= 0]
+    nearest[compared] = earliest_step[closest[calls.of_step[compared]]]
     matched[failing] = chosen[calls.of_step[failing]]
     witness_component = np.full(len(role), -1)
     witness_component[in_play] = group
     has = matched >= 0
     sup, abar = np.zeros(len(role)), np.zeros(len(role))
     sup[has], abar[has] = support[matched[has]], reference[matched[has]]
-    return _Matches(similarity, matched, sup, abar, witness_component)
+    return _Matches(similarity, matched, sup, abar, nearest, witness_component)
 
 
 def _distinct_pairs(first: IntArray, second: IntArray) -> IntArray:
