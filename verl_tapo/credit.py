@@ -143,8 +143,7 @@ class CreditReport:
         Shares have all failing steps (or failing trajectories, or policy tokens) as their denominator, 0 where there
         are none. Means over matched or corrected steps are left out where there are no such steps. *Misassigned*
         is a failing step with an equivalent call in a successful rollout (``m >= theta``), whether or not it passed
-        the confidence gate [paper]. *Lift* is, averaged over the matched reference groups, by how much trajectories
-        that hold the call succeed more often than their prompt group; at or below 0 the witnesses are lucky [ours].
+        the confidence gate [paper]. *Lift* is the mean of `lifts` over the matched reference groups.
 
         No name contains ``max``, ``min``, ``sum`` or ``total``: veRL's aggregator would not average it.
         """
@@ -168,15 +167,22 @@ class CreditReport:
             metrics["tapo/support"] = float(self._matches.support[matched].mean())
             metrics["tapo/alpha"] = float(self._alpha[matched].mean())
             metrics["tapo/reference_advantage"] = float(self._matches.reference[matched].mean())
-            metrics["tapo/lift"] = self._lift(holder)
+            metrics["tapo/lift"] = float(self.lifts()[0].mean())
         if corrected.any():
             metrics["tapo/transfer"] = float(self._transfer[corrected].mean())
         metrics.update(self._tool_metrics(failing, matched, corrected, real.sum()))
         return metrics
 
-    def _lift(self, holder: IntArray) -> float:
-        """Mean over matched reference groups of the mean of ``y - rate(prompt group)`` over those that hold one."""
+    def lifts(self) -> tuple[FloatArray, FloatArray]:
+        """By how much trajectories that hold the call succeed more often than their prompt group [ours].
+
+        Returns:
+            (R,) for each matched reference group, the mean of ``y - rate(prompt group)`` over the trajectories that
+            hold one of its calls, witnesses and failing ones; and (S,) for each given step, that of its ``G*``, NaN
+            where it has none. At or below 0 the witnesses are lucky.
+        """
         t = self._trajectories
+        holder = t.of_row[self._columns.row]
         real = t.tokens > 0
         size = np.bincount(t.group, weights=real)
         rate = np.bincount(t.group, weights=real & t.success) / np.maximum(size, 1)
@@ -184,8 +190,12 @@ class CreditReport:
         component = np.where(matched, self._matches.component, self._matches.witness_component)
         chosen = np.isin(component, self._matches.component[matched]) & (component >= 0)
         pairs = _distinct_pairs(component[chosen], holder[chosen])
+        groups, number = np.unique(pairs[0], return_inverse=True)
         gain = t.success[pairs[1]] - rate[t.group[pairs[1]]]
-        return float((np.bincount(pairs[0], weights=gain)[np.unique(pairs[0])] / _counts(pairs[0])).mean())
+        lift = np.bincount(number, weights=gain) / np.bincount(number)
+        of_step = np.full(len(component), np.nan)
+        of_step[matched] = lift[np.searchsorted(groups, component[matched])]
+        return lift, of_step
 
     def _tool_metrics(
         self, failing: BoolArray, matched: BoolArray, corrected: BoolArray, trajectories: int
@@ -210,10 +220,6 @@ class CreditReport:
 
 def _share(part: Any, whole: Any) -> float:
     return float(part) / float(whole) if whole else 0.0
-
-
-def _counts(values: IntArray) -> IntArray:
-    return np.unique(values, return_counts=True)[1]
 
 
 def metric_word(name: str) -> str:
