@@ -74,6 +74,18 @@ class StepCredit:
     """Number of the most similar witness step, in G* where there is one, else of all; None where none was compared."""
 
 
+class Lifts(NamedTuple):
+    """Whether witnesses mark what leads to success [ours]. R matched reference groups, S steps."""
+
+    lift: FloatArray
+    """(R,) mean of ``y - rate(prompt group)`` over the trajectories that hold one of the group's calls, witnesses and
+    failing ones. At or below 0 the witnesses are lucky, unless all hold one."""
+    universal: BoolArray
+    """(R,) whether every trajectory of the prompt groups concerned holds one; its lift is 0."""
+    of_step: IntArray
+    """(S,) which reference group is a step's ``G*``; -1 for none."""
+
+
 class _Trajectories(NamedTuple):
     """T trajectories."""
 
@@ -167,20 +179,14 @@ class CreditReport:
             metrics["tapo/support"] = float(self._matches.support[matched].mean())
             metrics["tapo/alpha"] = float(self._alpha[matched].mean())
             metrics["tapo/reference_advantage"] = float(self._matches.reference[matched].mean())
-            metrics["tapo/lift"] = float(self.lifts()[0].mean())
+            metrics["tapo/lift"] = float(self.lifts().lift.mean())
         if corrected.any():
             metrics["tapo/transfer"] = float(self._transfer[corrected].mean())
         metrics.update(self._tool_metrics(failing, matched, corrected, real.sum()))
         return metrics
 
-    def lifts(self) -> tuple[FloatArray, FloatArray]:
-        """By how much trajectories that hold the call succeed more often than their prompt group [ours].
-
-        Returns:
-            (R,) for each matched reference group, the mean of ``y - rate(prompt group)`` over the trajectories that
-            hold one of its calls, witnesses and failing ones; and (S,) for each given step, that of its ``G*``, NaN
-            where it has none. At or below 0 the witnesses are lucky.
-        """
+    def lifts(self) -> Lifts:
+        """By how much trajectories that hold a matched reference group's call succeed more often than others."""
         t = self._trajectories
         holder = t.of_row[self._columns.row]
         real = t.tokens > 0
@@ -188,14 +194,17 @@ class CreditReport:
         rate = np.bincount(t.group, weights=real & t.success) / np.maximum(size, 1)
         matched = self._gate >= _BELOW_ALPHA
         component = np.where(matched, self._matches.component, self._matches.witness_component)
-        chosen = np.isin(component, self._matches.component[matched]) & (component >= 0)
-        pairs = _distinct_pairs(component[chosen], holder[chosen])
-        groups, number = np.unique(pairs[0], return_inverse=True)
-        gain = t.success[pairs[1]] - rate[t.group[pairs[1]]]
-        lift = np.bincount(number, weights=gain) / np.bincount(number)
-        of_step = np.full(len(component), np.nan)
-        of_step[matched] = lift[np.searchsorted(groups, component[matched])]
-        return lift, of_step
+        groups = np.unique(component[matched])
+        number = np.searchsorted(groups, component)
+        chosen = np.isin(component, groups)
+        held, holders = _distinct_pairs(number[chosen], holder[chosen])
+        prompts, of_prompt = _distinct_pairs(held, t.group[holders])
+        count = np.bincount(held)
+        return Lifts(
+            np.bincount(held, weights=t.success[holders] - rate[t.group[holders]]) / count,
+            count == np.bincount(prompts, weights=size[of_prompt]),
+            np.where(matched, number, -1),
+        )
 
     def _tool_metrics(
         self, failing: BoolArray, matched: BoolArray, corrected: BoolArray, trajectories: int
