@@ -19,6 +19,7 @@ from audit_pages import audit_result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from verl_tapo.audit import audit
 from verl_tapo.audit.html import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -690,3 +691,29 @@ def test_contrast(open_report: Any, scheme: str) -> None:
     report.search("flag")
     page.click("#group-list a[href='#g0']")
     assert page.evaluate(CONTRAST) == []
+
+
+def test_a_dump_all_the_way(open_report: Any, tmp_path: Path) -> None:
+    """A dump with a hostile rollout and lucky witnesses, audited, written and opened."""
+    lines = []
+    for group in range(3):
+        for rollout in range(8):
+            query = "what helps" if rollout > 5 or group == 2 else "a guess"
+            said = json.dumps({"name": "search", "arguments": {"query": query}})
+            hostile = HOSTILE if rollout == 0 else ""
+            output = (
+                f"{hostile}<tool_call>\n{said}\n</tool_call>\nuser\n<tool_response>\nfound {hostile}\n"
+                "</tool_response>\nassistant\nend"
+            )
+            score = float(rollout in (0, 6, 7))
+            uid = f"group {group}_{rollout}_0"
+            lines.append({"input": "q?", "output": output, "gts": [hostile], "score": score, "step": 1, "uid": uid})
+    (tmp_path / "1.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    report = open_report(audit(tmp_path / "1.jsonl").result)
+    assert report.listed() == [0, 1, 2]
+    report.page.select_option("#filter-gate", "lucky")
+    report.until(lambda: len(report.listed()) == 2)
+    assert report.page.locator(".badge", has_text="lucky witness").count() == 5
+    report.open_details()
+    assert "found <script>" in report.page.locator("#group").inner_text()
+    assert report.page.evaluate("window.pwned") is None

@@ -1,4 +1,4 @@
-"""``verl-tapo doctor``: would TAPO run here, with this configuration?"""
+"""The command ``verl-tapo``. ``doctor``: would TAPO run here, with this configuration? ``audit``: `verl_tapo.audit`."""
 
 from __future__ import annotations
 
@@ -64,8 +64,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument(
         "-v", "--verbose", action="store_true", help="do not hide what veRL prints while it is imported"
     )
-    arguments = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    audit = commands.add_parser("audit", help="show where a run punishes good tool calls, and what TAPO changes there")
+    if given[:1] == ["audit"]:
+        return _audit(parser, audit, given)
+    arguments = parser.parse_args(given)
     return run_doctor(arguments.config, arguments.overrides, arguments.verbose)
+
+
+def _audit(parser: argparse.ArgumentParser, audit: argparse.ArgumentParser, given: Sequence[str]) -> int:
+    try:
+        from verl_tapo.audit import command
+    except ModuleNotFoundError as error:
+        audit.error(f"{error.name} is not installed: pip install 'verl-tapo[audit]'")
+    command.add_arguments(audit)
+    return command.run(parser.parse_args(given))
 
 
 def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False) -> int:

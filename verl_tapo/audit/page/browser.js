@@ -15,6 +15,8 @@
  * @property {number | null} similarity
  * @property {number | null} support
  * @property {number | null} alpha
+ * @property {number | null} [lift] of its reference group
+ * @property {boolean} [lucky] its witnesses are: rollouts that hold the call succeed no more often than their siblings
  * @property {number | null} reference_advantage
  * @property {number | null} transfer
  * @property {number} before advantage
@@ -108,7 +110,7 @@ function placeOf(hash) {
  * @param {Filter} filter
  */
 function callMatches(call, { tool, gate, role }) {
-  return (!tool || call.tool === tool) && (!gate || call.gate === gate) && (!role || call.role === role);
+  return (!tool || call.tool === tool) && (!gate || (gate === "lucky" ? Boolean(call.lucky) : call.gate === gate)) && (!role || call.role === role);
 }
 
 /**
@@ -494,6 +496,7 @@ class Browser {
         "p",
         { class: "state" },
         html("span", { class: "badge" }, call.role === "failing" ? `${GATE_SIGNS[call.gate]} ${GATES[call.gate] ?? "failing"}` : call.role === "witness" ? "★ witness" : ROLES[call.role]),
+        call.lucky && html("span", { class: "badge broken" }, "⚠ lucky witness"),
         !call.ok && html("span", { class: "badge broken" }, "✗ ", spelled(cut(call.status, 80).replaceAll("_", " "))),
         advantage(call.before, call.after),
       ),
@@ -534,13 +537,14 @@ class Browser {
   }
 
   /** @param {Call} call */
-  figures({ role, similarity, support, alpha, reference_advantage, transfer }) {
+  figures({ role, similarity, support, alpha, lift, reference_advantage, transfer }) {
     if (role !== "failing") return null;
     /** @type {[string, string][]} */
     const figures = [
       ["similarity", decimal(similarity)],
       ["support", decimal(support)],
       ["alpha", decimal(alpha)],
+      ["lift", signed(lift ?? null)],
       ["reference advantage", signed(reference_advantage)],
       ["transfer", signed(transfer)],
     ];

@@ -1,0 +1,701 @@
+"""``verl-tapo audit``: reading rollouts, finding calls in text, judging them, and what is reported."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pandas
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl_tapo import TapoConfig, transfer_credit
+from verl_tapo.audit import ReadOptions, audit
+from verl_tapo.audit.analysis import Sweep, analyse, figures, star
+from verl_tapo.audit.batches import batch_from_dump
+from verl_tapo.audit.collect import Sample
+from verl_tapo.audit.model import Call, StepBatch, Trajectory
+from verl_tapo.audit.sources import Problems, Row, find_sources, read_dump
+from verl_tapo.audit.text import find_calls, split_turns
+from verl_tapo.cli import main
+from verl_tapo.config import TapoSettings
+from verl_tapo.parsing import NOT_EXECUTED_PREFIX
+from verl_tapo.steps import ToolStep
+
+
+def call_text(tool, **arguments):
+    return f"<tool_call>\n{json.dumps({'name': tool, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
+
+
+def answers(*texts):
+    return "\nuser\n" + "\n".join(f"<tool_response>\n{text}\n</tool_response>" for text in texts) + "\nassistant\n"
+
+
+def search_then(query, answer, thought="Let me look."):
+    return thought + call_text("search", query=query) + answers(f"about {query}") + answer
+
+
+def line(output, score, uid="p", session=0, step=1, **more):
+    return {"input": "question", "output": output, "gts": ["x"], "score": score, "step": step} | {
+        "uid": f"{uid}_{session}_0",
+        **more,
+    }
+
+
+def write_dump(path, lines):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        for entry in lines:
+            file.write((entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)) + "\n")
+    return path
+
+
+def two_of_four(step=1, uid="p"):
+    """A group where two succeed with the same call, one fails with it, and one fails with another."""
+    same, other = "capital of Oman", "currency of Chile"
+    outputs = [(same, "right", 1.0), (same, "right", 1.0), (same, "wrong", 0.0), (other, "wrong", 0.0)]
+    return [
+        line(search_then(query, answer), score, uid, number, step)
+        for number, (query, answer, score) in enumerate(outputs)
+    ]
+
+
+class TestText:
+    def test_turns_and_answers(self):
+        text = "think" + call_text("zoom", image=1) + answers("one") + call_text("search", query="é") + answers("two")
+        text += "The end."
+        turns = split_turns(text, "hermes")
+        assert [text[slice(*span)] for span in turns.assistant] == [
+            "think" + call_text("zoom", image=1),
+            call_text("search", query="é"),
+            "The end.",
+        ]
+        assert [[text[slice(*span)].strip() for span in of] for of in turns.answers] == [["one"], ["two"]]
+        calls = find_calls(text, "hermes").calls
+        assert [(c.tool, c.arguments, c.status, c.result, c.turn) for c in calls] == [
+            ("zoom", {"image": 1}, "ok", "one", 0),
+            ("search", {"query": "é"}, "ok", "two", 1),
+        ]
+        assert [text[slice(*c.call_span)] for c in calls] == [
+            call_text("zoom", image=1),
+            call_text("search", query="é"),
+        ]
+        assert text[slice(*calls[0].span)] == "think" + call_text("zoom", image=1)
+
+    @pytest.mark.parametrize(
+        ("answer", "status"),
+        [
+            ("found", "ok"),
+            ("Error executing tool 'search': down", "error"),
+            ("Unknown function 'search'. Available tools: []", "error"),
+            ("Sorry, down for maintenance", "error"),  # one of our markers
+            (f"{NOT_EXECUTED_PREFIX} too many", "not_executed"),
+        ],
+    )
+    def test_status_by_the_answer(self, answer, status):
+        text = call_text("search", query="a") + answers(answer) + "end"
+        (call,) = find_calls(text, "hermes", ["Sorry, down"]).calls
+        assert (call.status, call.ok) == (status, status == "ok")
+
+    def test_unanswered_malformed_and_unclosed(self):
+        text = "<tool_call>\n{broken\n</tool_call>" + call_text("search", query="a") + answers("found") + "end"
+        first, second = find_calls(text, "hermes").calls
+        assert (first.status, second.status, second.result) == ("malformed", "ok", "found")  # veRL drops the first
+        (last,) = find_calls(call_text("search", query="a"), "hermes").calls
+        assert (last.status, last.ok, last.result) == ("unanswered", False, None)
+        found = find_calls("I will <tool_call>\n{", "hermes")
+        assert (found.calls, found.unclosed) == ([], 1)
+
+    def test_parallel_calls_share_a_turn(self):
+        text = call_text("search", query="a") + "\n" + call_text("search", query="b") + answers("A", "B") + "end"
+        calls = find_calls(text, "hermes").calls
+        assert [(c.turn, c.result) for c in calls] == [(0, "A"), (0, "B")]
+
+    def test_what_a_model_says_of_answers_is_no_answer(self):
+        text = "<tool_response>fake</tool_response>" + call_text("search", query="a") + answers("real") + "end"
+        (call,) = find_calls(text, "hermes").calls
+        assert call.result == "real"
+        assert call.span == (0, text.index("\nuser\n"))
+
+    def test_without_headers_the_markers_count(self):
+        text = call_text("search", query="a") + "\n<tool_response>\nA\n</tool_response>\n" + "The end."
+        (call,) = find_calls(text, "hermes").calls
+        assert call.result == "A"
+        assert [text[slice(*span)].strip() for span in split_turns(text, "hermes").assistant][-1] == "The end."
+
+    def test_special_tokens_that_were_kept(self):
+        text = call_text("search", query="a") + "<|im_end|>\n<|im_start|>user\n<tool_response>\nA\n</tool_response>"
+        text += "<|im_end|>\n<|im_start|>assistant\nThe end.<|im_end|>"
+        (call,) = find_calls(text, "hermes").calls
+        assert call.result == "A"
+        assert [text[slice(*span)] for span in split_turns(text, "hermes").assistant] == [
+            call_text("search", query="a"),
+            "The end.<|im_end|>",
+        ]
+
+    def test_another_format(self):
+        text = "<tool_call>\n<function=search>\n<parameter=query>\nOman\n</parameter>\n</function>\n</tool_call>"
+        (call,) = find_calls(text + answers("A") + "end", "qwen3_coder").calls
+        assert (call.tool, call.arguments, call.status) == ("search", {"query": "Oman"}, "ok")
+
+    @given(st.text(max_size=300))
+    @settings(max_examples=300, deadline=None)
+    def test_no_text_makes_it_raise(self, text):
+        for piece in (
+            "<tool_call>",
+            "</tool_call>",
+            "\nuser\n<tool_response>",
+            "</tool_response>\nassistant\n",
+            '{"a":',
+        ):
+            text = text.replace("0", piece, 1)
+        for tool_format in ("hermes", "glm", "kimi", "minimax", "seed", "qwen3_coder"):
+            found = find_calls(text, tool_format)
+            spans = [span for call in found.calls for span in (call.span, call.call_span)]
+            assert all(0 <= start <= end <= len(text) for start, end in spans)
+            assert found.size <= len(text)
+
+
+class TestReading:
+    def test_a_folder_as_veRL_leaves_it(self, tmp_path):
+        (tmp_path / "rollouts").mkdir()
+        for step in (1, 2, 10):
+            write_dump(tmp_path / "rollouts" / f"{step}.jsonl", two_of_four(step))
+        (tmp_path / "validation").mkdir()
+        write_dump(tmp_path / "validation" / "1.jsonl", two_of_four())
+        write_dump(tmp_path / "metrics.jsonl", [{"step": 1, "data": {}}])
+        found = find_sources([tmp_path])
+        assert [source.step for source in found.sources] == [1, 2, 10]
+        assert {path.name for path in found.left_out} == {"validation", "metrics.jsonl"}
+        assert [s["step"] for s in audit(tmp_path).result["steps"]] == [1, 2, 10]
+        assert audit(tmp_path / "validation").result["totals"]["trajectories"] == 4  # named on purpose
+
+    def test_what_cannot_be_read_is_told_with_file_and_line(self, tmp_path):
+        good = two_of_four()
+        bad = [
+            '{"input": "cut',
+            "[1, 2]",
+            json.dumps({"prompt": "p", "response": "r", "reward": 1}),
+            json.dumps(line("text", None, session=9)),
+            json.dumps(line("text", float("nan"), session=10)),
+            "[" * 100_000,
+            "",
+        ]
+        path = write_dump(tmp_path / "1.jsonl", [*good, *bad])
+        path.write_text(path.read_text() + json.dumps(line("text", 1.0, session=11))[:-20])  # the run was killed here
+        result = audit(path).result
+        assert result["totals"]["trajectories"] == 4
+        assert result["skipped"] == 7
+        assert [(p["line"], p["reason"]) for p in result["problems"]] == [
+            (5, "not JSON"),
+            (6, "not a JSON object but list"),
+            (7, "no text in 'output'; fields: prompt, response, reward"),
+            (8, "no score"),
+            (9, "the score is 'nan', not a finite number"),
+            (10, "nested too deeply"),
+            (12, "not JSON: the line is cut short"),
+        ]
+        assert {p["file"] for p in result["problems"]} == {str(path)}
+        assert [w["code"] for w in result["warnings"]] == ["skipped_lines"]
+
+    def test_many_alike_are_counted(self, tmp_path):
+        path = write_dump(tmp_path / "1.jsonl", [*two_of_four(), *["nonsense"] * 500])
+        result = audit(path).result
+        assert result["skipped"] == 500
+        assert len(result["problems"]) == 21
+        assert result["problems"][-1] == {"file": str(path), "line": None, "reason": "480 more lines: not JSON"}
+
+    def test_gz_and_one_that_breaks_off(self, tmp_path):
+        path = write_dump(tmp_path / "1.jsonl.gz", two_of_four() * 200)
+        whole = audit(path).result["totals"]
+        path.write_bytes(path.read_bytes()[:-200])
+        result = audit(path).result
+        assert 0 < result["totals"]["trajectories"] <= whole["trajectories"]
+        assert "the file breaks off" in result["problems"][-1]["reason"]
+
+    def test_other_names_of_fields(self, tmp_path):
+        renamed = [
+            {"question": e["input"], "response": e["output"], "reward": e["score"], "id": e["uid"]}
+            for e in two_of_four()
+        ]
+        path = write_dump(tmp_path / "7.jsonl", renamed)
+        with pytest.raises(ValueError, match="neither a rollout dump"):
+            audit(path)
+        fields = {"input": "question", "output": "response", "score": "reward", "uid": "id"}
+        result = audit(path, options=ReadOptions(fields=fields)).result
+        assert (result["steps"][0]["step"], result["totals"]["corrected_steps"]) == (7, 1)
+        assert result["groups"][0]["prompt"] == "question"
+
+    def test_without_uid_the_prompt_and_the_truth_make_the_group(self, tmp_path):
+        lines = [*two_of_four(), *two_of_four(uid="q")]
+        for entry in lines:
+            entry["gts"] = entry.pop("uid")[0]
+        result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        assert (result["totals"]["prompts"], result["totals"]["corrected_steps"]) == (2, 2)
+
+    def test_several_steps_in_one_file_and_one_twice(self, tmp_path):
+        path = write_dump(tmp_path / "all.jsonl", [*two_of_four(1), *two_of_four(2), *two_of_four(3)])
+        result = audit(path).result
+        assert [(s["step"], s["trajectories"]) for s in result["steps"]] == [(1, 4), (2, 4), (3, 4)]
+        again = audit(path, write_dump(tmp_path / "3.jsonl", two_of_four(3))).result
+        assert "repeated_steps" in [w["code"] for w in again["warnings"]]
+
+    def test_outputs_of_a_session_are_one_trajectory(self):
+        first = line(call_text("search", query="Oman") + answers("A") + "and so", 0.0)
+        last = {**line("then" + call_text("zoom", image=1) + answers("B") + "end", 1.0), "uid": "p_0_1"}
+        batch = batch_from_dump(1, [Row(1, last), Row(2, first)], TapoSettings(), ReadOptions())
+        (trajectory,) = batch.trajectories
+        assert (trajectory.name, trajectory.group, trajectory.score, trajectory.success) == ("p_0", "p", 1.0, True)
+        assert [(c.tool, c.turn) for c in trajectory.calls] == [("search", 0), ("zoom", 1)]
+        assert [trajectory.text[slice(*c.call_span)] for c in trajectory.calls] == [
+            call_text("search", query="Oman"),
+            call_text("zoom", image=1),
+        ]
+
+    def test_rows_that_fill_up_a_batch_are_no_rollouts(self, tmp_path):
+        padding = [{**line("", 0.0), "uid": f"pad{'0f' * 16}_{number}_0"} for number in range(4)]
+        result = audit(write_dump(tmp_path / "1.jsonl", [*two_of_four(), *padding])).result
+        assert (result["totals"]["trajectories"], result["totals"]["prompts"], result["warnings"]) == (4, 1, [])
+
+    def test_success_is_the_key_or_else_the_score(self, tmp_path):
+        lines = two_of_four()
+        for entry in lines:
+            entry["acc"] = 1.0 - entry["score"]
+        path = write_dump(tmp_path / "1.jsonl", lines)
+        assert audit(path).result["totals"]["successes"] == 2
+        assert audit(path).result["totals"]["failing_trajectories"] == 0  # those with acc 0 have the higher score
+        by_score = audit(path, settings={"success_key": "score"}).result["totals"]
+        assert (by_score["failing_trajectories"], by_score["corrected_steps"]) == (2, 1)
+
+    def test_the_read_is_reported_to_the_last_byte(self, tmp_path):
+        path = write_dump(tmp_path / "1.jsonl", two_of_four() * 100)
+        told = []
+        list(read_dump(path, {}, Problems(), told.append))
+        assert sum(told) == path.stat().st_size
+
+    @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+    def test_advantages_are_veRLs(self, estimator):
+        core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+        import numpy as np
+
+        scores = [0.1, 0.1, 0.1, 0.9, 0.3, 1.0, 0.7]
+        groups = ["p", "p", "p", "q", "q", "q", "single"]
+        rows = [Row(k, line("text", score, uid, k)) for k, (score, uid) in enumerate(zip(scores, groups, strict=True))]
+        batch = batch_from_dump(1, rows, TapoSettings(), ReadOptions(estimator))
+        rewards, mask = torch.tensor(scores)[:, None], torch.ones(7, 1)
+        if estimator == "rloo":
+            expected, _ = core_algos.compute_rloo_outcome_advantage(rewards, mask, np.array(groups))
+        else:
+            expected, _ = core_algos.compute_grpo_outcome_advantage(
+                rewards, mask, np.array(groups), norm_adv_by_std_in_grpo=estimator == "grpo"
+            )
+        assert [t.advantage for t in batch.trajectories] == expected[:, 0].tolist()
+
+
+class TestImages:
+    """``image: 2`` is the same image only where it was made in the same way."""
+
+    def rollout(self, *boxes, session, score):
+        text = "".join(call_text("zoom", image=1, bbox=box) + answers("<image>") for box in boxes)
+        return line(text + call_text("image_search", image=2) + answers("A flag") + "end", score, session=session)
+
+    def compared(self, *lines):
+        rows = [Row(number, entry) for number, entry in enumerate(lines)]
+        batch = batch_from_dump(1, rows, TapoSettings(), ReadOptions())
+        return [[dict(call.compared) for call in trajectory.calls] for trajectory in batch.trajectories]
+
+    def test_images_that_tools_made(self):
+        left, right, left_again = self.compared(
+            self.rollout([0, 0, 9, 9], session=0, score=1.0),
+            self.rollout([5, 5, 9, 9], session=1, score=0.0),
+            self.rollout([0, 0, 9, 9], session=2, score=0.0),
+        )
+        assert left[1] == left_again[1] != right[1]
+        assert left[0]["image"] == right[0]["image"] == 1  # the prompt's
+
+    def test_an_image_of_the_prompt_stays_one_later(self):
+        first, second = self.compared(
+            self.rollout([0, 0, 9, 9], session=0, score=1.0),
+            self.rollout([5, 5, 9, 9], [0, 0, 9, 9], session=1, score=0.0),
+        )
+        assert first[0] == second[1]
+
+
+def random_batch(seed, rows=12):
+    import random
+
+    r = random.Random(seed)
+    trajectories = []
+    for number in range(rows):
+        success = r.random() < 0.5
+        calls = []
+        turn = 0
+        for _ in range(r.randrange(4)):
+            turn += r.random() < 0.7
+            arguments = {"query": r.choice(["red car", "red cars", "blue car", "tall tree"])}
+            sizes = (r.randrange(5, 50), r.randrange(1, 5))
+            calls.append(Call(r.choice(["search", "look"]), arguments, arguments, turn, r.random() < 0.9, "ok", *sizes))
+        for call in calls:
+            call.turn_size = max(other.turn_size for other in calls if other.turn == call.turn)
+        advantage = r.choice([0.5, 1.0]) if success else r.choice([-0.4, -1.2])
+        group = f"g{number % 3}"
+        trajectories.append(Trajectory(f"t{number}", group, float(success), success, advantage, 200, calls))
+    return StepBatch(1, trajectories)
+
+
+class TestAnalysis:
+    @pytest.mark.parametrize("scope", ["step", "call"])
+    @pytest.mark.parametrize("seed", range(20))
+    def test_the_same_as_on_tokens(self, seed, scope):
+        """Against the rule on real tokens, with parallel calls in shared turns."""
+        batch = random_batch(seed)
+        cfg = TapoConfig(token_scope=scope, alpha_min=0.1)
+        steps, mask = [], torch.zeros(len(batch.trajectories), 200, dtype=torch.int64)
+        mask[:, :] = 1
+        for row, trajectory in enumerate(batch.trajectories):
+            at = {}
+            for call in trajectory.calls:
+                begin, used = at.get(call.turn, (50 * call.turn, 0))
+                at[call.turn] = (begin, used + call.call_size)
+                turn = (begin, begin + call.turn_size)
+                first = begin + used
+                inside = first + call.call_size <= turn[1]
+                first = first if inside else turn[1] - call.call_size
+                steps.append(
+                    ToolStep(
+                        row, call.tool, call.arguments, turn, (max(first, turn[0]), first + call.call_size), call.ok
+                    )
+                )
+        base = torch.tensor([t.advantage for t in batch.trajectories], dtype=torch.float64)[:, None].repeat(1, 200)
+        groups, success = [t.group for t in batch.trajectories], [t.success for t in batch.trajectories]
+        advantages, report = transfer_credit(base, mask, groups, success, steps, cfg)
+        analysis = analyse(batch, cfg)
+        assert [j.credit for j in analysis.calls] == report.steps
+        for judged, step in zip(analysis.calls, steps, strict=True):
+            if scope == "step":
+                assert judged.after == advantages[step.row, step.turn[0]].item()
+        values = figures(analysis.counts())
+        metrics = report.metrics()
+        assert values["failing_steps"] == sum(s.role == "failing" for s in report.steps)
+        for name in ("misassigned", "corrected"):
+            share = values[f"{name}_steps"] / max(values["failing_steps"], 1)
+            assert share == pytest.approx(metrics[f"tapo/{name}_steps"])
+        for name in ("similarity", "support", "alpha", "transfer", "lift", "reference_advantage"):
+            assert (values[name] is None) == (f"tapo/{name}" not in metrics)
+            assert values[name] == pytest.approx(metrics.get(f"tapo/{name}"))
+        if scope == "step":
+            assert values["token_share"] == pytest.approx(metrics["tapo/token_share"])
+            removed = (advantages - base)[base < 0].sum().item() / -base[base < 0].sum().item()
+            assert values["penalty_removed"] == pytest.approx(removed)
+
+    @pytest.mark.parametrize("scope", ["step", "call"])
+    def test_a_sweep_says_what_an_audit_of_each_setting_says(self, scope):
+        cfg = TapoConfig(token_scope=scope)
+        sweep = Sweep(cfg, star(cfg, [0.2, 1.5], [0.5, 0.95], [0.0, 0.6]))
+        batches = [random_batch(seed) for seed in range(5)]
+        for batch in batches:
+            sweep.add(batch)
+        assert len(sweep.rows()) == 7
+        for row in sweep.rows():
+            own = TapoConfig(beta=row["beta"], theta=row["theta"], alpha_min=row["alpha_min"], token_scope=scope)
+            analyses = [analyse(batch, own) for batch in batches]
+            corrected = [j for a in analyses for j in a.calls if j.credit.gate == "corrected"]
+            assert row["corrected_steps"] == len(corrected) > 0
+            assert row["mean_lifted_advantage"] == pytest.approx(sum(j.after for j in corrected) / len(corrected))
+            changed = sum(a.counts()["changed_size"] for a in analyses)
+            assert row["token_share"] == pytest.approx(changed / (5 * 12 * 200))
+
+    def test_nothing_to_judge(self):
+        silent = StepBatch(1, [Trajectory("t", "g", 0.0, False, 0.0, 5, [])])
+        assert figures(analyse(silent, TapoConfig()).counts())["token_share"] == 0
+        assert figures(analyse(StepBatch(1, []), TapoConfig()).counts())["token_share"] is None
+
+    def test_a_sample_is_even_and_bounded(self):
+        sample = Sample(100)
+        for number in range(12345):
+            sample.add(number)
+        assert 50 <= len(sample.items) <= 100
+        gaps = {b - a for a, b in zip(sample.items[:-1], sample.items[1:], strict=True)}
+        assert len(gaps) == 1
+
+
+class TestFigures:
+    """By hand: two right and two wrong rollouts; a = ±0.866; of the wrong ones, one made the call of the right ones."""
+
+    def test_of_one_group(self, tmp_path):
+        result = audit(write_dump(tmp_path / "1.jsonl", two_of_four())).result
+        totals = result["totals"]
+        expected = {
+            "prompts": 1,
+            "trajectories": 4,
+            "successes": 2,
+            "failing_trajectories": 2,
+            "misassigned_trajectories": 1,
+            "correctable_trajectories": 1,
+            "calls": 4,
+            "witness_steps": 2,
+            "failing_steps": 2,
+            "misassigned_steps": 1,
+            "corrected_steps": 1,
+            "below_theta_steps": 1,
+            "lucky_steps": 0,
+            "success_rate": 0.5,
+            "similarity": 1.0,
+            "support": 1.0,
+        }
+        assert {name: totals[name] for name in expected} == expected
+        assert totals["lift"] == pytest.approx(2 / 3 - 1 / 2)
+        turn = len("Let me look." + call_text("search", query="capital of Oman"))
+        other = len("Let me look." + call_text("search", query="currency of Chile"))
+        whole = 3 * turn + other + 4 * 5
+        assert totals["token_share"] == pytest.approx(turn / whole)
+        # the corrected turn's advantage rises to -0.866 + 0.8 * 0.866
+        assert totals["penalty_removed"] == pytest.approx(0.8 * turn / (turn + other + 10), abs=1e-6)
+        (group,) = result["groups"]
+        third, fourth = group["trajectories"][2]["calls"][0], group["trajectories"][3]["calls"][0]
+        assert (third["gate"], third["witness"]) == ("corrected", {"trajectory": 0, "call": 0})
+        assert third["before"] == pytest.approx(-0.866, abs=1e-3)
+        assert third["after"] == pytest.approx(-0.866 * 0.2, abs=1e-3)
+        assert (fourth["gate"], fourth["after"]) == ("below_theta", fourth["before"])
+        assert 0 < fourth["similarity"] < 0.8
+        assert fourth["alpha"] is None
+        assert result["totals"] == {k: v for k, v in result["steps"][0].items() if k != "step"}
+
+    def test_json_can_hold_it(self, tmp_path):
+        odd = search_then("\ud800", "wrong")
+        found = audit(write_dump(tmp_path / "1.jsonl", [*two_of_four(), json.dumps(line(odd, 0.0, session=7))]))
+        assert json.loads(found.to_json())["totals"] == found.result["totals"]
+
+
+class TestWarnings:
+    def codes(self, tmp_path, lines, **options):
+        result = audit(write_dump(tmp_path / "1.jsonl", lines), **options).result
+        return {warned["code"]: warned["level"] for warned in result["warnings"]}
+
+    def test_a_sound_run_has_none(self, tmp_path):
+        lines = [e for group in range(10) for e in two_of_four(uid=f"g{group}")]
+        assert self.codes(tmp_path, lines) == {}
+
+    def test_no_calls(self, tmp_path):
+        assert self.codes(tmp_path, [line("hm", 1.0), line("hm", 0.0, session=1)]) == {"no_calls": "error"}
+
+    def test_one_rollout_a_prompt(self, tmp_path):
+        lines = [line(search_then("Oman", "end"), 1.0, uid=f"p{k}") for k in range(5)]
+        assert self.codes(tmp_path, lines)["single_rollouts"] == "error"
+
+    def test_one_sided_groups(self, tmp_path):
+        lines = [line(search_then("Oman", "end"), 0.0, uid=f"p{k // 4}", session=k % 4) for k in range(20)]
+        assert self.codes(tmp_path, lines)["one_sided_groups"] == "warning"
+
+    def test_lucky_witnesses(self, tmp_path):
+        lines = []
+        for group in range(10):
+            uid = f"g{group}"
+            # One guess out of three holds; the right call is rare, and the guess is popular.
+            lines += [line(search_then("a guess", "x"), float(k == 0), uid, k) for k in range(6)]
+            lines += [line(search_then("what helps", "x"), 1.0, uid, k) for k in (6, 7)]
+        assert self.codes(tmp_path, lines) == {"lucky_witnesses": "warning"}
+
+    def test_a_call_that_all_siblings_make_is_not_lucky(self, tmp_path):
+        lines = [
+            line(search_then("first step", "x"), float(k < 4), f"g{group}", k) for group in range(10) for k in range(8)
+        ]
+        assert self.codes(tmp_path, lines) == {}
+
+    def test_tools(self, tmp_path):
+        lines = []
+        for group in range(10):
+            for k in range(4):
+                broken = call_text("visit", url="a") + answers("Error executing tool 'visit': down")
+                code = call_text("python", code="1") + answers("1")
+                dead = call_text("lookup", word=f"{group} {k}") + answers("?") if k >= 2 else ""
+                text = broken + code + dead + call_text("search", query="a") + answers("A") + "end"
+                lines.append(line(text, float(k < 2), f"g{group}", k))
+        found = self.codes(tmp_path, lines)
+        assert found == {"failing_tool": "warning", "left_out_tool": "info", "dead_tool": "info"}
+
+    def test_gates(self, tmp_path):
+        lines = []
+        for group in range(10):
+            uid = f"g{group}"
+            lines += [line(search_then(f"query number {group}{k}", "x"), 1.0, uid, k) for k in range(4)]
+            lines += [line(search_then(f"query number {group}{k}", "x"), 0.0, uid, 4 + k) for k in range(4)]
+        assert "below_alpha" in self.codes(tmp_path, lines, settings={"theta": 1.0, "alpha_min": 0.3})
+        near = [
+            {
+                **entry,
+                "output": entry["output"].replace("query number", "quest number")
+                if entry["score"] == 0
+                else entry["output"],
+            }
+            for entry in lines
+        ]
+        assert "near_theta" in self.codes(tmp_path, near, settings={"theta": 0.9})
+        assert "nothing_matches" in self.codes(
+            tmp_path, near, settings={"tools": {"search": {"query": "exact"}}, "theta": 1.0}
+        )
+
+
+def run_main(capsys, *arguments):
+    code = main(["audit", *map(str, arguments)])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+class TestCommand:
+    def test_tables(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "120")
+        write_dump(tmp_path / "1.jsonl", two_of_four())
+        code, out, err = run_main(capsys, tmp_path)
+        assert (code, err) == (0, "")
+        assert "corrected" in out
+        assert "50.0%" in out
+        assert "search" in out
+
+    def test_a_terminal_obeys_no_rollout(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        evil = "\x1b[2J[bold red]boo[/]\u202e"
+        lines = [line(call_text(evil, query="a") + answers("A") + "end", float(k < 2), session=k) for k in range(4)]
+        code, out, _ = run_main(capsys, write_dump(tmp_path / "1.jsonl", lines))
+        assert code == 0
+        assert not {"\x1b", "\u202e"} & set(out)
+        assert "[bold red]boo" in out
+
+    def test_files(self, tmp_path, capsys):
+        write_dump(tmp_path / "1.jsonl", two_of_four(1))
+        write_dump(
+            tmp_path / "2.jsonl",
+            [*two_of_four(2), json.dumps(line(search_then("\ud800", "x"), 0.0, session=9, step=2))],
+        )
+        out = tmp_path / "out"
+        out.mkdir()
+        code, said, _ = run_main(
+            capsys, tmp_path / "1.jsonl", tmp_path / "2.jsonl", "--quiet", "--html", out / "r.html", "--json",
+            out / "r.json", "--csv", out / "csv", "--parquet", out / "parquet",
+        )  # fmt: skip
+        assert (code, said) == (0, "")
+        assert "<title>" in (out / "r.html").read_text()
+        assert json.loads((out / "r.json").read_text())["groups"] == []
+        for name in ("steps", "tools", "sweeps", "warnings", "calls"):
+            csv, parquet = (
+                pandas.read_csv(out / "csv" / f"{name}.csv"),
+                pandas.read_parquet(out / "parquet" / f"{name}.parquet"),
+            )
+            assert list(csv.columns) == list(parquet.columns)
+            assert len(csv) == len(parquet)
+        calls = pandas.read_parquet(out / "parquet" / "calls.parquet")
+        assert len(calls) == 9
+        assert (calls["gate"] == "corrected").sum() == 2
+        run_main(capsys, tmp_path / "1.jsonl", "--quiet", "--csv", out / "csv")
+        assert len(pandas.read_csv(out / "csv" / "calls.csv")) == 4  # a new audit, not an addition
+
+    def test_json_on_standard_output_alone(self, tmp_path):
+        path = write_dump(tmp_path / "1.jsonl", two_of_four())
+        command = [sys.executable, "-m", "verl_tapo.cli", "audit", path, "--json", "-", "--browse", "5"]
+        code = "import sys; from verl_tapo.cli import main; sys.exit(main(sys.argv[1:]))"
+        command[1:3] = ["-c", code]
+        done = subprocess.run(command, capture_output=True, check=True)
+        assert len(json.loads(done.stdout)["groups"]) == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["{}/nowhere"], "there is no such file or folder"),
+            (["{}/empty"], "no rollouts in"),
+            (["{}/other.jsonl"], "neither a rollout dump"),
+            (["{}/1.jsonl", "--theta", "1.5"], "algorithm.tapo.theta"),
+            (["{}/1.jsonl", "--theta", "0.8", "7"], "theta"),
+            (["{}/1.jsonl", "--set", "bta=1"], "did you mean 'beta'"),
+            (["{}/1.jsonl", "--set", "beta"], "write KEY=VALUE"),
+            (["{}/1.jsonl", "--field", "answer=x"], "write NAME=OWN"),
+            (["{}/1.jsonl", "--browse", "-1"], "--browse must be at least 0"),
+            (["{}/1.jsonl", "--html", "{}/no/such/r.html"], "No such file"),
+            (["{}/broken.jsonl"], "not one rollout could be read"),
+        ],
+    )
+    def test_what_cannot_be_done_is_said_in_one_line(self, tmp_path, capsys, arguments, message):
+        write_dump(tmp_path / "1.jsonl", two_of_four())
+        write_dump(tmp_path / "other.jsonl", [{"a": 1}])
+        write_dump(tmp_path / "broken.jsonl", [{"output": "x"}])
+        (tmp_path / "empty").mkdir()
+        code, out, err = run_main(capsys, *(argument.format(tmp_path) for argument in arguments))
+        assert (code, out) == (2, "")
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+
+    def test_exit_codes(self, tmp_path, capsys):
+        silent = write_dump(tmp_path / "1.jsonl", [line("hm", 1.0), line("hm", 0.0, session=1)])
+        torn = write_dump(tmp_path / "2.jsonl", [*two_of_four(), "torn"])
+        assert run_main(capsys, silent)[0] == 1
+        assert run_main(capsys, silent, "--fail-on", "never")[0] == 0
+        assert run_main(capsys, torn)[0] == 0
+        assert run_main(capsys, torn, "--fail-on", "warning")[0] == 1
+
+    def test_settings_and_sweeps(self, tmp_path, capsys):
+        path = write_dump(tmp_path / "1.jsonl", two_of_four())
+        out = tmp_path / "r.json"
+        run_main(capsys, path, "--quiet", "--json", out, "--theta", 0.2, 0.9, "--set", "token_scope=call")
+        result = json.loads(out.read_text())
+        assert (result["settings"]["theta"], result["settings"]["token_scope"]) == (0.2, "call")
+        assert result["totals"]["corrected_steps"] == 2
+        assert sorted({row["theta"] for row in result["sweeps"]}) == [0.2, 0.9]
+
+    def test_without_the_extra(self, tmp_path):
+        code = "import sys; sys.modules['rich'] = None; from verl_tapo.cli import main; main(['audit', 'x'])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "pip install 'verl-tapo[audit]'" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+class TestFrames:
+    @pytest.fixture
+    def found(self, tmp_path):
+        for step in (1, 2, 3):
+            write_dump(tmp_path / f"{step}.jsonl", [e for g in range(step) for e in two_of_four(step, f"g{g}")])
+        return audit(tmp_path)
+
+    def test_frames(self, found):
+        assert list(found.steps.index) == [1, 2, 3]
+        assert found.steps["corrected_steps"].tolist() == [1, 2, 3]
+        assert found.tools.loc["search", "calls"] == 24
+        calls = found.calls
+        assert len(calls) == 24
+        corrected = calls[calls["gate"] == "corrected"]
+        assert (corrected["after"] > corrected["before"]).all()
+        assert found.sweeps["corrected_steps"].max() >= 6
+        assert list(found.warnings.columns) == ["code", "level", "text", "advice"]
+
+    def test_calls_may_be_left_out(self, tmp_path):
+        found = audit(write_dump(tmp_path / "1.jsonl", two_of_four()), keep_calls=False)
+        with pytest.raises(ValueError, match="keep_calls=True"):
+            _ = found.calls
+
+    def test_plots(self, found, tmp_path):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        axes = plt.subplots(2, 3)[1].ravel()
+        made = [found.plot_steps(axes[0]), found.plot_similarity(axes[1]), found.plot_support(axes[2])]
+        made += [found.plot_tools(axes[3]), found.plot_sweep("theta", axes[4]), found.plot_sweep("beta", axes[5])]
+        assert [ax.get_xlabel() for ax in made] == [
+            "training step", "similarity to the best witness", "support", "calls", "theta", "beta",
+        ]  # fmt: skip
+        assert made[0].lines[1].get_ydata().tolist() == [0.5, 0.5, 0.5]
+        assert sum(patch.get_height() for patch in made[1].patches) == 12
+        plt.savefig(tmp_path / "plots.png")
+        with pytest.raises(ValueError, match="name must be one of"):
+            found.plot_sweep("gamma")
+
+    def test_light(self):
+        """What reads no frame needs no pandas."""
+        code = (
+            "import sys; import verl_tapo.audit; assert not {'pandas', 'matplotlib', 'rich', 'verl'} & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)

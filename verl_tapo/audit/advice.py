@@ -1,0 +1,207 @@
+"""What a run's figures warn of, and what to do about it. The thresholds are ours: where it pays to look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+from verl_tapo.audit.analysis import Counts
+from verl_tapo.config import TapoSettings
+
+Level: TypeAlias = Literal["info", "warning", "error"]
+LEVELS: tuple[Level, ...] = ("info", "warning", "error")
+
+_ENOUGH = 20  # calls, or steps, before a share says something
+_ROUNDING = 1e-9
+
+
+@dataclass
+class Tally:
+    """What the warnings are drawn from, besides the counts."""
+
+    near_theta: int = 0
+    """Failing steps whose best similarity is less than 0.1 below theta."""
+    told_by_history: int = 0
+    """Calls with an image that is told apart by the calls made before it."""
+    repeated_steps: int = 0
+    """Times that a training step came again."""
+    disagreements: int = 0
+    """Calls whose recorded outcome is not the rule's."""
+
+
+class Warned(NamedTuple):
+    """A finding. ``error``: the figures mean nothing, or the run learns nothing; ``warning``: it may do harm."""
+
+    code: str
+    level: Level
+    text: str
+    advice: str
+
+
+def find_warnings(
+    totals: Counts,
+    tools: Mapping[str, Counts],
+    tally: Tally,
+    settings: TapoSettings,
+    skipped: int,
+) -> list[dict[str, str]]:
+    """All that is worth saying, the gravest first."""
+    found = [
+        *_about_data(totals, tally, skipped),
+        *_about_groups(totals),
+        *_about_tools(totals, tools, settings),
+        *_about_transfer(totals, tally, settings),
+    ]
+    return [warned._asdict() for warned in sorted(found, key=lambda warned: -LEVELS.index(warned.level))]
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _about_data(totals: Counts, tally: Tally, skipped: int) -> Iterator[Warned]:
+    rollouts = totals["trajectories"]
+    if skipped:
+        yield Warned(
+            "skipped_lines",
+            "warning",
+            f"{skipped:,} lines could not be read and are in no figure.",
+            "They are listed under what could not be read. Groups that lost rollouts have other advantages than in "
+            "training.",
+        )
+    if tally.repeated_steps:
+        yield Warned(
+            "repeated_steps",
+            "warning",
+            f"{tally.repeated_steps:,} times a training step came again, from another file or further down.",
+            "Their rollouts were added to the same step. Audit the files of one run only.",
+        )
+    if tally.disagreements:
+        yield Warned(
+            "records_disagree",
+            "error",
+            f"For {tally.disagreements:,} recorded calls the rule says otherwise than the record.",
+            "The records are of another version of verl-tapo, or broken. Please report it where neither is so.",
+        )
+    if not totals["calls"]:
+        yield Warned(
+            "no_calls",
+            "error",
+            f"There is not a single tool call in {int(rollouts):,} rollouts.",
+            "Check --format (actor_rollout_ref.rollout.multi_turn.format). A format whose markers are special tokens "
+            "cannot be found in dumps, which leave these out: record the run with algorithm.tapo.record_dir.",
+        )
+        return
+    for name, what, advice in (
+        ("malformed", "cannot be parsed", "Look at some; where nearly all are, --format is wrong."),
+        ("unanswered", "have no answer", "The rollouts end there: response_length or the limits on turns are small."),
+    ):
+        share = _share(totals[f"{name}_calls"], totals["calls"])
+        if share > 0.1:
+            yield Warned(f"{name}_calls", "warning", f"{share:.0%} of the calls {what}.", advice)
+    if tally.told_by_history:
+        yield Warned(
+            "images_from_text",
+            "info",
+            f"{tally.told_by_history:,} calls refer to images that tools returned, which a text does not show.",
+            "Such images count as equal where the image calls before them were equal. Records are exact "
+            "(algorithm.tapo.record_dir).",
+        )
+
+
+def _about_groups(totals: Counts) -> Iterator[Warned]:
+    prompts = totals["prompts"]
+    single, right, wrong = (_share(totals[f"{name}_groups"], prompts) for name in ("single", "all_right", "all_wrong"))
+    if single > 0.5:
+        yield Warned(
+            "single_rollouts",
+            "error",
+            f"{single:.0%} of the prompt groups have one rollout: there are no siblings to learn from.",
+            "Is this a validation dump, or is rollout.n 1? Dumps without uid are grouped by equal prompt and ground "
+            "truth, which must then be equal to the letter.",
+        )
+        return
+    if right + wrong - single > 0.5:
+        yield Warned(
+            "one_sided_groups",
+            "warning",
+            f"{wrong:.0%} of the prompt groups are all wrong and {right:.0%} all right: nothing can be transferred "
+            f"there, and GRPO learns nothing from them either.",
+            "Easier or harder prompts, more rollouts for each, or filtering such groups (DAPO) give more to learn "
+            "from than any setting of TAPO.",
+        )
+
+
+def _about_tools(totals: Counts, tools: Mapping[str, Counts], settings: TapoSettings) -> Iterator[Warned]:
+    for tool, counts in tools.items():
+        calls = counts["calls"]
+        worked = calls - counts["failed_calls"]
+        if calls < _ENOUGH or counts["malformed_calls"] == calls:
+            continue
+        failed = _share(counts["failed_calls"], calls)
+        if failed > 0.2:
+            yield Warned(
+                "failing_tool",
+                "warning",
+                f"{failed:.0%} of the {int(calls):,} calls of {tool} failed.",
+                "Look at the answers: a back end that is down teaches the policy to do without the tool.",
+            )
+        if not settings.rule.takes_part(tool):
+            how = "by its name" if settings.rule.tools is None else "because algorithm.tapo.tools does not name it"
+            yield Warned(
+                "left_out_tool",
+                "info",
+                f"{tool} takes no part, {how}; it has {int(calls):,} calls.",
+                "Tools that gather information belong in algorithm.tapo.tools, tools that run or make things do not.",
+            )
+        elif worked >= _ENOUGH and not counts["witness_steps"]:
+            yield Warned(
+                "dead_tool",
+                "info",
+                f"{tool} is never a witness in {int(worked):,} calls that worked.",
+                "No rollout succeeds with it. Look at what it returns, and whether the prompts need it.",
+            )
+
+
+def _about_transfer(totals: Counts, tally: Tally, settings: TapoSettings) -> Iterator[Warned]:
+    failing, matched = totals["failing_steps"], totals["misassigned_steps"]
+    if totals["reference_groups"] and matched >= _ENOUGH:
+        lift = totals["lift_sum"] / totals["reference_groups"]
+        lucky = _share(totals["lucky_steps"], matched)
+        if lift < -_ROUNDING or lucky > 0.3:
+            yield Warned(
+                "lucky_witnesses",
+                "warning",
+                f"{lucky:.0%} of the matched failing calls have lucky witnesses: rollouts that hold the call succeed "
+                f"no more often than their prompt group, whose other rollouts do without it (mean lift {lift:+.2f}).",
+                "TAPO can lift wrong calls there, most of all where successes come from guessing. Look at such groups, "
+                "reward the use of evidence, watch tapo/lift in training, and compare with a run without TAPO.",
+            )
+    if failing < _ENOUGH:
+        return
+    near = _share(tally.near_theta, failing)
+    if near > 0.2:
+        yield Warned(
+            "near_theta",
+            "info",
+            f"{near:.0%} of the failing calls are less than 0.1 below theta = {settings.rule.theta:g}.",
+            "Read some, sorted by similarity, before theta is changed: a smaller theta also equates different calls.",
+        )
+    if not matched:
+        yield Warned(
+            "nothing_matches",
+            "info",
+            "No failing call resembles one of a successful rollout.",
+            "TAPO changes nothing here. Where calls look alike to you, give their parameters a kernel in "
+            "algorithm.tapo.tools, or try a smaller theta.",
+        )
+        return
+    below = _share(totals["below_alpha_steps"], matched)
+    if below > 0.5:
+        yield Warned(
+            "below_alpha",
+            "info",
+            f"{below:.0%} of the matched failing calls stay below alpha_min = {settings.rule.alpha_min:g}.",
+            "Few of the successful rollouts made these calls. The sweep shows what another alpha_min would do.",
+        )

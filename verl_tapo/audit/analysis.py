@@ -1,0 +1,325 @@
+"""The rule on one training step's trajectories, and what there is to say about it, as counts that can be added up.
+
+The rule is `verl_tapo.transfer_credit` itself, on a batch of one cell per call: under a group estimator every token
+of a rollout has the same advantage, so that cells say as much as tokens do.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from verl_tapo.audit.model import Call, StepBatch, Trajectory
+from verl_tapo.config import TapoConfig
+from verl_tapo.credit import CreditReport, StepCredit, transfer_credit
+from verl_tapo.steps import ToolStep
+
+MATCHED = ("corrected", "below_alpha")
+"""Gates of a misassigned step: it has an equivalent call in a successful rollout."""
+_LUCKY = 1e-9  # rounding
+
+
+class Counts(defaultdict[str, float]):
+    """Named sums."""
+
+    def __init__(self, **values: float) -> None:
+        super().__init__(float, values)
+
+    def add(self, other: Mapping[str, float]) -> None:
+        for name, value in other.items():
+            self[name] += value
+
+
+class JudgedCall(NamedTuple):
+    """A call, and what the rule says of it."""
+
+    holder: Trajectory
+    place: tuple[int, int]
+    """Number of its trajectory in the step, and its own there."""
+    call: Call
+    credit: StepCredit
+    lift: float | None
+    """Of its reference group; None where it has none."""
+    lucky: bool
+    """Whether its witnesses are: the lift is not above 0, and not every sibling makes the call."""
+    after: float
+    """Advantage of its tokens under TAPO."""
+    changed: bool
+
+
+@dataclass
+class StepAnalysis:
+    """One training step, judged."""
+
+    batch: StepBatch
+    cfg: TapoConfig
+    calls: list[JudgedCall]
+    lifts: list[float]
+    """Of the matched reference groups."""
+
+    def changed_size(self) -> int:
+        """Policy tokens with another advantage, as far as the calls tell."""
+        return _changed_size(self.calls, self.cfg)
+
+    def counts(self) -> Counts:
+        """All that can be counted; see `figures`."""
+        trajectories = self.batch.trajectories
+        counts = tally(self.calls, trajectories, self.cfg)
+        counts.add({"reference_groups": len(self.lifts), "lift_sum": sum(self.lifts)})
+        recorded = [trajectory.changed for trajectory in trajectories]
+        if None not in recorded:
+            counts["changed_size"] = sum(filter(None, recorded))
+        groups: dict[str, list[Trajectory]] = defaultdict(list)
+        for trajectory in trajectories:
+            groups[trajectory.group].append(trajectory)
+        for members in groups.values():
+            right = sum(trajectory.success for trajectory in members)
+            counts["single_groups"] += len(members) == 1
+            counts["all_right_groups"] += right == len(members)
+            counts["all_wrong_groups"] += right == 0
+        return counts
+
+    def tool_counts(self) -> dict[str, Counts]:
+        """The same for each tool, of its calls and the trajectories that made one."""
+        by_tool: dict[str, list[JudgedCall]] = defaultdict(list)
+        for judged in self.calls:
+            by_tool[judged.call.tool].append(judged)
+        return {tool: tally(calls, _holders(calls), self.cfg) for tool, calls in by_tool.items()}
+
+
+def _holders(calls: Iterable[JudgedCall]) -> list[Trajectory]:
+    return list({judged.place[0]: judged.holder for judged in calls}.values())
+
+
+def _changed_size(calls: Iterable[JudgedCall], cfg: TapoConfig) -> int:
+    if cfg.token_scope == "call":
+        return sum(judged.call.call_size for judged in calls if judged.changed)
+    turns = {(judged.place[0], judged.call.turn): judged.call.turn_size for judged in calls if judged.changed}
+    return sum(turns.values())
+
+
+def tally(calls: Sequence[JudgedCall], trajectories: Sequence[Trajectory], cfg: TapoConfig) -> Counts:
+    """Counts of some calls and their trajectories."""
+    failing = [t for t in trajectories if not t.success and t.advantage < 0]
+    counts = Counts(
+        prompts=len({t.group for t in trajectories}),
+        trajectories=len(trajectories),
+        successes=sum(t.success for t in trajectories),
+        failing_trajectories=len(failing),
+        misassigned_trajectories=len({j.place[0] for j in calls if j.credit.gate in MATCHED}),
+        correctable_trajectories=len({j.place[0] for j in calls if j.credit.gate == "corrected"}),
+        size=sum(t.size for t in trajectories),
+        changed_size=_changed_size(calls, cfg),
+        calls=len(calls),
+        penalty=-sum(t.advantage * t.size for t in failing),
+    )
+    for judged in calls:
+        credit = judged.credit
+        counts["failed_calls"] += not judged.call.ok
+        counts["malformed_calls"] += judged.call.status == "malformed"
+        counts["unanswered_calls"] += judged.call.status == "unanswered"
+        counts["witness_steps"] += credit.role == "witness"
+        counts["failing_steps"] += credit.role == "failing"
+        if credit.gate:
+            counts[f"{credit.gate}_steps"] += 1
+        if credit.gate in MATCHED:
+            counts["misassigned_steps"] += 1
+            counts["lucky_steps"] += judged.lucky
+            counts["similarity_sum"] += credit.similarity
+            counts["support_sum"] += credit.support
+            counts["alpha_sum"] += credit.alpha
+            counts["reference_sum"] += credit.reference_advantage
+            counts["transfer_sum"] += credit.transfer
+    counts["penalty_removed"] = _removed(calls, cfg)
+    return counts
+
+
+def _removed(calls: Iterable[JudgedCall], cfg: TapoConfig) -> float:
+    """By how much the sum of failing rollouts' advantages over their tokens rises."""
+    rise: dict[tuple[int, ...], float] = {}
+    for judged in calls:
+        if judged.changed:
+            whole = cfg.token_scope == "step"
+            place = (judged.place[0], judged.call.turn) if whole else (*judged.place, -1)
+            size = judged.call.turn_size if whole else judged.call.call_size
+            rise[place] = (judged.after - judged.holder.advantage) * size
+    return sum(rise.values())
+
+
+_COUNTED = (
+    "prompts trajectories successes failing_trajectories misassigned_trajectories correctable_trajectories calls "
+    "witness_steps failing_steps misassigned_steps corrected_steps below_alpha_steps below_theta_steps "
+    "no_witness_steps lucky_steps failed_calls malformed_calls unanswered_calls single_groups all_right_groups "
+    "all_wrong_groups reference_groups"
+).split()
+
+
+def figures(counts: Mapping[str, float]) -> dict[str, float | None]:
+    """Counts as they are, shares and means derived from them; None where there is nothing to divide by.
+
+    - ``token_share``: of the policy's tokens, those whose advantage changes
+    - ``penalty_removed``: of the sum of failing rollouts' negative advantages over their tokens, the part taken away
+    - ``similarity``, ``support``, ``alpha``, ``reference_advantage``: means over misassigned steps; ``transfer``: over
+      corrected ones
+    - ``lift``: mean over the matched reference groups, see `verl_tapo.credit.CreditReport.lifts`
+    """
+
+    def share(part: str, whole: str) -> float | None:
+        return counts.get(part, 0) / counts[whole] if counts.get(whole) else None
+
+    return {
+        **{name: int(counts.get(name, 0)) for name in _COUNTED},
+        "success_rate": share("successes", "trajectories"),
+        "token_share": share("changed_size", "size"),
+        "penalty_removed": share("penalty_removed", "penalty"),
+        "similarity": share("similarity_sum", "misassigned_steps"),
+        "support": share("support_sum", "misassigned_steps"),
+        "alpha": share("alpha_sum", "misassigned_steps"),
+        "reference_advantage": share("reference_sum", "misassigned_steps"),
+        "transfer": share("transfer_sum", "corrected_steps"),
+        "lift": share("lift_sum", "reference_groups"),
+    }
+
+
+class _Cells(NamedTuple):
+    """A step's calls as a batch of T trajectories and L cells, for the rule."""
+
+    base: torch.Tensor
+    mask: torch.Tensor
+    steps: list[ToolStep]
+    turn: np.ndarray[Any, np.dtype[np.int64]]
+    """(S,) number of each call's turn, in order; calls of one turn follow each other."""
+
+
+def _cells(trajectories: Sequence[Trajectory]) -> _Cells:
+    width = max([1, *(len(t.calls) for t in trajectories)])
+    base = torch.tensor([t.advantage for t in trajectories], dtype=torch.float64)[:, None].repeat(1, width)
+    mask = torch.zeros(len(trajectories), width, dtype=torch.int64)
+    steps: list[ToolStep] = []
+    turn: list[int] = []
+    for row, trajectory in enumerate(trajectories):
+        calls = trajectory.calls
+        mask[row, : max(1, len(calls))] = 1
+        for number, call in enumerate(calls):
+            first = number
+            while first > 0 and calls[first - 1].turn == call.turn:
+                first -= 1
+            last = number + 1
+            while last < len(calls) and calls[last].turn == call.turn:
+                last += 1
+            turn.append((turn[-1] if first < number else turn[-1] + 1) if turn else 0)
+            steps.append(ToolStep(row, call.tool, call.compared, (first, last), (number, number + 1), call.ok))
+    return _Cells(base, mask, steps, np.array(turn, dtype=np.int64))
+
+
+def _apply(cells: _Cells, trajectories: Sequence[Trajectory], cfg: TapoConfig) -> tuple[torch.Tensor, CreditReport]:
+    groups = [t.group for t in trajectories]
+    return transfer_credit(cells.base, cells.mask, groups, [t.success for t in trajectories], cells.steps, cfg)
+
+
+def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
+    """Judges every call of a training step.
+
+    Raises:
+        ValueError: where the rule refuses a call, see `verl_tapo.transfer_credit`.
+    """
+    if not batch.trajectories:
+        return StepAnalysis(batch, cfg, [], [])
+    cells = _cells(batch.trajectories)
+    advantages, report = _apply(cells, batch.trajectories, cfg)
+    lifts = report.lifts()
+    lucky = ((lifts.lift <= _LUCKY) & ~lifts.universal).tolist()
+    lift = lifts.lift.tolist()
+    calls = []
+    after, before = advantages.tolist(), cells.base.tolist()
+    for step, credit, group in zip(cells.steps, report.steps, lifts.of_step.tolist(), strict=True):
+        row, number = step.row, step.call[0]
+        holder = batch.trajectories[row]
+        value = after[row][number]
+        changed = value != before[row][number]
+        gain, luck = (lift[group], lucky[group]) if group >= 0 else (None, False)
+        calls.append(JudgedCall(holder, (row, number), holder.calls[number], credit, gain, luck, value, changed))
+    return StepAnalysis(batch, cfg, calls, lift)
+
+
+class Setting(NamedTuple):
+    """One combination of a sweep."""
+
+    beta: float
+    theta: float
+    alpha_min: float
+
+
+class Sweep:
+    """What other settings would do, summed up over the steps added.
+
+    Args:
+        cfg: the settings in use; of a sweep's settings, all but the three.
+        settings: to be tried.
+    """
+
+    def __init__(self, cfg: TapoConfig, settings: Iterable[Setting]) -> None:
+        self._cfg = cfg
+        self.counts: dict[Setting, Counts] = {setting: Counts() for setting in settings}
+        """For each setting: ``corrected_steps``, ``changed_size``, ``size``, and ``after_sum`` over corrected calls."""
+        # Made once: a configuration's kernels may hold a model.
+        self._at = {s.theta: replace(cfg, theta=s.theta, alpha_min=0.0, beta=1.0) for s in self.counts}
+
+    def add(self, batch: StepBatch) -> None:
+        """The costly part, comparing the calls, is done once for each theta."""
+        cells = _cells(batch.trajectories)
+        whole = self._cfg.token_scope == "step"
+        calls = [call for t in batch.trajectories for call in t.calls]
+        size = sum(t.size for t in batch.trajectories)
+        before = np.array([t.advantage for t in batch.trajectories for _ in t.calls])
+        sizes = np.array([call.turn_size if whole else call.call_size for call in calls], dtype=np.int64)
+        unit = cells.turn if whole else np.arange(len(calls))
+        first = np.unique(unit, return_index=True)[1]
+        for theta, cfg in self._at.items():
+            report = _apply(cells, batch.trajectories, cfg)[1] if calls else None
+            steps = report.steps if report else []
+            found = np.array([credit.gate == "corrected" for credit in steps], dtype=bool)
+            alpha = np.array([credit.alpha for credit in steps])
+            full = np.array([credit.transfer for credit in steps])
+            for setting, counts in self.counts.items():
+                if setting.theta != theta:
+                    continue
+                corrected = found & (alpha >= setting.alpha_min)
+                counts["size"] += size
+                if corrected.any():
+                    least = np.minimum.reduceat(np.where(corrected, setting.beta * full, 0.0), first)
+                    lifted = before + least[unit]
+                    after = np.where(least[unit] > 0, np.minimum(lifted, 0.0), lifted) if cfg.clip else lifted
+                    counts["corrected_steps"] += int(corrected.sum())
+                    counts["after_sum"] += float(after[corrected].sum())
+                    counts["changed_size"] += int(sizes[first[least > 0]].sum())
+
+    def rows(self) -> list[dict[str, float | None]]:
+        """One row for each setting; ``mean_lifted_advantage``: the corrected calls' advantage under it."""
+        return [
+            {
+                **setting._asdict(),
+                "corrected_steps": int(counts["corrected_steps"]),
+                "token_share": counts["changed_size"] / counts["size"] if counts["size"] else None,
+                "mean_lifted_advantage": (
+                    counts["after_sum"] / counts["corrected_steps"] if counts["corrected_steps"] else None
+                ),
+            }
+            for setting, counts in self.counts.items()
+        ]
+
+
+def star(cfg: TapoConfig, betas: Iterable[float], thetas: Iterable[float], alphas: Iterable[float]) -> list[Setting]:
+    """The settings in use, with one of the three changed at a time."""
+    used = Setting(cfg.beta, cfg.theta, cfg.alpha_min)
+    changed = [
+        *(used._replace(beta=value) for value in betas),
+        *(used._replace(theta=value) for value in thetas),
+        *(used._replace(alpha_min=value) for value in alphas),
+    ]
+    return sorted({used, *changed})

@@ -1,0 +1,247 @@
+"""A training step's trajectories, out of a dump's lines or out of step records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from verl_tapo.audit.model import Call, StepBatch, Trajectory
+from verl_tapo.audit.sources import Row
+from verl_tapo.audit.text import find_calls
+from verl_tapo.config import TapoSettings
+from verl_tapo.formats import NATIVE_FORMATS
+from verl_tapo.steps import canonical
+
+BaseEstimator: TypeAlias = Literal["grpo", "dr_grpo", "rloo"]
+BASE_ESTIMATORS: tuple[BaseEstimator, ...] = ("grpo", "dr_grpo", "rloo")
+"""Those whose advantages are rebuilt from scores; ``dr_grpo`` is GRPO with ``norm_adv_by_std_in_grpo=False``."""
+_EPSILON = 1e-6  # veRL's
+_PADDING = re.compile(r"pad[0-9a-f]{32}_\d+_\d+")  # the keys of rows that fill up a batch (veRL's padding_utils.py)
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How rollout dumps are read. Step records need none of it.
+
+    Raises:
+        ValueError: naming the option, for an unknown estimator or format.
+    """
+
+    base_estimator: BaseEstimator = "grpo"
+    """Whose advantages the training used."""
+    tool_format: str = "hermes"
+    """How tool calls are written: ``actor_rollout_ref.rollout.multi_turn.format``."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Names of veRL's fields (`verl_tapo.audit.sources.FIELDS`) in dumps that name them otherwise."""
+
+    def __post_init__(self) -> None:
+        if self.base_estimator not in BASE_ESTIMATORS:
+            raise ValueError(f"base_estimator must be one of {', '.join(BASE_ESTIMATORS)}, got {self.base_estimator!r}")
+        if self.tool_format not in NATIVE_FORMATS:
+            raise ValueError(f"tool_format must be one of {', '.join(NATIVE_FORMATS)}, got {self.tool_format!r}")
+
+
+def batch_from_dump(step: int, rows: Sequence[Row], settings: TapoSettings, options: ReadOptions) -> StepBatch:
+    """The trajectories of a dump's lines; those with several outputs (veRL's ``{uid}_{session}_{output}``) are joined.
+
+    Prompt groups are told by ``uid``, else by equal prompt and ground truth. Rows with which veRL fills up a batch are
+    left out.
+    """
+    sessions: dict[str, list[tuple[int, Row]]] = defaultdict(list)
+    groups: dict[str, str] = {}
+    for row in rows:
+        if not row.value["output"] and _PADDING.fullmatch(str(row.value.get("uid"))):
+            continue
+        group, session, output = _key(row)
+        sessions[session].append((output, row))
+        groups[session] = group
+    trajectories = [
+        _trajectory(name, groups[name], [row for _, row in sorted(outputs)], settings, options)
+        for name, outputs in sessions.items()
+    ]
+    _rebuild_advantages(trajectories, options.base_estimator)
+    _tell_images_apart(trajectories, frozenset(settings.image_parameters))
+    return StepBatch(step, trajectories)
+
+
+def _key(row: Row) -> tuple[str, str, int]:
+    """Prompt group, session and output."""
+    uid = row.value.get("uid")
+    if isinstance(uid, str) and uid:
+        parts = uid.rsplit("_", 2)
+        if len(parts) == 3 and parts[1].isdecimal() and parts[2].isdecimal():
+            return parts[0], f"{parts[0]}_{parts[1]}", int(parts[2])
+        return uid, f"{uid} line {row.line}", 0
+    prompt = json.dumps([row.value.get("input"), row.value.get("gts")], default=str).encode("utf-8", "replace")
+    return f"prompt {hashlib.blake2b(prompt, digest_size=6).hexdigest()}", f"line {row.line}", 0
+
+
+def _trajectory(
+    name: str, group: str, outputs: Sequence[Row], settings: TapoSettings, options: ReadOptions
+) -> Trajectory:
+    first, last = outputs[0].value, outputs[-1].value
+    texts: list[str] = []
+    calls: list[Call] = []
+    size = turns = begin = 0
+    for row in outputs:
+        text = row.value["output"]
+        found = find_calls(text, options.tool_format, settings.error_markers)
+        calls += [_moved(call, turns, begin) for call in found.calls] if begin else found.calls
+        size += found.size
+        turns += 1 + max((call.turn for call in found.calls), default=0)
+        begin += len(text) + 1
+        texts.append(text)
+    value = last.get(settings.success_key)
+    success = float(value if isinstance(value, int | float) else last["score"]) >= settings.success_threshold
+    prompt = first.get("input")
+    return Trajectory(
+        name=name,
+        group=group,
+        score=float(last["score"]),
+        success=success,
+        advantage=0.0,
+        size=size,
+        calls=calls,
+        text="\n".join(texts),
+        prompt=prompt if isinstance(prompt, str) else "",
+        ground_truth=first.get("gts"),
+    )
+
+
+def _moved(call: Call, turns: int, begin: int) -> Call:
+    spans = [None if span is None else (span[0] + begin, span[1] + begin) for span in (call.span, call.call_span)]
+    return replace(call, turn=call.turn + turns, span=spans[0], call_span=spans[1])
+
+
+def _rebuild_advantages(trajectories: Sequence[Trajectory], estimator: BaseEstimator) -> None:
+    """As veRL computes them, in its precision: rounding decides the sign where all scores of a group are equal."""
+    groups: dict[str, list[Trajectory]] = defaultdict(list)
+    for trajectory in trajectories:
+        groups[trajectory.group].append(trajectory)
+    for members in groups.values():
+        scores = torch.tensor([trajectory.score for trajectory in members], dtype=torch.float32)
+        count = len(members)
+        if estimator == "rloo":
+            if count > 1:
+                scores = scores * count / (count - 1) - scores.mean() * count / (count - 1)
+        elif count > 1 and estimator == "grpo":
+            scores = (scores - scores.mean()) / (scores.std() + _EPSILON)
+        elif count > 1:
+            scores = scores - scores.mean()
+        elif estimator == "grpo":
+            scores = scores / (1 + _EPSILON)
+        for trajectory, advantage in zip(members, scores.tolist(), strict=True):
+            trajectory.advantage = advantage
+
+
+def _tell_images_apart(trajectories: Iterable[Trajectory], parameters: frozenset[str]) -> None:
+    """Puts identities in place of the indices of images that tools made.
+
+    A text shows no images. An index that some rollout of a prompt uses before any tool has answered is one of the
+    prompt's images; any other is told by the image calls made before it: equal calls return equal images [ours].
+    """
+    image_tools = {
+        call.tool for t in trajectories for call in t.calls if call.ok and not parameters.isdisjoint(call.arguments)
+    }
+    from_prompt: dict[str, set[Any]] = defaultdict(set)
+    for trajectory in trajectories:
+        for call in trajectory.calls:
+            if call.ok:
+                from_prompt[trajectory.group].update(value for _, value in _indices(call, parameters))
+            if call.ok and call.tool in image_tools:
+                break
+    for trajectory in trajectories:
+        known, history = from_prompt[trajectory.group], hashlib.blake2b(digest_size=6)
+        for call in trajectory.calls:
+            made = [(name, value) for name, value in _indices(call, parameters) if value not in known]
+            if made:
+                after = history.hexdigest()
+                named = {name: f"image {value} after {after}" for name, value in made}
+                call.compared = {**call.arguments, **named}
+            if call.ok and call.tool in image_tools:
+                history.update(f"{call.tool}#{canonical(call.compared)}".encode("utf-8", "replace"))
+
+
+def _indices(call: Call, parameters: frozenset[str]) -> list[tuple[str, int]]:
+    found = []
+    for name in parameters & call.arguments.keys():
+        value = call.arguments[name]
+        if isinstance(value, str) and value.strip().lstrip("-").isdecimal() and len(value) < 10:
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            found.append((name, value))
+    return found
+
+
+def batch_from_records(
+    header: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    texts: Mapping[str, Row],
+    settings: TapoSettings,
+    options: ReadOptions,
+) -> StepBatch:
+    """The trajectories of a step's records, with their texts where a dump of the step has them.
+
+    Args:
+        header, rows: see `verl_tapo.step_records`.
+        texts: the dump's lines by ``uid``.
+    """
+    step = int(header["step"])
+    joined: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        joined[row["trajectory"]].append(row)
+    trajectories = [_recorded(step, number, of, texts, settings, options) for number, of in joined.items()]
+    return StepBatch(step, trajectories, header["settings"])
+
+
+def _recorded(
+    step: int,
+    number: int,
+    rows: Sequence[Mapping[str, Any]],
+    texts: Mapping[str, Row],
+    settings: TapoSettings,
+    options: ReadOptions,
+) -> Trajectory:
+    last = rows[-1]
+    key = last["key"]
+    name = key.rsplit("_", 1)[0] if isinstance(key, str) else f"step {step} trajectory {number}"
+    calls: list[Call] = []
+    turns: dict[tuple[int, int, int], int] = {}
+    for output, row in enumerate(rows):
+        for call in row["calls"]:
+            turn = turns.setdefault((output, *call["turn"]), len(turns))
+            status = call["status"] or ("ok" if call["ok"] else "error")
+            arguments, sizes = call["arguments"], (call["turn_tokens"], call["call_tokens"])
+            calls.append(
+                Call(call["tool"], arguments, arguments, turn, call["ok"], status, *sizes, recorded_gate=call["gate"])
+            )
+    dumped = [texts[row["key"]] for row in rows if row["key"] in texts]
+    seen = None
+    if len(dumped) == len(rows):
+        seen = _trajectory(name, last["uid"], dumped, settings, options)
+        # Both are in order; where a text holds other calls than were recorded, it is shown as it is.
+        if [call.tool for call in seen.calls] == [call.tool for call in calls]:
+            calls = [
+                replace(call, arguments=told.arguments, span=told.span, call_span=told.call_span, result=told.result)
+                for call, told in zip(calls, seen.calls, strict=True)
+            ]
+    return Trajectory(
+        name=name,
+        group=last["uid"],
+        score=last["score"],
+        success=last["success"],
+        advantage=last["advantage"],
+        size=sum(row["tokens"] for row in rows),
+        calls=calls,
+        text=seen.text if seen else "",
+        prompt=seen.prompt if seen else "",
+        ground_truth=seen.ground_truth if seen else None,
+        changed=sum(row["changed_tokens"] for row in rows),
+    )

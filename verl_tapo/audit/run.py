@@ -1,0 +1,167 @@
+"""Audits a run: reads its rollouts step by step, judges them, and sums up."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from verl_tapo.audit.analysis import StepAnalysis, analyse, star
+from verl_tapo.audit.batches import ReadOptions, batch_from_dump, batch_from_records
+from verl_tapo.audit.collect import Collector
+from verl_tapo.audit.model import StepBatch
+from verl_tapo.audit.result import Audit, call_rows
+from verl_tapo.audit.sources import Found, Problems, Row, find_sources, read_dump
+from verl_tapo.config import TapoSettings
+from verl_tapo.step_records import read_step_records
+
+BETAS = (0.2, 0.5, 0.8, 1.0)
+THETAS = (0.6, 0.7, 0.8, 0.9, 0.95)
+ALPHA_MINS = (0.0, 0.1, 0.2, 0.4, 0.6)
+BROWSE = 200
+"""Prompt groups kept with their texts."""
+
+
+def audit(
+    *paths: str | os.PathLike[str],
+    settings: Mapping[str, Any] | None = None,
+    options: ReadOptions | None = None,
+    betas: Sequence[float] = BETAS,
+    thetas: Sequence[float] = THETAS,
+    alpha_mins: Sequence[float] = ALPHA_MINS,
+    browse: int = BROWSE,
+    title: str | None = None,
+    keep_calls: bool = True,
+    on_step: Callable[[StepAnalysis], None] | None = None,
+    on_start: Callable[[int], None] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Audit:
+    """Says where TAPO would change credit in a run, or did, and where not, and why.
+
+    Args:
+        paths: rollout dumps of veRL (``trainer.rollout_data_dir``), step records (``algorithm.tapo.record_dir``),
+            files or folders with either. Where a step has both, the records give the figures and the dump the texts.
+        settings: entries of ``algorithm.tapo`` that differ from the recorded ones, or, for dumps, from the defaults.
+        options: how dumps are read.
+        betas, thetas, alpha_mins: values to sweep over, one at a time, the others as in ``settings``.
+        browse: how many prompt groups to keep with their texts, those with most to see.
+        title: of the report; None: the last parts of the paths.
+        keep_calls: keep a row for every call, for `Audit.calls` (about 1 KB each).
+        on_step: called with each training step.
+        on_start: called with the number of bytes to read.
+        advance: called with the number of bytes read since the last time.
+
+    Raises:
+        ValueError: for a path without rollouts, a setting or option out of range, a parameter value that a kernel
+            refuses, or where not one line could be read.
+    """
+    options = options or ReadOptions()
+    overrides = dict(settings or {})
+    found = find_sources(paths, options.fields.get("output", "output"))
+    problems = Problems()
+    reader = _Reader(found, overrides, options, problems, advance or (lambda _: None))
+    if on_start is not None:
+        on_start(found.size)
+    collector: Collector | None = None
+    calls: list[dict[str, Any]] = []
+    recorded = 0
+    for batch, used in reader.batches():
+        if collector is None:
+            collector = Collector(used, star(used.rule, betas, thetas, alpha_mins), browse)
+        try:
+            analysis = analyse(batch, used.rule)
+        except ValueError as error:
+            raise ValueError(f"step {batch.step}: {error}") from None
+        collector.add(analysis)
+        if batch.settings is not None:
+            recorded += 1
+            if not overrides:
+                collector.disagree(sum(j.call.recorded_gate != j.credit.gate for j in analysis.calls))
+        if keep_calls:
+            calls += call_rows(analysis)
+        if on_step is not None:
+            on_step(analysis)
+    if collector is None:
+        first = problems.listed()[0] if problems.listed() else None
+        where = f"{first.file}:{first.line}: {first.reason}" if first else "the files are empty"
+        raise ValueError(f"not one rollout could be read; {where}")
+    result = collector.result(
+        title=title or ", ".join("/".join(Path(path).resolve().parts[-2:]) for path in paths),
+        sources=[str(source.path) for source in found.sources],
+        left_out=[str(path) for path in found.left_out],
+        problems=problems.listed(),
+        skipped=problems.skipped,
+        base_estimator="as recorded" if recorded else options.base_estimator,
+        recorded_steps=recorded,
+    )
+    return Audit(result, calls if keep_calls else None)
+
+
+@lru_cache(maxsize=64)
+def _settings(flat: str) -> TapoSettings:
+    """Kept, so that kernels keep what they have loaded."""
+    return TapoSettings.from_mapping(json.loads(flat))
+
+
+class _Reader:
+    """A run's training steps, out of all its files."""
+
+    def __init__(
+        self,
+        found: Found,
+        overrides: Mapping[str, Any],
+        options: ReadOptions,
+        problems: Problems,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._found, self._overrides, self._options = found, overrides, options
+        self._problems, self._advance = problems, advance
+        self._recorded: set[int] = set()
+        self._consumed: set[Path] = set()
+
+    def batches(self) -> Iterator[tuple[StepBatch, TapoSettings]]:
+        """Each with the settings it is judged by."""
+        for source in self._found.sources:
+            if source.kind == "records":
+                yield from self._records(source.path)
+        dumped = self._settings({})
+        for source in self._found.sources:
+            if source.kind == "dump" and source.path not in self._consumed:
+                for step, rows in read_dump(source.path, self._options.fields, self._problems, self._advance):
+                    if step not in self._recorded:
+                        yield batch_from_dump(step, rows, dumped, self._options), dumped
+
+    def _settings(self, recorded: Mapping[str, Any]) -> TapoSettings:
+        return _settings(json.dumps({**recorded, **self._overrides}))
+
+    def _records(self, path: Path) -> Iterator[tuple[StepBatch, TapoSettings]]:
+        try:
+            header, rows, found = read_step_records(path)
+        except ValueError as error:
+            self._problems.add(path, None, str(error))
+            return
+        finally:
+            self._advance(path.stat().st_size)
+        for line, reason in found:
+            self._problems.add(path, line, reason)
+        step = int(header["step"])
+        self._recorded.add(step)
+        settings = self._settings(header["settings"])
+        yield batch_from_records(header, rows, self._texts(step), settings, self._options), settings
+
+    def _texts(self, step: int) -> dict[str, Row]:
+        """The dump's lines of a recorded step, by ``uid``."""
+        texts: dict[str, Row] = {}
+        for source in self._found.sources:
+            if source.kind == "dump" and source.step == step and source.path not in self._consumed:
+                steps = set()
+                for number, rows in read_dump(source.path, self._options.fields, self._problems, self._advance):
+                    steps.add(number)
+                    if number == step:
+                        texts.update({str(row.value.get("uid")): row for row in rows})
+                if steps <= {step}:
+                    self._consumed.add(source.path)
+        return texts

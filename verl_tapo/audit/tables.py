@@ -1,0 +1,73 @@
+"""An audit's tables as CSV or Parquet files. Calls are written step by step, so that a run of any size fits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import pandas
+
+from verl_tapo.audit.analysis import StepAnalysis
+from verl_tapo.audit.result import Audit, call_rows
+
+TableFormat: TypeAlias = Literal["csv", "parquet"]
+
+_CALL_TYPES = {
+    **dict.fromkeys(("step", "call"), "int64"),
+    **dict.fromkeys(("group", "trajectory", "tool", "arguments", "status", "role", "gate"), "string"),
+    **dict.fromkeys(("success", "lucky"), "bool"),
+    **dict.fromkeys(
+        ("similarity", "support", "alpha", "reference_advantage", "lift", "transfer", "before", "after"), "float64"
+    ),
+}
+
+
+class TableWriter:
+    """Writes ``steps``, ``tools``, ``sweeps``, ``warnings`` and ``calls`` into a folder.
+
+    Raises:
+        OSError: where the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], table_format: TableFormat) -> None:
+        self._folder, self._format = Path(folder), table_format
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._parquet: Any = None
+        self._calls = self._folder / f"calls.{table_format}"
+        self._calls.unlink(missing_ok=True)
+
+    def add(self, analysis: StepAnalysis) -> None:
+        """Writes a step's calls."""
+        frame = pandas.DataFrame(call_rows(analysis), columns=list(_CALL_TYPES)).astype(_CALL_TYPES)
+        # A lone surrogate, which a model can write as an escape in JSON, fits into no file.
+        for name, kind in _CALL_TYPES.items():
+            if kind == "string":
+                frame[name] = frame[name].map(lambda text: text.encode("utf-8", "replace").decode())
+        if self._format == "csv":
+            frame.to_csv(self._calls, mode="a", header=not self._calls.exists(), index=False)
+            return
+        import pyarrow
+        import pyarrow.parquet
+
+        table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+        if self._parquet is None:
+            self._parquet = pyarrow.parquet.ParquetWriter(self._calls, table.schema)
+        self._parquet.write_table(table.cast(self._parquet.schema))
+
+    def finish(self, audit: Audit) -> None:
+        """Writes the other tables."""
+        if self._parquet is not None:
+            self._parquet.close()
+        frames = {
+            "steps": audit.steps.reset_index(),
+            "tools": audit.tools.reset_index(),
+            "sweeps": audit.sweeps,
+            "warnings": audit.warnings,
+        }
+        for name, frame in frames.items():
+            path = self._folder / f"{name}.{self._format}"
+            if self._format == "csv":
+                frame.to_csv(path, index=False)
+            else:
+                frame.to_parquet(path, index=False)
