@@ -137,6 +137,22 @@ class TestText:
             "The end.<|im_end|>",
         ]
 
+    def test_a_template_that_knows_no_tools(self):
+        """As Qwen2.5-VL's own: a tool's message is its bare text after a header."""
+        two = call_text("search", query="a") + call_text("search", query="b")
+        text = (
+            two + "\ntool\nA\ntool\nB\nassistant\n" + call_text("search", query="c") + "\ntool\nC user\nassistant\nend"
+        )
+        found = find_calls(text, "hermes")
+        assert [(c.status, c.result, c.turn) for c in found.calls] == [
+            ("ok", "A", 0),
+            ("ok", "B", 0),
+            ("ok", "C user", 1),
+        ]
+        assert found.size == len(two) + len(call_text("search", query="c")) + len("end")
+        broken = call_text("search", query="a") + "\nuser\nError executing tool 'search': x"
+        assert find_calls(broken, "hermes").calls[0].status == "error"
+
     def test_another_format(self):
         text = "<tool_call>\n<function=search>\n<parameter=query>\nOman\n</parameter>\n</function>\n</tool_call>"
         (call,) = find_calls(text + answers("A") + "end", "qwen3_coder").calls

@@ -2,7 +2,8 @@
 
 Turns are told apart by what the chat template leaves of them: an observation is a user's or tool's header with an
 answer's marker (``\\nuser\\n<tool_response>``), up to the next assistant header. Where no header is left, the markers
-themselves count. A model that writes such a header itself cannot be told from the template [ours].
+themselves count; where no marker is (a template that knows no tools), a header after a call. A model that writes such
+a header itself cannot be told from the template [ours].
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from verl_tapo.parsing import NOT_EXECUTED_PREFIX, answer_is_error
 _OPEN_HEADER = re.compile(r"(?:<\|im_end\|>)?\s*(?:<\|im_start\|>)?\b(?:user|tool|observation|ipython)\s+\Z")
 _CLOSE_HEADER = re.compile(r"\s*(?:<\|im_end\|>)?\s*(?:<\|im_start\|>)?\bassistant[^\S\n]*(?:\n|\Z)")
 _HEADER_CHARS = 64
+# Where answers have no markers.
+_NEXT_HEADER = re.compile(r"(?:<\|im_end\|>)?\n(?:<\|im_start\|>)?assistant(?:\n|\Z)")
+_ANSWER_HEADER = re.compile(r"(?:<\|im_end\|>)?\n(?:<\|im_start\|>)?tool\n")
 
 
 class TextTurns(NamedTuple):
@@ -52,6 +56,8 @@ def split_turns(text: str, tool_format: str) -> TextTurns:
     begins = [found.start() for found in markers.begin.finditer(text)]
     heads = {begin: head for begin in begins if (head := _header_before(text, begin)) is not None}
     turns = TextTurns([], [])
+    if not begins:
+        return _split_by_headers(text, FORMATS[tool_format].closing.decode())
     at = 0
     for begin in begins:
         if begin < at or (heads and begin not in heads):
@@ -62,6 +68,32 @@ def split_turns(text: str, tool_format: str) -> TextTurns:
     if at < len(text):
         turns.assistant.append((at, len(text)))
     return turns
+
+
+def _split_by_headers(text: str, call_end: str) -> TextTurns:
+    """The turns where answers have no markers: what stands between a header after a call and the assistant's."""
+    turns = TextTurns([], [])
+    at = 0
+    after_call = _header_after(call_end)
+    while (found := after_call.search(text, at)) is not None:
+        turns.assistant.append((at, found.start() + len(call_end)))
+        close = _NEXT_HEADER.search(text, found.end())
+        stop, at = (close.start(), close.end()) if close else (len(text), len(text))
+        limits = [found.end()]
+        for again in _ANSWER_HEADER.finditer(text, found.end(), stop):
+            limits += [again.start(), again.end()]
+        limits.append(stop)
+        turns.answers.append(list(zip(limits[::2], limits[1::2], strict=True)))
+    if at < len(text):
+        turns.assistant.append((at, len(text)))
+    return turns
+
+
+@cache
+def _header_after(call_end: str) -> re.Pattern[str]:
+    return re.compile(
+        rf"{re.escape(call_end)}(?:<\|im_end\|>)?\s*(?:<\|im_start\|>)?(?:user|tool|observation|ipython)\n"
+    )
 
 
 def _header_before(text: str, place: int) -> int | None:
