@@ -400,6 +400,8 @@ class TestAnalysis:
         for name in ("misassigned", "corrected"):
             share = values[f"{name}_steps"] / max(values["failing_steps"], 1)
             assert share == pytest.approx(metrics[f"tapo/{name}_steps"])
+        lucky = metrics.get("tapo/lucky_steps", 0.0) * values["misassigned_steps"]
+        assert values["lucky_steps"] == pytest.approx(lucky)
         for name in ("similarity", "support", "alpha", "transfer", "lift", "reference_advantage"):
             assert (values[name] is None) == (f"tapo/{name}" not in metrics)
             assert values[name] == pytest.approx(metrics.get(f"tapo/{name}"))

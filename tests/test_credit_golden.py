@@ -221,3 +221,13 @@ def test_lift_tells_lucky_witnesses():
     lucky = [step(0), step(2), step(3), step(4)]  # one of four holders succeeds, two of five in the group
     metrics = run([1.0, 1.0, -1.0, -1.0, -1.0], [True, True, False, False, False], lucky)[1].metrics()
     assert metrics["tapo/lift"] == pytest.approx(1 / 4 - 2 / 5)
+    assert metrics["tapo/lucky_steps"] == 1.0
+
+
+def test_a_call_that_every_sibling_makes_is_not_lucky():
+    everyone = [step(row) for row in range(5)]
+    report = run([1.0, 1.0, -1.0, -1.0, -1.0], [True, True, False, False, False], everyone)[1]
+    lifts = report.lifts()
+    assert (lifts.lift.tolist(), lifts.universal.tolist(), lifts.lucky.tolist()) == ([0.0], [True], [False])
+    assert lifts.of_step.tolist() == [-1, -1, 0, 0, 0]
+    assert report.metrics()["tapo/lucky_steps"] == 0.0

@@ -48,6 +48,7 @@ _NO_GATE, _NO_WITNESS, _BELOW_THETA, _BELOW_ALPHA, _CORRECTED = range(5)
 
 _ABSENT = object()  # stands for the value of a parameter that a call lacks
 
+_ROUNDING = 1e-9
 _PAIR_BLOCK = 1_000_000  # pairs of calls compared at a time
 _TOKEN_BLOCK = 1 << 16  # tokens corrected at a time
 _ROW_BLOCK = 16  # rows whose masked sums are taken at a time: small enough for the cache
@@ -79,11 +80,17 @@ class Lifts(NamedTuple):
 
     lift: FloatArray
     """(R,) mean of ``y - rate(prompt group)`` over the trajectories that hold one of the group's calls, witnesses and
-    failing ones. At or below 0 the witnesses are lucky, unless all hold one."""
+    failing ones."""
     universal: BoolArray
     """(R,) whether every trajectory of the prompt groups concerned holds one; its lift is 0."""
     of_step: IntArray
     """(S,) which reference group is a step's ``G*``; -1 for none."""
+
+    @property
+    def lucky(self) -> BoolArray:
+        """(R,) whether holding the call goes with no more success, although some siblings do without it."""
+        lucky: BoolArray = (self.lift <= _ROUNDING) & ~self.universal
+        return lucky
 
 
 class _Trajectories(NamedTuple):
@@ -155,7 +162,8 @@ class CreditReport:
         Shares have all failing steps (or failing trajectories, or policy tokens) as their denominator, 0 where there
         are none. Means over matched or corrected steps are left out where there are no such steps. *Misassigned*
         is a failing step with an equivalent call in a successful rollout (``m >= theta``), whether or not it passed
-        the confidence gate [paper]. *Lift* is the mean of `lifts` over the matched reference groups.
+        the confidence gate [paper]. *Lift* is the mean of `lifts` over the matched reference groups, *lucky* the share
+        of misassigned steps whose witnesses are.
 
         No name contains ``max``, ``min``, ``sum`` or ``total``: veRL's aggregator would not average it.
         """
@@ -179,7 +187,9 @@ class CreditReport:
             metrics["tapo/support"] = float(self._matches.support[matched].mean())
             metrics["tapo/alpha"] = float(self._alpha[matched].mean())
             metrics["tapo/reference_advantage"] = float(self._matches.reference[matched].mean())
-            metrics["tapo/lift"] = float(self.lifts().lift.mean())
+            lifts = self.lifts()
+            metrics["tapo/lift"] = float(lifts.lift.mean())
+            metrics["tapo/lucky_steps"] = float(lifts.lucky[lifts.of_step[matched]].mean())
         if corrected.any():
             metrics["tapo/transfer"] = float(self._transfer[corrected].mean())
         metrics.update(self._tool_metrics(failing, matched, corrected, real.sum()))

@@ -21,7 +21,6 @@ from verl_tapo.steps import ToolStep
 
 MATCHED = ("corrected", "below_alpha")
 """Gates of a misassigned step: it has an equivalent call in a successful rollout."""
-_LUCKY = 1e-9  # rounding
 
 
 class Counts(defaultdict[str, float]):
@@ -46,7 +45,7 @@ class JudgedCall(NamedTuple):
     lift: float | None
     """Of its reference group; None where it has none."""
     lucky: bool
-    """Whether its witnesses are: the lift is not above 0, and not every sibling makes the call."""
+    """Whether its witnesses are, see `verl_tapo.credit.Lifts.lucky`."""
     after: float
     """Advantage of its tokens under TAPO."""
     changed: bool
@@ -233,8 +232,7 @@ def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
     cells = _cells(batch.trajectories)
     advantages, report = _apply(cells, batch.trajectories, cfg)
     lifts = report.lifts()
-    lucky = ((lifts.lift <= _LUCKY) & ~lifts.universal).tolist()
-    lift = lifts.lift.tolist()
+    lucky, lift = lifts.lucky.tolist(), lifts.lift.tolist()
     calls = []
     after, before = advantages.tolist(), cells.base.tolist()
     for step, credit, group in zip(cells.steps, report.steps, lifts.of_step.tolist(), strict=True):
