@@ -228,6 +228,7 @@ def test_a_call_that_every_sibling_makes_is_not_lucky():
     everyone = [step(row) for row in range(5)]
     report = run([1.0, 1.0, -1.0, -1.0, -1.0], [True, True, False, False, False], everyone)[1]
     lifts = report.lifts()
-    assert (lifts.lift.tolist(), lifts.universal.tolist(), lifts.lucky.tolist()) == ([0.0], [True], [False])
+    assert lifts.lift.tolist() == [pytest.approx(0.0)]
+    assert (lifts.universal.tolist(), lifts.lucky.tolist()) == ([True], [False])
     assert lifts.of_step.tolist() == [-1, -1, 0, 0, 0]
     assert report.metrics()["tapo/lucky_steps"] == 0.0
