@@ -78,6 +78,48 @@ def test_files(capsys, tmp_path):
         assert "  - the configuration " in out.split("Problems:")[1]
 
 
+def install(folder, package, version):
+    """What ``importlib.metadata`` reads of a package."""
+    metadata = folder / f"{package.replace('-', '_')}-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+
+
+@pytest.fixture
+def extras(monkeypatch):
+    """Of a veRL that names versions of its own."""
+    named = ["vllm==0.24.0; extra == 'vllm'", "flash-attn==2.8.3; extra == 'flash'", "numpy"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: named if name == "verl" else None)
+
+
+@pytest.mark.parametrize(
+    ("vllm", "flash", "expected"),
+    [
+        (None, None, ["vllm is not installed; veRL", "flash-attn is not installed; veRL"]),
+        ("0.27.1+cpu", "2.8.4", ["vllm is 0.27.1+cpu; veRL", "flash-attn is 2.8.4; veRL"]),
+        ("0.24.0", "2.8.3+cu130", []),
+    ],
+)
+def test_packages_that_a_gpu_run_needs(capsys, monkeypatch, tmp_path, extras, vllm, flash, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.syspath_prepend(tmp_path)
+    for package, version in {"vllm": vllm, "flash-attn": flash}.items():
+        if version:
+            install(tmp_path, package, version)
+    code, out = doctor(capsys, "actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.rollout.n=8")
+    assert code == 0, out  # the machine that is asked need not be the one that trains
+    for text in expected:
+        assert text in out
+    assert out.count("; veRL") == len(expected)
+    assert f"vllm                   {vllm or 'not installed'}" in out
+
+
+def test_without_a_gpu_or_vllm_their_packages_are_not_asked_for(capsys, extras):
+    code, out = doctor(capsys, "actor_rollout_ref.rollout.name=transformers", "actor_rollout_ref.rollout.n=8")
+    assert code == 0, out
+    assert "; veRL" not in out
+
+
 def run(code, **environment):
     environment = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

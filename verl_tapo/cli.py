@@ -30,6 +30,8 @@ _PACKAGES = (
     "rapidfuzz",
     "wrapt",
     "sentence-transformers",
+    "vllm",
+    "flash-attn",
 )
 _POLICY_VARIABLES = ("VERL_USE_EXTERNAL_PLUGINS", "VERL_USE_EXTERNAL_MODULES")
 
@@ -252,6 +254,7 @@ def _examine_config(config: Any, findings: Findings) -> list[tuple[str, str]]:
         return rows
     findings.problems += find_problems(config, settings)
     findings.warnings += find_warnings(config)
+    findings.warnings += _unlike_verls_own(config)
     for part in (settings.rule, settings):
         rows += [
             (f"algorithm.tapo.{f.name}", str(getattr(part, f.name)))
@@ -265,6 +268,31 @@ def _examine_config(config: Any, findings: Findings) -> list[tuple[str, str]]:
         ("trainer", f"V1, {config.trainer.v1.trainer_mode}" if config.trainer.get("use_v1", False) else "V0"),
     ]
     return rows
+
+
+def _unlike_verls_own(config: Any) -> Iterator[str]:
+    """What the rollouts or a GPU need, and is missing here or not of the version that veRL's own extras name."""
+    import torch
+    from packaging.requirements import Requirement
+
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    needs = {}
+    if rollout.get("name") == "vllm":
+        needs["vllm"] = "actor_rollout_ref.rollout.name=vllm"
+    attention = model.override_config.get("attn_implementation", "flash_attention_2")  # veRL's default
+    if torch.cuda.is_available() and attention.startswith("flash"):
+        needs["flash-attn"] = f"actor_rollout_ref.model.override_config.attn_implementation={attention}"
+    extras = {asked.name: asked for asked in map(Requirement, importlib.metadata.requires("verl") or ())}
+    for package, setting in needs.items():
+        specifier = extras.get(package, Requirement(package)).specifier
+        named = f"veRL {importlib.metadata.version('verl')} names {package}{specifier}"
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{setting}: {package} is not installed; {named}"
+            continue
+        if not specifier.contains(version, prereleases=True):
+            yield f"{setting}: {package} is {version}; {named}. Keep an eye on training/rollout_probs_diff_max"
 
 
 if __name__ == "__main__":
