@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from rollouts import FakeRollout, data_proto, fake_batch
 
 from verl_tapo import TapoConfig, transfer_credit
+from verl_tapo.audit import audit
 from verl_tapo.records import recorded_steps
 from verl_tapo.trainer import estimator, v0
 
@@ -173,6 +174,23 @@ def test_metrics_and_tool_mask_reach_the_trainer(qwen_like_tokenizer, trainer):
     assert mask.shape == data.batch["responses"].shape
     assert mask.max() == 2
     assert not (mask.bool() & ~data.batch["response_mask"].bool()).any()
+
+
+def test_step_records(qwen_like_tokenizer, trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimator._RecorderCache, "recorder", None)
+    monkeypatch.setattr(estimator._RecorderCache, "step", 0)
+    rows = fake_batch(qwen_like_tokenizer)
+    logged = []
+    for step in (5, 6):
+        trainer.global_steps = step
+        data = compute(data_proto(rows, qwen_like_tokenizer), record_dir=str(tmp_path))
+        logged.append(step_metrics(data))
+    estimator._RecorderCache.recorder.flush()
+    names = ["000001.jsonl.gz", "000002.jsonl.gz"] if PATCHED else ["000005.jsonl.gz", "000006.jsonl.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for figures, metrics in zip(audit(tmp_path).result["steps"], logged, strict=True):
+        assert figures["corrected_steps"] / figures["failing_steps"] == metrics["tapo/corrected_steps"]
+        assert figures["token_share"] == pytest.approx(metrics["tapo/token_share"])
 
 
 def test_the_aggregator_of_the_trainer_averages_every_metric(qwen_like_tokenizer, trainer):

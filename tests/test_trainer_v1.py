@@ -7,6 +7,8 @@ import pytest
 import torch
 from rollouts import fake_batch, fake_group
 
+from verl_tapo.audit import audit
+from verl_tapo.step_records import read_step_records
 from verl_tapo.trainer import estimator
 from verl_tapo.trainer.tool_metrics import ToolOutage
 
@@ -228,6 +230,46 @@ def test_several_outputs_per_session(queue, make_trainer, qwen_like_tokenizer, r
     advantages(queue, make_trainer(), put(queue, [(r, ok, "u0") for r, ok in group], recorded), single_metrics)
     assert metrics["tapo/support"] == pytest.approx(single_metrics["tapo/support"])
     assert metrics["tapo/successes_per_group"] == 3.0
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_step_records(queue, make_trainer, qwen_like_tokenizer, tmp_path, monkeypatch, recorded):
+    """An audit of them finds what the step logged; padding rows and a session's other outputs are no trajectories."""
+    if PATCHED:
+        pytest.skip("a patched trainer does not tell the step's number")
+    monkeypatch.setattr(estimator._RecorderCache, "recorder", None)
+    rows = fake_batch(qwen_like_tokenizer)
+    rows.append((rows[0][0], rows[0][1], rows[0][2]))  # a second output of the first session
+    outputs = [(0, 1), *((number, 0) for number in range(1, 11)), (0, 0)]
+    batch = put(queue, rows, recorded, outputs, pad_to=8, tokenizer=qwen_like_tokenizer)
+    trainer = make_trainer(record_dir=str(tmp_path))
+    trainer.global_steps, trainer.local_trigger_step = 12, 1
+    metrics = {}
+    advantages(queue, trainer, batch, metrics)
+    estimator._RecorderCache.recorder.flush()
+    assert metrics["tapo/records_lost"] == 0.0
+    header, lines, problems = read_step_records(tmp_path / "000012_1.jsonl.gz")
+    assert (header["step"], len(lines), problems) == (12, 12, [])
+    assert {line["key"] for line in lines} == set(batch.keys[:12])
+    assert {call["status"] is None for line in lines for call in line["calls"]} == {not recorded}
+    result = audit(tmp_path).result
+    (figures,) = result["steps"]
+    assert "records_disagree" not in [warned["code"] for warned in result["warnings"]]
+    assert figures["trajectories"] == 11
+    assert figures["misassigned_steps"] / figures["failing_steps"] == metrics["tapo/misassigned_steps"]
+    assert figures["corrected_steps"] / figures["failing_steps"] == metrics["tapo/corrected_steps"]
+    for name in ("token_share", "similarity", "support", "alpha", "transfer", "lift", "success_rate"):
+        assert figures[name] == pytest.approx(metrics[f"tapo/{name}"], abs=1e-7), name
+
+
+def test_records_under_another_estimator_are_warned_of(config, caplog):
+    from verl_tapo.trainer.check import check_run
+
+    other = config.copy()
+    other.algorithm.adv_estimator = "grpo"
+    other.algorithm.tapo.record_dir = "records"
+    check_run(other)
+    assert "records are written by the estimator tapo only" in caplog.text
 
 
 def test_rollout_correction_takes_rows_and_tokens_out(queue, make_trainer, qwen_like_tokenizer):

@@ -18,6 +18,7 @@ from verl_tapo.steps import TokenScope, check_token_scope
 
 Scope: TypeAlias = Literal["group", "batch"]
 StepSource: TypeAlias = Literal["auto", "recorded", "parsed"]
+RecordFormat: TypeAlias = Literal["jsonl", "parquet"]
 
 # The default decision by name [ours], used while ``tools`` is None.
 TEXT_PARAMETERS = frozenset({"query", "queries", "q", "question", "keywords"})
@@ -150,6 +151,12 @@ class TapoSettings:
     max_fault_rate: float | None = None
     """Share of a step's recorded tool calls that may fail through no fault of the model; beyond it the run ends. None:
     no limit."""
+    record_dir: str | None = None
+    """Folder for a file of records in every training step, see `verl_tapo.step_records`; None: none are written."""
+    record_format: RecordFormat = "jsonl"
+    """Of these files: ``jsonl`` (compressed) or ``parquet``."""
+    record_keep: int = 0
+    """How many of the newest steps' files stay; 0: all."""
 
     def __post_init__(self) -> None:
         for name in ("base_estimator", "success_key"):
@@ -169,11 +176,21 @@ class TapoSettings:
                 raise ValueError(f"{name} must be a list of non-empty strings, got {getattr(self, name)!r}")
         _check_choice("image_index_base", self.image_index_base, (None, 0, 1))
         _check_bool("write_tool_mask", self.write_tool_mask)
-        if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 0:
-            raise ValueError(f"patience must be a whole number >= 0, got {self.patience!r}")
+        for name in ("patience", "record_keep"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number >= 0, got {value!r}")
+        if self.record_dir is not None and (not isinstance(self.record_dir, str) or not self.record_dir):
+            raise ValueError(f"record_dir must be a folder or null, got {self.record_dir!r}")
+        _check_choice("record_format", self.record_format, get_args(RecordFormat))
         rate = self.max_fault_rate
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1):
             raise ValueError(f"max_fault_rate must be null or a number from 0 to 1, got {rate!r}")
+
+    def to_mapping(self) -> dict[str, Any]:
+        """All settings as the flat block that `from_mapping` takes."""
+        rule = {f.name: getattr(self.rule, f.name) for f in fields(TapoConfig) if f.init}
+        return {**rule, **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "rule"}}
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any] | None) -> TapoSettings:

@@ -135,6 +135,11 @@ class CreditReport:
         """Number of tokens whose advantage was corrected."""
 
     @property
+    def advantage_of_row(self) -> FloatArray:
+        """(B,) ``a`` of each row's trajectory."""
+        return self._trajectories.advantage[self._trajectories.of_row]
+
+    @property
     def steps(self) -> list[StepCredit]:
         """One record per given step, in the given order."""
         if self._steps is None:

@@ -1,16 +1,411 @@
-"""Records of training steps: the reader's interface. (Placeholder: the format, its writer and reader come next.)"""
+"""What TAPO did in each training step, in files that `verl-tapo audit` reads: ``algorithm.tapo.record_dir``.
+
+One file for each step (``000012.jsonl.gz``; ``000012_1.jsonl.gz`` for a second batch of a step). As JSON lines, the
+first is the header, every other one a row of the batch, padding left out::
+
+    {"kind": "tapo_step_records", "version": 1, "step": 12, "created": "2026-11-23T09:00:00+00:00",
+     "verl_tapo": "0.1.0", "settings": {... algorithm.tapo ...}, "metrics": {"tapo/corrected_steps": 0.5, ...}}
+    {"key": "<uid>_<session>_<output>", "uid": "...", "trajectory": 0, "score": 0.0, "success": false,
+     "advantage": -0.72, "tokens": 310, "length": 512, "changed_tokens": 120, "calls": [
+       {"tool": "text_search", "arguments": {...}, "turn": [0, 40], "call": [12, 39], "turn_tokens": 40,
+        "call_tokens": 27, "ok": true, "status": "ok", "latency_s": 0.12, "fault": null, "role": "failing",
+        "gate": "corrected", "similarity": 1.0, "support": 1.0, "alpha": 1.0, "reference_advantage": 1.2,
+        "transfer": 0.96, "witness": [1, 0]}, ...]}
+
+``arguments`` are as the rule compared them, with identities of images in place of their indices. Spans and counts
+are in response tokens; ``advantage`` is the trajectory's ``a``; ``witness`` is a row of the file and the number of its
+call. ``status``, ``latency_s`` and ``fault`` are null for calls that were parsed, not recorded. Parquet files have a
+row for each of those lines, with ``arguments`` as JSON text, and the header in the schema's metadata.
+
+Writing goes on in the background. It neither slows nor fails a training step: what cannot be written is logged once,
+and counted.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from verl_tapo.config import RecordFormat, TapoSettings
+from verl_tapo.credit import CreditReport
+from verl_tapo.records import fault_of
+from verl_tapo.steps import IntArray, ToolStep
+
+logger = logging.getLogger("verl_tapo")
+
+KIND = "tapo_step_records"
+VERSION = 1
+_WAITING = 2  # steps that may wait to be written; more would pile up their tensors
+_NAME = re.compile(r"(\d+)(?:_\d+)?\.(?:jsonl\.gz|parquet)")
+_HEAD = f'{{"kind": "{KIND}"'
+_ROW_KEYS = frozenset("key uid trajectory score success advantage tokens length changed_tokens calls".split())
+
+
+# --- What is written ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepSnapshot:
+    """A training step, as the estimator leaves it. B rows, S steps."""
+
+    step: int
+    part: int
+    """Number of the batch within the training step, from 0."""
+    settings: TapoSettings
+    metrics: Mapping[str, float]
+    keys: Sequence[str] | None
+    """(B,) veRL's ``{uid}_{session}_{output}``."""
+    index: Sequence[Any] | npt.NDArray[Any]
+    """(B,) prompt groups."""
+    trajectory: IntArray
+    """(B,) number of each row's trajectory."""
+    scores: npt.NDArray[np.float64]
+    success: npt.NDArray[np.bool_]
+    padding: npt.NDArray[np.bool_]
+    lengths: IntArray
+    """(B,) response tokens."""
+    response_mask: torch.Tensor
+    """(B, L); read in the background, so not to be changed in place."""
+    changed: IntArray
+    """(B,) tokens with another advantage than the base's."""
+    steps: Sequence[ToolStep]
+    report: CreditReport
+    records: Sequence[Any]
+    """(B,) records of the agent loop, None where it wrote none."""
+
+    def header(self) -> dict[str, Any]:
+        from verl_tapo import __version__
+
+        metrics = {name: value for name, value in self.metrics.items() if not name.startswith("tapo/ms/")}
+        return {
+            "kind": KIND,
+            "version": VERSION,
+            "step": self.step,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "verl_tapo": __version__,
+            "settings": json_value(self.settings.to_mapping()),
+            "metrics": json_value(metrics),
+        }
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One for each row that is no padding."""
+        policy = self.response_mask.cpu().numpy() != 0
+        credits, advantages = self.report.steps, self.report.advantage_of_row
+        of_row: dict[int, list[int]] = {}
+        number = np.zeros(len(self.steps), dtype=np.int64)
+        for position, step in enumerate(self.steps):
+            mine = of_row.setdefault(step.row, [])
+            number[position] = len(mine)
+            mine.append(position)
+        real = np.flatnonzero(~self.padding).tolist()
+        line = {row: place for place, row in enumerate(real)}
+        for row in real:
+            told = _recorded(self.records[row], int(self.lengths[row]))
+            mine = of_row.get(row, [])
+            calls = []
+            for place, position in enumerate(mine):
+                step, credit = self.steps[position], credits[position]
+                witness = credit.witness
+                calls.append(
+                    {
+                        "tool": step.tool,
+                        "arguments": json_value(step.arguments),
+                        "turn": list(step.turn),
+                        "call": list(step.call),
+                        "turn_tokens": int(policy[row, slice(*step.turn)].sum()),
+                        "call_tokens": int(policy[row, slice(*step.call)].sum()),
+                        "ok": bool(step.ok),
+                        **(told[place] if len(told) == len(mine) else _NOT_RECORDED),
+                        "role": credit.role,
+                        "gate": credit.gate,
+                        "similarity": credit.similarity,
+                        "support": credit.support,
+                        "alpha": credit.alpha,
+                        "reference_advantage": credit.reference_advantage,
+                        "transfer": credit.transfer,
+                        "witness": None if witness is None else [line[self.steps[witness].row], int(number[witness])],
+                    }
+                )
+            yield {
+                "key": None if self.keys is None else str(self.keys[row]),
+                "uid": str(self.index[row]),
+                "trajectory": int(self.trajectory[row]),
+                "score": json_value(float(self.scores[row])),
+                "success": bool(self.success[row]),
+                "advantage": float(advantages[row]),
+                "tokens": int(policy[row].sum()),
+                "length": int(self.lengths[row]),
+                "changed_tokens": int(self.changed[row]),
+                "calls": calls,
+            }
+
+
+_NOT_RECORDED: dict[str, Any] = {"status": None, "latency_s": None, "fault": None}
+
+
+def _recorded(record: Any, length: int) -> list[dict[str, Any]]:
+    """What the agent loop's record says besides, of the calls that `verl_tapo.records.recorded_steps` keeps."""
+    if not isinstance(record, Mapping):
+        return []
+    kept = [step for step in record["steps"] if step["turn"][0] < length]
+    return [
+        {"status": step["status"], "latency_s": json_value(step.get("latency_s")), "fault": fault_of(step)}
+        for step in kept
+    ]
+
+
+def json_value(value: Any) -> Any:
+    """A value as strict JSON can hold it: NaN and infinity are None, what else does not fit becomes its text."""
+    if isinstance(value, Mapping):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    if isinstance(value, np.generic):
+        return json_value(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | bool | int | float | None) else str(value)
+
+
+# --- Writing --------------------------------------------------------------------------------------------------------
+
+
+class StepRecorder:
+    """Writes step records in the background.
+
+    Args:
+        folder: made where it does not exist.
+        record_format: ``jsonl`` (compressed) or ``parquet``.
+        keep: how many of the newest steps' files stay; 0: all.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], record_format: RecordFormat = "jsonl", keep: int = 0) -> None:
+        self._folder, self._format, self._keep = Path(folder), record_format, keep
+        self._writer = ThreadPoolExecutor(1, "tapo-records")  # at the interpreter's normal end it is waited for
+        self._waiting: list[Future[None]] = []
+        self._taken = self._lost = 0
+        self._told = False
+
+    @property
+    def lost(self) -> float:
+        """Share of the steps so far that could not be written."""
+        return self._lost / self._taken if self._taken else 0.0
+
+    def take(self, snapshot: StepSnapshot) -> None:
+        """Hands a step over; returns at once, and never raises."""
+        self._taken += 1
+        self._waiting = [future for future in self._waiting if not future.done()]
+        if len(self._waiting) >= _WAITING:
+            self._lose(f"{_WAITING} steps before it are still being written")
+            return
+        self._waiting.append(self._writer.submit(self._write, snapshot))
+
+    def flush(self) -> None:
+        """Waits until all that was taken is written."""
+        for future in self._waiting:
+            future.result()
+
+    def _lose(self, why: object) -> None:
+        self._lost += 1
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "TAPO: a step's records could not be written to %s, and training goes on without them: %s. Said once; "
+                "tapo/records_lost is the share of steps lost",
+                self._folder,
+                why,
+            )
+
+    def _write(self, snapshot: StepSnapshot) -> None:
+        suffix = "jsonl.gz" if self._format == "jsonl" else "parquet"
+        part = f"_{snapshot.part}" if snapshot.part else ""
+        path = self._folder / f"{snapshot.step:06d}{part}.{suffix}"
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._format == "jsonl":
+                _write_lines(partial, snapshot)
+            else:
+                _write_parquet(partial, snapshot)
+            os.replace(partial, path)
+            self._tidy()
+        except Exception as error:  # a full disk, a value of a type never thought of: nothing here may end a run
+            self._lose(f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def _tidy(self) -> None:
+        if not self._keep:
+            return
+        files: dict[int, list[Path]] = {}
+        for path in self._folder.iterdir():
+            if named := _NAME.fullmatch(path.name):
+                files.setdefault(int(named[1]), []).append(path)
+        for step in sorted(files)[: -self._keep]:
+            for path in files[step]:
+                path.unlink(missing_ok=True)
+
+
+def _write_lines(path: Path, snapshot: StepSnapshot) -> None:
+    with gzip.open(path, "wt", encoding="ascii", compresslevel=5) as file:
+        for value in (snapshot.header(), *snapshot.rows()):
+            file.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def _write_parquet(path: Path, snapshot: StepSnapshot) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = list(snapshot.rows())
+    for row in rows:
+        for call in row["calls"]:
+            call["arguments"] = json.dumps(call["arguments"], allow_nan=False)
+            # A name with half a surrogate pair, which a model can write in JSON, fits into no UTF-8.
+            call["tool"] = call["tool"].encode("utf-8", "replace").decode()
+    number, whole, text, truth = pyarrow.float64(), pyarrow.int64(), pyarrow.string(), pyarrow.bool_()
+    numbers = ("latency_s", "similarity", "support", "alpha", "reference_advantage", "transfer")
+    call_type = pyarrow.struct(
+        {
+            **{name: text for name in ("tool", "arguments", "status", "fault", "role", "gate")},
+            **{name: number for name in numbers},
+            **{name: whole for name in ("turn_tokens", "call_tokens")},
+            **{name: pyarrow.list_(whole) for name in ("turn", "call", "witness")},
+            "ok": truth,
+        }
+    )
+    schema = pyarrow.schema(
+        {
+            **{name: text for name in ("key", "uid")},
+            **{name: whole for name in ("trajectory", "tokens", "length", "changed_tokens")},
+            **{name: number for name in ("score", "advantage")},
+            "success": truth,
+            "calls": pyarrow.list_(call_type),
+        },
+        metadata={KIND: json.dumps(snapshot.header(), allow_nan=False)},
+    )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Makes the folder, and tries to write to it.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"algorithm.tapo.record_dir={path} cannot be written to: {error}") from None
+
+
+# --- Reading --------------------------------------------------------------------------------------------------------
+
+
+class StepFile(NamedTuple):
+    """A step's records."""
+
+    header: dict[str, Any]
+    rows: list[dict[str, Any]]
+    problems: list[tuple[int, str]]
+    """Lines that were left out, and why; none in Parquet files."""
 
 
 def is_step_records(path: Path) -> bool:
-    """Whether a file holds step records."""
-    return path.name.endswith(".tapo-records")
+    """Whether a file holds step records, by its head; False for what cannot be read."""
+    try:
+        if path.suffix == ".parquet":
+            return _parquet_header(path) is not None
+        with _open(path) as file:
+            head: str = file.read(len(_HEAD))
+            return head == _HEAD
+    except (OSError, EOFError, ImportError):
+        return False
 
 
-def read_step_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[tuple[int, str]]]:
-    """Header, rows and problems."""
-    raise ValueError(f"{path}: no step records")
+def read_step_records(path: Path) -> StepFile:
+    """Reads a step's file.
+
+    Raises:
+        ValueError: the file holds no step records, or of another version.
+        OSError: it cannot be read.
+    """
+    return _read_parquet(path) if path.suffix == ".parquet" else _read_lines(path)
+
+
+def _open(path: Path) -> Any:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8", errors="replace")
+
+
+def _checked_header(path: Path, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or value.get("kind") != KIND:
+        raise ValueError(f"{path} holds no step records")
+    if value.get("version") != VERSION:
+        raise ValueError(f"{path}: step records of version {value.get('version')!r}, expected {VERSION}")
+    return value
+
+
+def _read_lines(path: Path) -> StepFile:
+    rows: list[dict[str, Any]] = []
+    problems: list[tuple[int, str]] = []
+    header: dict[str, Any] | None = None
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    value = json.loads(line)
+                except ValueError:
+                    value = None
+                if header is None:
+                    header = _checked_header(path, value)
+                elif isinstance(value, dict) and value.keys() >= _ROW_KEYS:
+                    rows.append(value)
+                else:
+                    problems.append((number, "not a row of step records" if value is not None else "not JSON"))
+    except EOFError as error:
+        problems.append((number + 1, f"the file breaks off: {error}"))
+    if header is None:
+        raise ValueError(f"{path} holds no step records")
+    return StepFile(header, rows, problems)
+
+
+def _parquet_header(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+        return json.loads(metadata[KIND.encode()])
+    except (pyarrow.ArrowInvalid, KeyError, ValueError):
+        return None
+
+
+def _read_parquet(path: Path) -> StepFile:
+    import pyarrow.parquet
+
+    header = _checked_header(path, _parquet_header(path))
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    for row in rows:
+        for call in row["calls"]:
+            call["arguments"] = json.loads(call["arguments"])
+    return StepFile(header, rows, [])

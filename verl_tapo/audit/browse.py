@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from verl_tapo.audit.analysis import JudgedCall, StepAnalysis
 from verl_tapo.audit.model import Trajectory
+from verl_tapo.step_records import json_value
 
 RESULT_CHARS = 2000
 """Shown of a tool's answer."""
@@ -109,14 +109,3 @@ def _call(judged: JudgedCall, analysis: StepAnalysis, numbers: dict[int, int]) -
         "call_span": call.call_span,
         "witness": witness,
     }
-
-
-def json_value(value: Any) -> Any:
-    """A value as strict JSON can hold it: what it cannot becomes its text."""
-    if isinstance(value, dict):
-        return {str(key): json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_value(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, str | bool | int | float | None) else str(value)

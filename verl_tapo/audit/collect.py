@@ -11,9 +11,10 @@ import numpy as np
 
 from verl_tapo.audit.advice import Tally, find_warnings
 from verl_tapo.audit.analysis import Counts, Setting, StepAnalysis, Sweep, figures
-from verl_tapo.audit.browse import Browse, json_value
+from verl_tapo.audit.browse import Browse
 from verl_tapo.audit.model import Problem, StepBatch
 from verl_tapo.config import TapoSettings
+from verl_tapo.step_records import json_value
 
 RESULT_VERSION = 1
 _BINS = 20

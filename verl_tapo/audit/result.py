@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_tapo.audit.analysis import StepAnalysis
-from verl_tapo.audit.browse import json_value
 from verl_tapo.audit.html import write_report
+from verl_tapo.step_records import json_value
 
 if TYPE_CHECKING:
     import pandas

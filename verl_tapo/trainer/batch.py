@@ -34,8 +34,8 @@ def rollout_from_batch(
         columns: arrays of B objects: ``uid``, and where present the tool records, the reward's extra info (its keys as
             columns, or one column ``reward_extra_info``), ``keys`` (veRL's ``{uid}_{session}_{output}``) and
             ``is_padding``.
-        context: ``tokenizer``, ``config`` (the whole trainer configuration) and dicts ``metrics`` and ``fields`` to
-            fill, where known.
+        context: ``tokenizer``, ``config`` (the whole trainer configuration), ``step`` (its number) and dicts
+            ``metrics`` and ``fields`` to fill, where known.
     """
     rewards, mask = batch["token_level_rewards"], batch["response_mask"]
     rows, length = mask.shape
@@ -65,6 +65,8 @@ def rollout_from_batch(
         lengths=lengths,
         padding=padding,
         sessions=None if keys is None else Sessions.from_keys(list(keys)),
+        keys=keys,
+        step=context.get("step"),
         tokenizer=context.get("tokenizer"),
         tool_format=None if config is None else config.actor_rollout_ref.rollout.multi_turn.format,
         metrics=context.get("metrics", {}),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from typing import Any
 
 from verl_tapo.config import TapoSettings
 from verl_tapo.formats import NATIVE_FORMATS
+from verl_tapo.step_records import check_folder
 from verl_tapo.trainer.estimator import load_settings
 
 logger = logging.getLogger("verl_tapo")
@@ -22,13 +24,19 @@ def check_run(config: Any) -> TapoSettings | None:
         ValueError: naming the setting, where TAPO would not run or would do nothing.
     """
     if config.algorithm.adv_estimator != "tapo":
-        if config.algorithm.get("tapo") is not None:
-            load_settings(config.algorithm)
+        if config.algorithm.get("tapo") is not None and load_settings(config.algorithm).record_dir is not None:
+            logger.warning(
+                "TAPO: algorithm.tapo.record_dir is set, but algorithm.adv_estimator=%s: records are written by the "
+                "estimator tapo only. Dump the rollouts with trainer.rollout_data_dir, and audit these",
+                config.algorithm.adv_estimator,
+            )
         return None
     settings = load_settings(config.algorithm)
     problems = find_problems(config, settings)
     if problems:
         raise ValueError("TAPO: " + "; ".join(problems))
+    if settings.record_dir is not None:
+        check_folder(settings.record_dir)
     for warning in find_warnings(config):
         logger.warning("TAPO: %s", warning)
     return settings
@@ -51,6 +59,8 @@ def find_problems(config: Any, settings: TapoSettings) -> list[str]:
     if settings.step_source != "recorded" and tool_format not in {*NATIVE_FORMATS, *ToolParser._registry}:
         formats = ", ".join(sorted({*NATIVE_FORMATS, *ToolParser._registry}))
         problems.append(f"the tool format {tool_format!r} is not known; known: {formats}")
+    if settings.record_dir is not None and settings.record_format == "parquet" and find_spec("pyarrow") is None:
+        problems.append("algorithm.tapo.record_format=parquet needs pyarrow: pip install 'verl-tapo[audit]'")
     return problems
 
 

@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from verl_tapo.arrays import numbered
 from verl_tapo.config import TapoConfig, TapoSettings, acquires_information, default_kernel
-from verl_tapo.credit import transfer_credit
+from verl_tapo.credit import CreditReport, transfer_credit
 from verl_tapo.parsing import ToolCallParser, parse_steps
 from verl_tapo.records import recorded_steps
+from verl_tapo.step_records import StepRecorder, StepSnapshot
 from verl_tapo.steps import ToolStep, build_tool_mask
 from verl_tapo.trainer.rollout import CURRENT, Rollout
 from verl_tapo.trainer.tool_metrics import check_outage, reward_metrics, tool_metrics
@@ -258,15 +260,68 @@ def estimate(
         )
     done = time.perf_counter()
     WATCH.look(steps, settings)
-    real = max(int((~rollout.padding).sum()), 1)
     rollout.metrics.update(report.metrics())
     rollout.metrics.update(watch(rollout.records, rollout.reward_infos, rollout.padding, settings))
-    rollout.metrics["tapo/success_rate"] = float((success & ~rollout.padding).sum()) / real
+    final = np.arange(len(success)) if rollout.sessions is None else rollout.sessions.final_row
+    ended = np.unique(final[~rollout.padding])
+    rollout.metrics["tapo/success_rate"] = float(success[ended].mean()) if len(ended) else 0.0
     rollout.metrics["tapo/dropped_rows"] = float(len(lost))
     rollout.metrics["tapo/ms/base"] = (based - start) * 1e3
     rollout.metrics["tapo/ms/steps"] = (found - based) * 1e3
     rollout.metrics["tapo/ms/credit"] = (done - found) * 1e3
+    if settings.record_dir is not None:
+        _record(rollout, settings, base, advantages, response_mask, index, success, steps, report)
     return advantages, returns
+
+
+class _RecorderCache:
+    """The process's recorder, and the last step it was given."""
+
+    settings: TapoSettings | None = None
+    recorder: StepRecorder | None = None
+    step = 0
+
+
+def _record(
+    rollout: Rollout,
+    settings: TapoSettings,
+    base: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Any,
+    success: npt.NDArray[np.bool_],
+    steps: Sequence[ToolStep],
+    report: CreditReport,
+) -> None:
+    """Hands the step to the recorder. Where the trainer does not tell the step's number, steps are counted."""
+    if _RecorderCache.recorder is None or _RecorderCache.settings is not settings:
+        _RecorderCache.settings = settings
+        _RecorderCache.recorder = StepRecorder(str(settings.record_dir), settings.record_format, settings.record_keep)
+    recorder = _RecorderCache.recorder
+    _RecorderCache.step = rollout.step if rollout.step is not None else _RecorderCache.step + 1
+    rows = np.arange(len(rollout.padding))
+    trajectory = rows if rollout.sessions is None else numbered(rollout.sessions.of_row)[1]
+    rollout.metrics["tapo/records_lost"] = recorder.lost
+    recorder.take(
+        StepSnapshot(
+            step=_RecorderCache.step,
+            part=rollout.part,
+            settings=settings,
+            metrics=dict(rollout.metrics),
+            keys=rollout.keys,
+            index=index,
+            trajectory=trajectory,
+            scores=rollout.scores,
+            success=success,
+            padding=rollout.padding,
+            lengths=rollout.lengths,
+            response_mask=response_mask,
+            changed=(advantages != base).sum(-1).cpu().numpy(),
+            steps=steps,
+            report=report,
+            records=rollout.records,
+        )
+    )
 
 
 def _without_nan(base: torch.Tensor, returns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:

@@ -78,6 +78,12 @@ class Rollout:
     """(B,) rows that are no real samples."""
     sessions: Sessions | None = None
     """Which rows are outputs of one trajectory, for loops that return several; None: each row is one."""
+    keys: Sequence[str] | None = None
+    """(B,) veRL's ``{uid}_{session}_{output}``, where the trainer has them."""
+    step: int | None = None
+    """Number of the training step; None where the trainer does not tell."""
+    part: int = 0
+    """Number of the batch within the training step."""
     tokenizer: Any = None
     tool_format: str | None = None
     """The tool format the rollout is configured for."""

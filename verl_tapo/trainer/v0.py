@@ -41,7 +41,8 @@ def compute_advantage_hook(wrapped: Callable[..., Any], _: Any, args: Any, kwarg
 
         data.batch["response_mask"] = compute_response_mask(data)
     trainer = None if _trainer is None else _trainer()
-    context = {"tokenizer": getattr(trainer, "tokenizer", None), "config": getattr(trainer, "config", None)}
+    context = {name: getattr(trainer, name, None) for name in ("tokenizer", "config")}
+    context["step"] = getattr(trainer, "global_steps", None)
     rollout = rollout_from_batch(
         load_settings(algorithm), algorithm, data.batch, data.non_tensor_batch, {**context, "metrics": {}, "fields": {}}
     )

@@ -120,6 +120,9 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
         lengths=np.diff(offsets),
         padding=_padding(batch),
         sessions=Sessions.from_keys(batch.keys),
+        keys=batch.keys,
+        step=getattr(trainer, "global_steps", None),
+        part=getattr(trainer, "local_trigger_step", 0),
         tokenizer=trainer.tokenizer,
         tool_format=trainer.config.actor_rollout_ref.rollout.multi_turn.format,
     )
