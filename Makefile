@@ -1,5 +1,6 @@
 # make quickstart: the real trainer on a small task, on a CPU.  make demo: the rule on a recorded batch.
-# make test: everything CI runs.  Each sets up .venv on a fresh machine.
+# make test: everything that runs without vLLM.  Each sets up .venv on a fresh machine.
+# make test-vllm: the trainer with vLLM for CPUs, in .venv-vllm; docs/tested.md says what for. CI runs both.
 PYTHON ?= python3
 # A CUDA build, a CPU build: whatever your index serves under this name. Installed first, so that nothing pulls another.
 TORCH ?= torch==2.13.0
@@ -7,11 +8,14 @@ VENV := .venv
 # Versions of veRL that patches/ is for: their wheels are unpacked, patched and tested.
 PATCHED := 0.8.0 0.9.1
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
+# Of what is installed there: where it changes, the environment is made anew.
+VLLM_HASH := $(shell cat setup.cfg tests/vllm_cpu/*.txt tests/vllm_cpu/stand_ins/*/*.toml tests/vllm_cpu/stand_ins/*/*.py | cksum | cut -d ' ' -f 1)
 
 # For example: make quickstart ARGS="--loss gspo --steps 40"
 ARGS ?=
 
-.PHONY: quickstart quickstart-compare demo test lint benchmark clean
+.PHONY: quickstart quickstart-compare demo test test-vllm lint benchmark clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
@@ -24,6 +28,13 @@ demo: $(VENV)/.core
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-vllm:
+	@if $(MAKE) $(VLLM_VENV)/.$(VLLM_HASH); then \
+	  $(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable . && $(VLLM_VENV)/bin/python -m pytest tests/vllm_cpu; \
+	else \
+	  echo "test-vllm: SKIPPED: vLLM for CPUs cannot be installed here, the reason stands above"; \
+	fi
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -51,5 +62,13 @@ $(VENV)/.dev: $(VENV)/.core
 	for version in $(PATCHED); do $(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/wheels verl==$$version || exit 1; done
 	touch $@
 
+$(VLLM_VENV)/.$(VLLM_HASH):
+	rm -rf $(VLLM_VENV)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint tests/vllm_cpu/constraints.txt --requirement tests/vllm_cpu/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,6 +21,8 @@ import torch
 import yaml
 from run import HERE, Failure, Run, check, describe, read_metrics, summary, train, validation
 
+from verl_tapo.audit import audit
+
 pytestmark = pytest.mark.timeout(900)
 
 STEPS = 2
@@ -56,8 +58,8 @@ def finished(out):
 
 
 @pytest.fixture(scope="module")
-def tapo(finished):
-    return finished("tapo")
+def tapo(finished, out):
+    return finished("tapo", "tapo", "vanilla", f"algorithm.tapo.record_dir={out / 'tapo' / 'records'}")
 
 
 def weights(run, step=STEPS, ranks=1):
@@ -106,6 +108,43 @@ def test_tapo_corrects_and_ends_elsewhere(finished, tapo):
     assert rollouts(run, 1) == rollouts(grpo, 1)
     assert sum(entry["tapo/corrected_steps"] for entry in metrics) > 0
     assert not same(weights(run), weights(grpo))
+
+
+@pytest.mark.parametrize("source", ["rollouts", "records"])
+def test_an_audit_says_what_training_logged(tapo, source):
+    """From records exactly; from texts but for the share of tokens, which a text counts in characters."""
+    run, metrics = tapo
+    found = audit(run.folder / source).result
+    assert found["settings"]["recorded_steps"] == (STEPS if source == "records" else 0)
+    assert [figures["step"] for figures in found["steps"]] == [1, 2]
+    for figures, logged in zip(found["steps"], metrics, strict=True):
+        assert figures["calls"] / figures["trajectories"] == pytest.approx(logged["tapo/steps_per_trajectory"])
+        assert figures["failed_calls"] / figures["calls"] == pytest.approx(logged["tapo/failed_calls"])
+        for name in ("misassigned_steps", "corrected_steps"):
+            assert figures[name] / max(figures["failing_steps"], 1) == pytest.approx(logged[f"tapo/{name}"])
+        for name in ("similarity", "support", "alpha", "transfer", "lift", "success_rate"):
+            assert figures[name] == pytest.approx(logged.get(f"tapo/{name}"), abs=1e-6), name
+        near = 1e-12 if source == "records" else 0.05
+        assert figures["token_share"] == pytest.approx(logged["tapo/token_share"], abs=near)
+
+
+def test_an_audit_joins_records_and_texts(tapo):
+    run, _ = tapo
+    found = audit(run.folder).result
+    assert found["settings"]["recorded_steps"] == STEPS
+    texts = audit(run.folder / "rollouts").result
+    assert found["totals"]["trajectories"] == texts["totals"]["trajectories"] == 2 * 16
+    calls = [
+        (trajectory["text"], call)
+        for group in found["groups"]
+        for trajectory in group["trajectories"]
+        for call in trajectory["calls"]
+    ]
+    assert len(calls) == found["totals"]["calls"]
+    for text, call in calls:
+        start, end = call["call_span"]
+        assert text[start:end].startswith("<tool_call>")
+        assert call["status"] != "ok" or call["result"]
 
 
 def test_parsed_and_recorded_steps_train_alike(finished, tapo):

@@ -9,14 +9,16 @@ from typing import Any
 from uuid import uuid4
 
 import pandas as pd
+import prepare
 import yaml
 from run import HERE
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import ToolResponse
-from vllm_cpu.vllm_runs import CALL_END
+from vllm_cpu.vllm_runs import CALL_END, VllmRun
 
+LOOPS = {"tapo_tool_agent": "WitnessedTapoToolAgentLoop", "tool_agent": "WitnessedToolAgentLoop"}
 MODEL = HERE / "flags_and_facts" / "model"
 
 
@@ -93,3 +95,43 @@ def write_tools(file: Path) -> Path:
     tools["image_search"]["class_name"] = "vllm_cpu.text_world.NamedFlag"
     file.write_text(yaml.safe_dump({"tools": [tools["image_search"], tools["text_search"]]}))
     return file
+
+
+def make_text_world(folder: Path) -> Path:
+    """All of the above, in a folder."""
+    prepare.prepare(folder / "data", {"train": 32, "val": 4, "heldout": 4})
+    write_questions(folder / "data" / "train.parquet", folder / "questions.parquet")
+    write_tools(folder / "tools.yaml")
+    save_text_model(folder / "model")
+    return folder
+
+
+def text_run(world: Path, name: str, advantage: str, loss: str, loop: str, *overrides: str) -> VllmRun:
+    """A run of two small steps.
+
+    Args:
+        world: of `make_text_world`.
+        name: of the run.
+        advantage: estimator.
+        loss: policy loss.
+        loop: agent loop, a key of `LOOPS`.
+        overrides: Hydra's.
+    """
+    agents = world / f"{name}.yaml"
+    agents.write_text(yaml.safe_dump([{"name": loop, "_target_": f"vllm_cpu.witnessed_loops.{LOOPS[loop]}"}]))
+    settings = {
+        "actor_rollout_ref.model.path": world / "model",
+        "actor_rollout_ref.rollout.n": 4,
+        "actor_rollout_ref.rollout.agent.default_agent_loop": loop,
+        "actor_rollout_ref.rollout.agent.agent_loop_config_path": agents,
+        "actor_rollout_ref.rollout.multi_turn.tool_config_path": world / "tools.yaml",
+        "data.custom_cls.path": "null",
+        "data.train_files": world / "questions.parquet",
+        "data.val_files": world / "questions.parquet",
+        "data.train_batch_size": 4,
+        "trainer.val_before_train": "false",
+        "trainer.test_freq": -1,
+        "trainer.save_freq": 1,
+    }
+    chosen = [f"{key}={value}" for key, value in settings.items()]
+    return VllmRun(name, advantage, loss, out=world, overrides=[*chosen, *overrides])

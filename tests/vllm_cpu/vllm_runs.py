@@ -69,13 +69,13 @@ def read_trajectories(file: Path) -> list[dict[str, Any]]:
 def assert_trained_on_what_was_sampled(metrics: list[dict[str, Any]]) -> None:
     """The actor gives every token the probability with which vLLM drew it: masks, spans, pixels and weights are right.
 
-    Weights most of all: the second step's are the first update's.
+    Weights above all: vLLM starts with random ones, and in the second step it has those of the first update.
     """
     assert len(metrics) == STEPS
+    assert metrics[0]["actor/grad_norm"] > 0
     for step in metrics:
         assert step["training/rollout_probs_diff_valid"] == 1
         assert step["training/rollout_probs_diff_max"] < 1e-4
-        assert step["actor/grad_norm"] > 0
         assert all(math.isfinite(value) for value in step.values() if isinstance(value, float)), step
 
 
@@ -104,3 +104,15 @@ def decoded_call(trajectory: dict[str, Any], span: Sequence[int], tokenizer: Any
     call = json.loads(text.removeprefix("<tool_call>").removesuffix("</tool_call>"))
     assert all(trajectory["mask"][slice(*span)])
     return [call["name"], call["arguments"]]
+
+
+def assert_recorded_as_executed(trajectories: list[dict[str, Any]], tokenizer: Any) -> None:
+    """What was recorded is what was said and what was executed, in several turns."""
+    turns = 0
+    for trajectory in trajectories:
+        assert_masked_by_author(trajectory, tokenizer)
+        steps = [step for step in trajectory["record"]["steps"] if step["status"] in ("ok", "error")]
+        said = [decoded_call(trajectory, step["call"], tokenizer) for step in steps]
+        assert said == [[step["tool"], step["arguments"]] for step in steps] == trajectory["executed"]
+        turns = max(turns, len(steps))
+    assert turns > 1

@@ -28,11 +28,28 @@ class _WitnessedTool:
         return await self._tool.execute(instance_id, parameters, **kwargs)
 
 
+class _WitnessedServer:
+    """VeRL's client of the rollout servers, and a note of how much of each prompt came from the prefix cache."""
+
+    def __init__(self, client: Any, cached: list[int]) -> None:
+        self._client, self._cached = client, cached
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    async def generate(self, **kwargs: Any) -> Any:
+        output = await self._client.generate(**kwargs)
+        self._cached.append(output.extra_fields["num_cached_tokens"])
+        return output
+
+
 class _Witness:
     """Before an agent loop of veRL's; one instance runs one trajectory."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.cached: list[int] = []
+        self.server_manager: Any = _WitnessedServer(self.server_manager, self.cached)
         self.executed: list[tuple[str, Any]] = []
         self.tools: dict[str, Any] = {name: _WitnessedTool(tool, self.executed) for name, tool in self.tools.items()}
 
@@ -46,6 +63,7 @@ class _Witness:
             "prompt": list(output.prompt_ids),
             "response": list(output.response_ids),
             "mask": list(output.response_mask),
+            "cached": self.cached,
             "executed": self.executed,
             "record": output.extra_fields.get("tapo_steps"),
         }
