@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from pathlib import Path
 from typing import Any
 
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
@@ -56,6 +57,7 @@ class _Witness:
     async def run(self, sampling_params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         rollout = f"{kwargs['index']}/{kwargs['session_id']}"
         seed = zlib.crc32(rollout.encode())
+        Path(os.environ[FILE_VARIABLE]).touch()  # generation has begun
         output = await super().run({**sampling_params, "seed": seed}, *args, **kwargs)  # type: ignore[misc]
         trajectory = {
             "rollout": rollout,
