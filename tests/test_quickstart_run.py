@@ -224,7 +224,7 @@ def test_tools_that_fail_neither_stop_nor_poison_a_run(finished, tmp_path):
     assert sum(entry["tapo/failed_calls"] for entry in metrics) > 0
     assert validation(metrics[-1]) is not None
     # No call of a tool that is down is ever anybody's witness.
-    assert metrics[-1].get("tapo/text_search/corrected_steps", 0) == 0
+    assert metrics[-1].get("tapo/tool/text_search/corrected_steps", 0) == 0
 
 
 def test_the_summary_can_be_read(tapo):

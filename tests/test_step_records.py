@@ -145,15 +145,26 @@ def test_what_the_agent_loop_recorded_stands_beside(tmp_path):
 
 
 def test_nothing_that_a_model_wrote_is_too_much(tmp_path):
-    odd = {"a": float("nan"), "b": "\ud800", "c": [{"d": object()}], "e": 10**30, "f": np.float32(1.5), "": None}
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    odd = {
+        "deep": deep,
+        "a": float("nan"),
+        "b": "\ud800",
+        "c": [{"d": object()}],
+        "e": 10**30,
+        "f": np.float32(1.5),
+        "": None,
+    }
     step = ToolStep(0, "tool\ud800", odd, (0, 3), (1, 3), True)
     batch = (torch.full((1, 4), -1.0), torch.ones(1, 4, dtype=torch.int64), ["u"], [False], [step])
     for record_format, suffix in FORMATS.items():
         assert write(tmp_path, snapshot(batch=batch), record_format=record_format).lost == 0
         (call,) = read_step_records(tmp_path / f"000001.{suffix}").rows[0]["calls"]
+        assert audit(tmp_path / f"000001.{suffix}").result["totals"]["calls"] == 1
         assert call["arguments"]["a"] is None
         assert (call["arguments"]["b"], call["arguments"]["f"]) == ("\ud800", 1.5)
-    assert audit(tmp_path / "000001.jsonl.gz").result["totals"]["calls"] == 1
 
 
 def test_a_step_that_is_done_again_takes_the_place_of_the_old_one(tmp_path):
@@ -166,6 +177,19 @@ def test_a_step_that_is_done_again_takes_the_place_of_the_old_one(tmp_path):
     ]
     expected = [str(uid) for uid in snapshot(3).index]
     assert [row["uid"] for row in read_step_records(tmp_path / "000007.jsonl.gz").rows] == expected
+
+
+def test_what_an_earlier_run_left_of_a_step_is_removed(tmp_path):
+    write(tmp_path, snapshot(1, step=7), snapshot(2, step=7, part=1), snapshot(3, step=8), record_format="parquet")
+    write(tmp_path, snapshot(4, step=7))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000007.jsonl.gz", "000008.parquet"]
+
+
+def test_after_a_resumption_the_steps_of_the_run_before_go_first(tmp_path):
+    write(tmp_path, *(snapshot(step, step=step) for step in (13, 14, 15)), keep=3)
+    write(tmp_path, snapshot(0, step=11), snapshot(1, step=12), keep=3)
+    names = ["000011.jsonl.gz", "000012.jsonl.gz", "000015.jsonl.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_only_the_newest_steps_stay(tmp_path):
@@ -226,6 +250,20 @@ class TestTrouble:
         assert [p["line"] for p in audit(plain).result["problems"]] == [3, 4]
         path.write_bytes(path.read_bytes()[:-20])
         assert "breaks off" in read_step_records(path).problems[-1][1]
+
+    @pytest.mark.parametrize("record_format", FORMATS)
+    def test_damaged_files_end_no_audit(self, tmp_path, record_format):
+        write(tmp_path, snapshot(1), snapshot(2, step=2), record_format=record_format)
+        path = tmp_path / f"000002.{FORMATS[record_format]}"
+        data = bytearray(path.read_bytes())
+        hurt = slice(20, 80) if record_format == "parquet" else slice(len(data) * 2 // 3, len(data) - 20)
+        data[hurt] = bytes(len(data[hurt]))
+        path.write_bytes(data)
+        (tmp_path / "000003.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00" + b"\xff" * 40)
+        result = audit(tmp_path).result
+        assert result["steps"][0]["step"] == 1
+        assert str(path) in [p["file"] for p in result["problems"]]
+        assert str(tmp_path / "000003.jsonl.gz") in [p["file"] for p in result["problems"]]
 
     def test_other_files(self, tmp_path):
         other = tmp_path / "1.jsonl"

@@ -236,7 +236,7 @@ def test_several_outputs_per_session(queue, make_trainer, qwen_like_tokenizer, r
 def test_step_records(queue, make_trainer, qwen_like_tokenizer, tmp_path, monkeypatch, recorded):
     """An audit of them finds what the step logged; padding rows and a session's other outputs are no trajectories."""
     if PATCHED:
-        pytest.skip("a patched trainer does not tell the step's number")
+        pytest.skip("a patched trainer does not tell which batch of the step it is")
     monkeypatch.setattr(estimator._RecorderCache, "recorder", None)
     rows = fake_batch(qwen_like_tokenizer)
     rows.append((rows[0][0], rows[0][1], rows[0][2]))  # a second output of the first session

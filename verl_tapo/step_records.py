@@ -30,6 +30,7 @@ import logging
 import math
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ import torch
 from verl_tapo.config import RecordFormat, TapoSettings
 from verl_tapo.credit import CreditReport
 from verl_tapo.records import fault_of
-from verl_tapo.steps import IntArray, ToolStep
+from verl_tapo.steps import MAX_DEPTH, IntArray, ToolStep
 
 logger = logging.getLogger("verl_tapo")
 
@@ -53,6 +54,8 @@ VERSION = 1
 _WAITING = 2  # steps that may wait to be written; more would pile up their tensors
 _NAME = re.compile(r"(\d+)(?:_\d+)?\.(?:jsonl\.gz|parquet)")
 _HEAD = f'{{"kind": "{KIND}"'
+BROKEN = (OSError, EOFError, zlib.error)
+"""What reading a file raises that is cut short or damaged."""
 _ROW_KEYS = frozenset("key uid trajectory score success advantage tokens length changed_tokens calls".split())
 
 
@@ -169,12 +172,17 @@ def _recorded(record: Any, length: int) -> list[dict[str, Any]]:
     ]
 
 
-def json_value(value: Any) -> Any:
-    """A value as strict JSON can hold it: NaN and infinity are None, what else does not fit becomes its text."""
+def json_value(value: Any, depth: int = 0) -> Any:
+    """A value as strict JSON can hold it: NaN and infinity are None, what else does not fit becomes its text.
+
+    So do levels beyond `verl_tapo.steps.MAX_DEPTH`, which nothing here looks at.
+    """
+    if isinstance(value, Mapping | list | tuple) and depth >= MAX_DEPTH:
+        return f"({type(value).__name__}, nested too deeply)"
     if isinstance(value, Mapping):
-        return {str(key): json_value(item) for key, item in value.items()}
+        return {str(key): json_value(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [json_value(item) for item in value]
+        return [json_value(item, depth + 1) for item in value]
     if isinstance(value, np.generic):
         return json_value(value.item())
     if isinstance(value, float) and not math.isfinite(value):
@@ -243,22 +251,25 @@ class StepRecorder:
             else:
                 _write_parquet(partial, snapshot)
             os.replace(partial, path)
-            self._tidy()
+            self._tidy(snapshot, path)
         except Exception as error:  # a full disk, a value of a type never thought of: nothing here may end a run
             self._lose(f"{type(error).__name__}: {error}")
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
 
-    def _tidy(self) -> None:
-        if not self._keep:
-            return
+    def _tidy(self, snapshot: StepSnapshot, written: Path) -> None:
+        """Removes what the step left when it was done before, and steps beyond those to keep, the oldest files first:
+        after a resumption these are not the lowest numbers."""
         files: dict[int, list[Path]] = {}
         for path in self._folder.iterdir():
             if named := _NAME.fullmatch(path.name):
                 files.setdefault(int(named[1]), []).append(path)
-        for step in sorted(files)[: -self._keep]:
-            for path in files[step]:
-                path.unlink(missing_ok=True)
+        old = [path for path in files[snapshot.step] if path != written] if snapshot.part == 0 else []
+        if self._keep:
+            newest = sorted(files, key=lambda step: max(path.stat().st_mtime_ns for path in files[step]))
+            old += [path for step in newest[: -self._keep] for path in files[step]]
+        for path in old:
+            path.unlink(missing_ok=True)
 
 
 def _write_lines(path: Path, snapshot: StepSnapshot) -> None:
@@ -337,7 +348,7 @@ def is_step_records(path: Path) -> bool:
         with _open(path) as file:
             head: str = file.read(len(_HEAD))
             return head == _HEAD
-    except (OSError, EOFError, ImportError):
+    except (*BROKEN, ImportError):
         return False
 
 
@@ -345,10 +356,12 @@ def read_step_records(path: Path) -> StepFile:
     """Reads a step's file.
 
     Raises:
-        ValueError: the file holds no step records, or of another version.
-        OSError: it cannot be read.
+        ValueError: the file holds no step records, or of another version, or cannot be read.
     """
-    return _read_parquet(path) if path.suffix == ".parquet" else _read_lines(path)
+    try:
+        return _read_parquet(path) if path.suffix == ".parquet" else _read_lines(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def _open(path: Path) -> Any:
@@ -382,7 +395,7 @@ def _read_lines(path: Path) -> StepFile:
                     rows.append(value)
                 else:
                     problems.append((number, "not a row of step records" if value is not None else "not JSON"))
-    except EOFError as error:
+    except BROKEN as error:
         problems.append((number + 1, f"the file breaks off: {error}"))
     if header is None:
         raise ValueError(f"{path} holds no step records")

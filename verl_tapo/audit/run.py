@@ -92,7 +92,7 @@ def audit(
         title=title or ", ".join("/".join(Path(path).resolve().parts[-2:]) for path in paths),
         sources=[str(source.path) for source in found.sources],
         left_out=[str(path) for path in found.left_out],
-        problems=problems.listed(),
+        problems=[*found.damaged, *problems.listed()],
         skipped=problems.skipped,
         base_estimator="as recorded" if recorded else options.base_estimator,
         recorded_steps=recorded,

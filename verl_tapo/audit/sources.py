@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from verl_tapo.audit.model import Problem
-from verl_tapo.step_records import is_step_records
+from verl_tapo.step_records import BROKEN, is_step_records
 
 FIELDS = ("input", "output", "gts", "score", "step", "uid")
 """What is read of a dump's line, as veRL names it (besides the success key)."""
@@ -73,6 +73,8 @@ class Found:
     sources: list[Source]
     left_out: list[Path]
     """Files with a fitting name that hold something else, and folders that were not entered."""
+    damaged: list[Problem] = field(default_factory=list)
+    """Files that cannot even be begun."""
 
     @property
     def size(self) -> int:
@@ -89,19 +91,27 @@ def find_sources(paths: Sequence[str | os.PathLike[str]], output_field: str = "o
         ValueError: a path does not exist, a file named holds no rollouts, or there are none at all.
     """
     found = Found([], [])
+
+    def recognise(file: Path) -> Source | None:
+        try:
+            return _recognise(file, output_field)
+        except BROKEN as error:
+            found.damaged.append(Problem(str(file), None, f"cannot be read: {error}"))
+            return None
+
     for name in paths:
         path = Path(name)
         if not path.exists():
             raise ValueError(f"{path}: there is no such file or folder")
         if path.is_dir():
             for file in _walk(path, found.left_out):
-                source = _recognise(file, output_field)
+                source = recognise(file)
                 if source is None:
                     found.left_out.append(file)
                 elif source not in found.sources:
                     found.sources.append(source)
             continue
-        source = _recognise(path, output_field)
+        source = recognise(path)
         if source is None:
             raise ValueError(
                 f"{path}: neither a rollout dump of veRL (JSON lines with {output_field!r}, 'score', ...) nor step "
@@ -139,14 +149,11 @@ def _recognise(path: Path, output_field: str) -> Source | None:
         return Source(path, "records", int(step[0]) if step else None)
     if path.suffix == ".parquet":
         return None
-    try:
-        with open_text(path) as file:
-            for _, line in zip(range(5), file, strict=False):  # the first ones may be broken
-                value = _parse(line)
-                if isinstance(value, dict) and output_field in value:
-                    return Source(path, "dump", _step(value, path))
-    except (OSError, EOFError):
-        pass
+    with open_text(path) as file:
+        for _, line in zip(range(5), file, strict=False):  # the first ones may be broken
+            value = _parse(line)
+            if isinstance(value, dict) and output_field in value:
+                return Source(path, "dump", _step(value, path))
     return None
 
 
@@ -205,7 +212,7 @@ def read_dump(
                             problems.add(path, number, str(error))
                         else:
                             yield _step(value, path) or 0, Row(number, value)
-            except (OSError, EOFError) as error:
+            except BROKEN as error:
                 problems.add(path, None, f"the file breaks off: {error}")
             advance(path.stat().st_size - told)
 

@@ -8,6 +8,8 @@ Metrics (all shares are of calls; one set for each tool that was executed):
 - ``tools/<tool>/``: ``calls_per_trajectory``, ``ok``, ``model_faults``, ``infrastructure_faults``, ``latency_s``,
   ``latency_p95_s``, ``answer_tokens``, and the mean of every number the tool itself returns as a metric (a cache hit,
   say)
+
+Names that would make veRL's aggregator take a maximum, minimum or sum are written by `verl_tapo.credit.metric_word`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from verl_tapo.credit import metric_word
 from verl_tapo.records import fault_of
 
 _EXECUTED = ("ok", "error", "timeout")
@@ -50,8 +53,8 @@ def tool_metrics(records: Sequence[Any]) -> dict[str, float]:
             executed[step["tool"]].append(step)
     for tool, calls in executed.items():
         for name, value in _of_tool(calls).items():
-            metrics[f"tools/{tool}/{name}"] = value
-        metrics[f"tools/{tool}/calls_per_trajectory"] = len(calls) / len(known)
+            metrics[f"tools/{metric_word(tool)}/{metric_word(name)}"] = value
+        metrics[f"tools/{metric_word(tool)}/calls_per_trajectory"] = len(calls) / len(known)
     metrics["tools/infrastructure_faults"] = _fault_rate([call for calls in executed.values() for call in calls])
     return metrics
 
@@ -62,7 +65,7 @@ def reward_metrics(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for info in infos:
         for name, value in info.items():
             if isinstance(value, bool | int | float | np.number) and math.isfinite(value):
-                parts[f"reward/{name}"].append(float(value))
+                parts[f"reward/{metric_word(name)}"].append(float(value))
     return {name: float(np.mean(values)) for name, values in parts.items()}
 
 
