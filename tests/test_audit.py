@@ -6,6 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas
 import pytest
@@ -717,3 +718,41 @@ class TestFrames:
             "import sys; import verl_tapo.audit; assert not {'pandas', 'matplotlib', 'rich', 'verl'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestExample:
+    """``examples/audit``: its data are of a real run, and its README says what it prints."""
+
+    FOLDER = Path(__file__).parents[1] / "examples" / "audit"
+
+    @pytest.mark.parametrize("source", ["data", "data/rollouts"])
+    def test_what_the_run_logged(self, source):
+        found = audit(self.FOLDER / source).result
+        logged = [json.loads(entry) for entry in (self.FOLDER / "data" / "metrics.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in logged] == [figures["step"] for figures in found["steps"]]
+        assert {warned["level"] for warned in found["warnings"]} <= {"info"}
+        for figures, entry in zip(found["steps"], logged, strict=True):
+            metrics = entry["data"]
+            for name in ("misassigned_steps", "corrected_steps"):
+                assert figures[name] / figures["failing_steps"] == pytest.approx(metrics[f"tapo/{name}"], abs=1e-12)
+            for name in ("similarity", "support", "alpha", "transfer", "lift", "success_rate"):
+                assert figures[name] == pytest.approx(metrics[f"tapo/{name}"], abs=1e-6)
+            near = 1e-12 if source == "data" else 0.02
+            assert figures["token_share"] == pytest.approx(metrics["tapo/token_share"], abs=near)
+
+    def test_its_readme_shows_what_is_printed(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "110")
+        run_main(capsys, self.FOLDER / "data")
+        code, out, _ = run_main(capsys, self.FOLDER / "data")
+        overview = out.split("By training step")[0].rstrip()
+        assert code == 0
+        assert overview in (self.FOLDER / "README.md").read_text()
+
+    def test_explore(self, tmp_path):
+        for name in ("explore.py", "data"):
+            (tmp_path / name).symlink_to(self.FOLDER / name)
+        copy = tmp_path / "mine.py"
+        copy.write_text((self.FOLDER / "explore.py").read_text())
+        done = subprocess.run([sys.executable, copy], capture_output=True, text=True, check=True)
+        assert "The calls most often corrected" in done.stdout
+        assert (tmp_path / "explore.png").stat().st_size > 10_000
