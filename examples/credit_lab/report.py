@@ -1,0 +1,249 @@
+"""Tables and plots from the study's raw results, whatever of it is there.
+
+    python examples/credit_lab/report.py       # writes results/tables.md and results/*.png
+
+Differences are paired by seed: two runs of a seed see the same prompts and the same random numbers. `±` is half the
+95 % interval of the mean (Student's t over seeds).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from scipy import stats
+from study import KEYS, LEARNING_RATES, LOSSES, RESULTS, load, sweeps
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+WINDOW = 5  # steps that a point of a smoothed curve averages
+LEVELS = (50, 70, 90)
+LATE = 5  # last steps that "final" averages
+COLOURS = {"grpo": "tab:gray", "tapo": "tab:blue", "clamp": "tab:orange", "step_groups": "tab:green"}
+LEGEND = """`to p`: steps until the mean of the last 5 steps reaches p % of the best (the better of GRPO's and TAPO's
+mean highest value in that world and loss), a run that never does counting one step more than it has; `early`: mean over
+the first half of the steps; `final`: over the last 5. Success and tool proficiency (the share of rollouts whose whole
+chain of calls is right) are of training rollouts, whose prompts are always new, before the step's update; `held out` is
+on the same 64 prompts in all runs of a world.
+"""
+
+
+def _mean(values: Sequence[float] | np.ndarray, digits: int = 3, sign: bool = False) -> str:
+    """Mean and half the 95 % interval."""
+    known = np.asarray(values, dtype=float)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return "-"
+    mean = f"{known.mean():{'+' if sign else ''}.{digits}f}"
+    if len(known) < 2:
+        return mean
+    half = stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known))
+    return f"{mean} ± {half:.{digits}f}"
+
+
+def _smooth(curves: np.ndarray) -> np.ndarray:
+    """(R, S) curves, each point the mean of the last `WINDOW`."""
+    return pd.DataFrame(curves.T).rolling(WINDOW, min_periods=1).mean().to_numpy().T
+
+
+def summarise(results: pd.DataFrame) -> pd.DataFrame:
+    """One row a run: its keys and its figures, steps to a level included."""
+    runs = []
+    for keys, run in results.drop_duplicates([*KEYS, "step"]).groupby(KEYS, sort=False):
+        run = run.sort_values("step")
+        late, early = run.tail(LATE), run.head((len(run) + 1) // 2)
+        figures: dict[str, object] = dict(zip(KEYS, keys, strict=True))
+        for name in ("success", "proficiency"):
+            figures |= {f"{name}_start": run[name].iloc[0], f"{name}_early": early[name].mean()}
+            figures |= {f"{name}_final": late[name].mean(), f"{name}_curve": run[name].to_numpy(dtype=float)}
+        figures |= {f"{name}_final": late[name].mean() for name in ("entropy", "calls", "lucky_steps")}
+        figures["held_out_final"] = run["held_out_success"].dropna().iloc[-1]
+        figures |= {f"{name}_early": early[name].mean() for name in ("agreement", "push_right", "push_right_sd")}
+        figures |= {
+            f"{name}_early": early[name].mean()
+            for name in ("push_wrong", "misassigned_steps", "corrected_steps", "lucky_steps", "lift", "entropy")
+        }
+        runs.append(figures | {"clipped": run["clipped"].mean()})
+    summary = pd.DataFrame(runs)
+    for name in ("success", "proficiency"):
+        for _, rows in summary.groupby(["world", "loss", "learning_rate", "steps"]):
+            smooth = {index: _smooth(rows.loc[index, f"{name}_curve"][None])[0] for index in rows.index}
+            usual = rows[rows["rule"].isin(["grpo", "tapo"])]
+            if usual.empty:
+                continue
+            best = max(np.mean([smooth[index].max() for index in of.index]) for _, of in usual.groupby("rule"))
+            for level in LEVELS:
+                for index, curve in smooth.items():
+                    summary.loc[index, f"{name}_to_{level}"] = _first(curve, best * level / 100)
+    return summary
+
+
+def _first(curve: np.ndarray, level: float) -> float:
+    """The step, between steps by interpolation, at which a curve reaches a level; its length if it does not."""
+    reached = np.flatnonzero(curve >= level)
+    if not len(reached):
+        return float(len(curve))
+    step = int(reached[0])
+    return float(step if step == 0 else step - (curve[step] - level) / (curve[step] - curve[step - 1]))
+
+
+def paired(summary: pd.DataFrame, rule: str, against: str, figure: str) -> np.ndarray:
+    """Differences of a figure between two rules in one cell, by seed."""
+    columns = summary.pivot(index="seed", columns="rule", values=figure)
+    if rule not in columns or against not in columns:
+        return np.zeros(0)
+    return (columns[rule] - columns[against]).dropna().to_numpy()
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [" | ".join(head), " | ".join("---" for _ in head), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def against_grpo(summary: pd.DataFrame, worlds: Sequence[str], figures: dict[str, int]) -> str:
+    """A table of GRPO, TAPO and their paired difference: figures with their digits after the point."""
+    rows = []
+    for world in worlds:
+        for loss in LOSSES:
+            cell = summary[(summary["world"] == world) & (summary["loss"] == loss)]
+            pairs = len(paired(cell, "tapo", "grpo", "success_final"))
+            for figure, digits in figures.items() if pairs else ():
+                values = [cell.loc[cell["rule"] == rule, figure].to_numpy() for rule in ("grpo", "tapo")]
+                difference = _mean(paired(cell, "tapo", "grpo", figure), digits, sign=True)
+                rows.append(
+                    [world, loss, str(pairs), figure.replace("_", " "), *(_mean(v, digits) for v in values), difference]
+                )
+    return _markdown(["world", "loss", "seeds", "figure", "GRPO", "TAPO", "TAPO - GRPO"], rows)
+
+
+def rules_table(summary: pd.DataFrame, worlds: Sequence[str]) -> str:
+    """Every rule under the vanilla loss: its difference from GRPO, and from TAPO."""
+    figures = {"success_early": 3, "success_final": 3, "proficiency_to_70": 1, "entropy_final": 3}
+    rows = []
+    for world in worlds:
+        cell = summary[(summary["world"] == world) & (summary["loss"] == "vanilla")]
+        for rule in cell["rule"].drop_duplicates():
+            if rule == "grpo" or not len(paired(cell, rule, "grpo", "success_final")):
+                continue
+            row = [world, rule, str(len(paired(cell, rule, "grpo", "success_final")))]
+            row += [_mean(paired(cell, rule, "grpo", figure), digits, sign=True) for figure, digits in figures.items()]
+            row.append("" if rule == "tapo" else _mean(paired(cell, rule, "tapo", "success_early"), 3, sign=True))
+            rows.append(row)
+    head = ["world", "rule", "seeds", *(f"{figure.replace('_', ' ')} - GRPO" for figure in figures)]
+    return _markdown([*head, "success early - TAPO"], rows)
+
+
+def tuning_table(results: pd.DataFrame) -> str:
+    """Early and final success of GRPO by learning rate, on seeds of their own."""
+    summary = summarise(results)
+    rows = [
+        [
+            *(loss, f"{rate:g}", str(len(of))),
+            *(_mean(of[figure]) for figure in ("success_early", "success_final", "clipped")),
+        ]
+        for (loss, rate), of in summary.groupby(["loss", "learning_rate"])
+    ]
+    return _markdown(["loss", "learning rate", "runs", "success early", "success final", "clipped tokens"], rows)
+
+
+def plot_curves(results: pd.DataFrame, worlds: Sequence[str], figure: str, file: Path) -> None:
+    """A grid of learning curves, worlds by losses: mean over seeds and its 95 % interval."""
+    grid, axes = plt.subplots(len(worlds), len(LOSSES), figsize=(11, 2.5 * len(worlds)), squeeze=False, sharex=True)
+    for row, world in enumerate(worlds):
+        for column, loss in enumerate(LOSSES):
+            axis = axes[row][column]
+            axis.set_title(f"{world}, {loss}", fontsize=9)
+            axis.grid(alpha=0.3)
+            cell = results[(results["world"] == world) & (results["loss"] == loss)]
+            for rule in ("grpo", "tapo"):
+                curves = cell[cell["rule"] == rule].pivot(index="seed", columns="step", values=figure).to_numpy(float)
+                if not len(curves):
+                    continue
+                smooth = _smooth(curves)
+                mean = smooth.mean(0)
+                axis.plot(mean, color=COLOURS[rule], label=rule)
+                if len(smooth) > 1:
+                    half = stats.t.ppf(0.975, len(smooth) - 1) * smooth.std(0, ddof=1) / np.sqrt(len(smooth))
+                    axis.fill_between(range(len(mean)), mean - half, mean + half, color=COLOURS[rule], alpha=0.2)
+    axes[0][0].legend()
+    grid.suptitle(f"{figure} over steps (mean of the last {WINDOW} steps; 95 % interval over seeds)", fontsize=10)
+    grid.tight_layout()
+    grid.savefig(file, dpi=90)
+    plt.close(grid)
+
+
+def plot_rules(summary: pd.DataFrame, worlds: Sequence[str], file: Path) -> None:
+    """What each rule adds to GRPO's early success, with its 95 % interval."""
+    grid, axes = plt.subplots(1, len(worlds), figsize=(4 * len(worlds), 5), squeeze=False, sharey=True)
+    vanilla = summary[summary["loss"] == "vanilla"]
+    shown = vanilla[vanilla["world"].isin(worlds) & (vanilla["rule"] != "grpo")]["rule"]
+    rules = sorted(shown.unique(), reverse=True)
+    for axis, world in zip(axes[0], worlds, strict=True):
+        cell = vanilla[vanilla["world"] == world]
+        for height, rule in enumerate(rules):
+            values = paired(cell, rule, "grpo", "success_early")
+            if len(values) > 1:
+                half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+                axis.errorbar(values.mean(), height, xerr=half, fmt="o", color=COLOURS.get(rule, "tab:blue"))
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(title=world, xlabel="early success - GRPO", yticks=range(len(rules)), yticklabels=rules)
+        axis.grid(alpha=0.3)
+    grid.tight_layout()
+    grid.savefig(file, dpi=90)
+    plt.close(grid)
+
+
+def write(folder: Path) -> str:
+    """All tables and plots of the results in ``folder``; returns the tables."""
+    results = load(folder).drop_duplicates([*KEYS, "step"])
+    tuning = results[results["sweep"] == "tuning"]
+    tuned = results["learning_rate"] == results["loss"].map(LEARNING_RATES)
+    studied = results[(results["sweep"] != "tuning") & tuned]
+    parts = [LEGEND]
+    if len(tuning):
+        parts += ["## Learning rates (GRPO, worlds one_hop and two_hops together)", tuning_table(tuning)]
+    if len(studied):
+        summary = summarise(studied)
+        order = [run.world for sweep in ("main", "dials") for run in sweeps()[sweep]]
+        worlds = [world for world in dict.fromkeys(order) if world in set(summary["world"])]
+        plain = [world for world in worlds if "," not in world]
+        steps = {f"{name}_to_{level}": 1 for name in ("success", "proficiency") for level in LEVELS}
+        rewards = {"success_start": 3, "success_early": 3, "success_final": 3, "held_out_final": 3}
+        habits = {"entropy_early": 3, "entropy_final": 3, "calls_final": 3}
+        gradient = {"agreement_early": 3, "push_right_early": 3, "push_right_sd_early": 3, "push_wrong_early": 3}
+        warning = {"misassigned_steps_early": 3, "corrected_steps_early": 3, "lift_early": 3, "lucky_steps_early": 3}
+        titles = {
+            "Steps to a level": steps,
+            "Reward": rewards,
+            "Exploration and tool use": habits,
+            "The gradient on calls": gradient,
+            "TAPO's own metrics (of GRPO's runs: what TAPO would have done)": warning,
+        }
+        for title, figures in titles.items():
+            parts += [f"## {title}", against_grpo(summary, plain, figures)]
+        dialled = [world for world in worlds if "," in world]
+        if dialled:
+            figures = {"misassigned_steps_early": 3, "success_early": 3, "proficiency_to_70": 1, "success_final": 3}
+            parts += ["## Dials (vanilla)", against_grpo(summary, ["one_hop", *dialled], figures)]
+        parts += ["## Rivals, gates, ablations (vanilla, paired differences)", rules_table(summary, plain)]
+        for figure in ("success", "proficiency", "entropy", "agreement"):
+            plot_curves(studied, plain, figure, folder / f"{figure}.png")
+        plot_rules(summary, plain, folder / "rules.png")
+    return "\n".join(parts)
+
+
+def main() -> int:
+    """Writes and prints."""
+    tables = write(RESULTS)
+    (RESULTS / "tables.md").write_text(tables)
+    print(tables)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

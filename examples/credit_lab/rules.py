@@ -1,0 +1,152 @@
+"""The rules that are compared: each turns a batch's base advantages into the ones that the policy trains on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from policy import Rollouts
+
+from verl_tapo import CreditReport, TapoConfig, ToolStep, build_tool_mask, register_kernel, transfer_credit
+from verl_tapo.config import Scope
+from verl_tapo.similarity import FloatArray, Kernel, KernelSpec, make_kernel
+from verl_tapo.steps import IntArray, TokenScope
+
+TOOLS: dict[str, dict[str, KernelSpec]] = {
+    "image_search": {"image": "exact", "region": "iou"},
+    "text_search": {"query": "text", "days": {"kernel": "number", "scale": 20}},
+}
+
+
+class Rule(Protocol):
+    """What every rule does."""
+
+    def __call__(
+        self, base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]
+    ) -> tuple[torch.Tensor, CreditReport | None]:
+        """From (B, L) base advantages and B prompt groups: (B, L) advantages, and TAPO's report where it took part."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tapo:
+    """`verl_tapo.transfer_credit`, with the gate against lucky witnesses that is under study."""
+
+    config: TapoConfig
+    gate: Literal["none", "lift", "lucky"] = "none"
+    """``lift``: no transfer unless rollouts that hold the call succeed strictly more often than their prompt group;
+    ``lucky``: the same, but a call that every rollout of the group holds may give credit (`Lifts.lucky`)."""
+    whole: bool = False
+    """Compare a call's arguments as one parameter, ``call``."""
+
+    def __call__(
+        self, base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]
+    ) -> tuple[torch.Tensor, CreditReport]:
+        steps = all_steps(rollouts)
+        if self.whole:
+            steps = [step._replace(arguments={"call": step.arguments}) for step in steps]
+        advantages, report = transfer_credit(base, rollouts.mask, index, rollouts.success, steps, self.config)
+        if self.gate == "none":
+            return advantages, report
+        lifts = report.lifts()
+        barred = lifts.lucky | lifts.universal if self.gate == "lift" else lifts.lucky
+        # A turn makes one call at most here, so a failing step that is left out changes nothing else.
+        kept = [step for step, group in zip(steps, lifts.of_step, strict=True) if group < 0 or not barred[group]]
+        return transfer_credit(base, rollouts.mask, index, rollouts.success, kept, self.config)
+
+
+def grpo(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> tuple[torch.Tensor, None]:
+    """The base as it is."""
+    return base, None
+
+
+def clamp(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> tuple[torch.Tensor, None]:
+    """No negative advantage on any tool-use step: the plainest rival."""
+    mask = build_tool_mask(all_steps(rollouts), rollouts.mask) > 0
+    return torch.where(mask, base.clamp(min=0), base), None
+
+
+def step_groups(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> tuple[torch.Tensor, None]:
+    """GiGPO's step groups (arXiv 2505.10978): turns of a prompt group that saw the same last answer of a tool are
+    compared among each other by their discounted success (0.95 a turn); that advantage is added at weight 1.
+    """
+    groups: dict[Hashable, list[tuple[int, tuple[int, int], float]]] = defaultdict(list)
+    for row, episode in enumerate(rollouts.episodes):
+        for left, turn in enumerate(reversed(episode.turns)):
+            groups[index[row], turn.seen].append((row, turn.span, 0.95**left * float(rollouts.success[row])))
+    advantages = base.clone()
+    for turns in groups.values():
+        returns = np.array([value for _, _, value in turns])
+        for (row, (start, end), _), value in zip(turns, returns - returns.mean(), strict=True):
+            advantages[row, start:end] += value / (returns.std() + 1e-6)
+    return advantages * rollouts.mask, None
+
+
+@register_kernel("lab_product")
+class Product(Kernel):
+    """The product of the parameters' kernels, where the project takes their minimum."""
+
+    def __init__(self, kernels: Mapping[str, KernelSpec]) -> None:
+        self._kernels = {name: make_kernel(spec) for name, spec in kernels.items()}
+
+    def prepare(self, value: Any) -> Hashable:
+        return tuple(kernel.prepare(value[name]) for name, kernel in self._kernels.items())
+
+    def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
+        product = np.ones(len(left))
+        for kernel, column in zip(self._kernels.values(), zip(*values, strict=True), strict=True):
+            distinct = {value: number for number, value in enumerate(dict.fromkeys(column))}
+            number = np.array([distinct[value] for value in column])
+            product *= kernel.pairs(list(distinct), number[left], number[right])
+        return product
+
+
+def all_steps(rollouts: Rollouts) -> list[ToolStep]:
+    """Every tool-use step of a batch, row by row."""
+    return [step for episode in rollouts.episodes for step in episode.steps]
+
+
+def tapo(
+    beta: float = 0.8,
+    theta: float = 0.8,
+    alpha_min: float = 0.2,
+    token_scope: TokenScope = "step",
+    scope: Scope = "group",
+    use_support: bool = True,
+    clip: bool = True,
+) -> Tapo:
+    """The rule with the project's defaults, or others."""
+    return Tapo(TapoConfig(beta, theta, alpha_min, token_scope, scope, use_support, clip, TOOLS))
+
+
+_PRODUCT = TapoConfig(tools={tool: {"call": {"kernel": "lab_product", "kernels": of}} for tool, of in TOOLS.items()})
+
+RULES: dict[str, Rule] = {
+    "grpo": grpo,
+    "tapo": tapo(),
+    "clamp": clamp,
+    "step_groups": step_groups,
+    "tapo/no_support": tapo(use_support=False),
+    "tapo/no_clip": tapo(clip=False),
+    **{f"tapo/beta={value}": tapo(beta=value) for value in (0.0, 0.2, 0.5, 1.0)},
+    **{f"tapo/theta={value}": tapo(theta=value) for value in (0.6, 0.9, 1.0)},
+    **{f"tapo/alpha_min={value}": tapo(alpha_min=value) for value in (0.0, 0.4, 0.6)},
+    "tapo/scope=call": tapo(token_scope="call"),
+    "tapo/scope=batch": tapo(scope="batch"),
+    "tapo/product": Tapo(_PRODUCT, whole=True),
+    "tapo/gate=lift": replace(tapo(), gate="lift"),
+    "tapo/gate=lucky": replace(tapo(), gate="lucky"),
+}
+
+
+def identical_calls(rollouts: Rollouts, index: Iterable[Hashable]) -> list[list[tuple[int, int]]]:
+    """Equal calls of a prompt group, made more than once: (row, last token) of each."""
+    prompts = list(index)
+    calls: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
+    for step in all_steps(rollouts):
+        calls[prompts[step.row], step.tool, str(step.arguments)].append((step.row, step.call[1] - 1))
+    return [places for places in calls.values() if len(places) > 1]
