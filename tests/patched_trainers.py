@@ -14,6 +14,9 @@ from omegaconf import OmegaConf
 from rollouts import data_proto, fake_batch, fake_group
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 
+from verl_tapo.step_records import read_step_records
+from verl_tapo.trainer import estimator
+
 if verl.__version__.startswith("0.8"):
     from verl.trainer import main_ppo_sync as trainer_module
 else:
@@ -95,7 +98,7 @@ def queue_run(monkeypatch, qwen_like_tokenizer):
         monkeypatch.setattr(trainer_module, "tq", store)
         trainer = object.__new__(cls)
         trainer.config = configuration(name, correction, **tapo)
-        trainer.tokenizer = qwen_like_tokenizer
+        trainer.tokenizer, trainer.global_steps = qwen_like_tokenizer, 12
         trainer.reward_extra_keys = list(columns or {})  # as a colocated reward model would have left it
         metrics = {}
         trainer._compute_advantage(store.batch, metrics)
@@ -112,7 +115,8 @@ def outputs_of_one_session(tokenizer):
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("correction", [None, REJECTION])
-def test_transfer_queue_trainer(queue_run, qwen_like_tokenizer, several, correction):
+def test_transfer_queue_trainer(queue_run, qwen_like_tokenizer, tmp_path, monkeypatch, several, correction):
+    monkeypatch.setattr(estimator._RecorderCache, "recorder", None)
     rows, outputs = outputs_of_one_session(qwen_like_tokenizer) if several else (fake_batch(qwen_like_tokenizer), None)
     given = {"outputs": outputs, "correction": correction}
     base, metrics, store = queue_run("grpo", rows, **given)
@@ -130,6 +134,9 @@ def test_transfer_queue_trainer(queue_run, qwen_like_tokenizer, several, correct
     assert not {"rollout_mask", "attention_mask"} & set(store.data.keys())
     off, _, _ = queue_run("tapo", rows, beta=0.0, **given)
     assert torch.equal(off, base)
+    queue_run("tapo", rows, record_dir=str(tmp_path), **given)
+    estimator._RecorderCache.recorder.flush()
+    assert read_step_records(tmp_path / "000012.jsonl.gz").header["step"] == 12  # the trainer's, not a count
 
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "opo", "grpo_vectorized"])
@@ -158,7 +165,7 @@ def test_v0_trainer(qwen_like_tokenizer, correction):
     def run(name, recorded=True, **tapo):
         trainer = object.__new__(SeparateRayPPOTrainer)
         trainer.config = configuration(name, correction, **tapo)
-        trainer.tokenizer = qwen_like_tokenizer
+        trainer.tokenizer, trainer.global_steps = qwen_like_tokenizer, 12
         trainer.metrics, trainer.timing_raw = {}, {}
         trainer.reward_extra_infos_dict = {"acc": [float(ok) for _, ok, _ in rows]}
         data = data_proto(rows, qwen_like_tokenizer, recorded=recorded)
