@@ -43,10 +43,10 @@ INDEX = np.repeat(np.arange(PROMPTS), 8)
 
 @pytest.fixture(scope="module")
 def warm_starts(tmp_path_factory):
-    """Warm starts that are hardly warm: enough to call tools, and made in seconds."""
+    """Warm starts that are hardly warm: enough to call tools and to succeed at times."""
     folder = tmp_path_factory.mktemp("warm_starts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "WARM_STEPS", 60)
+        patch.setattr(training, "WARM_STEPS", 150)
         patch.setattr(training, "DEMONSTRATIONS", 64)
         warm_start(WORLDS["one_hop"], 0, folder)
     return folder

@@ -230,6 +230,13 @@ def write(folder: Path) -> str:
         if dialled:
             figures = {"misassigned_steps_early": 3, "success_early": 3, "proficiency_to_70": 1, "success_final": 3}
             parts += ["## Dials (vanilla)", against_grpo(summary, ["one_hop", *dialled], figures)]
+        slower = results[(results["sweep"] != "tuning") & ~tuned]
+        if len(slower):
+            rates = "learning rate " + slower["learning_rate"].map("{:g}".format)
+            of_rates = summarise(slower.assign(world=slower["world"] + ", " + rates))
+            figures = {"success_early": 3, "success_final": 3, "proficiency_to_70": 1}
+            worlds_of_rates = sorted(of_rates["world"].unique())
+            parts += ["## Smaller learning rates (vanilla)", against_grpo(of_rates, worlds_of_rates, figures)]
         parts += ["## Rivals, gates, ablations (vanilla, paired differences)", rules_table(summary, plain)]
         for figure in ("success", "proficiency", "entropy", "agreement"):
             plot_curves(studied, plain, figure, folder / f"{figure}.png")

@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,6 +74,17 @@ class Run:
             raise ValueError(f"unknown rule {self.rule!r}; known: {', '.join(RULES)}")
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from more, runs go side by side, and results do not depend on the machine's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def warm_start(world: World, start: int, folder: Path) -> Policy:
     """A policy that imitates the world's demonstrations, trained once and kept in ``folder`` at half precision."""
     # What happens to answers and how many rollouts a prompt has makes no difference to demonstrations.
@@ -82,7 +94,8 @@ def warm_start(world: World, start: int, folder: Path) -> Policy:
     )
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        trained = {name: value.half() for name, value in _imitate(world, start).state_dict().items()}
+        with _one_thread():
+            trained = {name: value.half() for name, value in _imitate(world, start).state_dict().items()}
         handle, temporary = tempfile.mkstemp(dir=folder)
         os.close(handle)
         save_file(trained, temporary)
@@ -119,12 +132,8 @@ def train(run: Run, warm_starts: Path) -> pd.DataFrame:
 
     The same seed gives the same prompts and the same random numbers, whatever the loss and the rule.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small tensors, and runs go side by side
-    try:
+    with _one_thread():
         frame = pd.DataFrame(_steps(run, warm_starts)).astype(np.float32)
-    finally:
-        torch.set_num_threads(threads)
     return frame.assign(**asdict(run), step=range(run.steps + 1))
 
 
