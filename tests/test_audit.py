@@ -729,16 +729,16 @@ class TestExample:
     def test_what_the_run_logged(self, source):
         found = audit(self.FOLDER / source).result
         logged = [json.loads(entry) for entry in (self.FOLDER / "data" / "metrics.jsonl").read_text().splitlines()]
-        assert [entry["step"] for entry in logged] == [figures["step"] for figures in found["steps"]]
+        assert [entry["step"] for entry in logged] == [of["step"] for of in found["steps"]]
         assert {warned["level"] for warned in found["warnings"]} <= {"info"}
-        for figures, entry in zip(found["steps"], logged, strict=True):
+        for of, entry in zip(found["steps"], logged, strict=True):
             metrics = entry["data"]
             for name in ("misassigned_steps", "corrected_steps"):
-                assert figures[name] / figures["failing_steps"] == pytest.approx(metrics[f"tapo/{name}"], abs=1e-12)
+                assert of[name] / of["failing_steps"] == pytest.approx(metrics[f"tapo/{name}"], abs=1e-12)
             for name in ("similarity", "support", "alpha", "transfer", "lift", "success_rate"):
-                assert figures[name] == pytest.approx(metrics[f"tapo/{name}"], abs=1e-6)
+                assert of[name] == pytest.approx(metrics[f"tapo/{name}"], abs=1e-6)
             near = 1e-12 if source == "data" else 0.02
-            assert figures["token_share"] == pytest.approx(metrics["tapo/token_share"], abs=near)
+            assert of["token_share"] == pytest.approx(metrics["tapo/token_share"], abs=near)
 
     def test_its_readme_shows_what_is_printed(self, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "110")

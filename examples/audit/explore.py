@@ -1,6 +1,6 @@
 """The audit from Python, for notebooks: figures as pandas frames, plots on matplotlib axes.
 
-    python examples/audit/explore.py            # writes explore.png beside this file
+python examples/audit/explore.py            # writes explore.png beside this file
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
+    """Prints three tables and draws four plots."""
     found = audit(HERE / "data")
-    print(found.steps[["trajectories", "success_rate", "failing_steps", "misassigned_steps", "corrected_steps", "lift"]])
+    print(found.steps[["success_rate", "failing_steps", "misassigned_steps", "corrected_steps", "lift"]].round(2))
 
     # Which calls are punished although successful siblings made them too?
     calls = found.calls
