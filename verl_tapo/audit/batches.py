@@ -22,6 +22,7 @@ from verl_tapo.steps import canonical
 BaseEstimator: TypeAlias = Literal["grpo", "dr_grpo", "rloo"]
 BASE_ESTIMATORS: tuple[BaseEstimator, ...] = ("grpo", "dr_grpo", "rloo")
 """Those whose advantages are rebuilt from scores; ``dr_grpo`` is GRPO with ``norm_adv_by_std_in_grpo=False``."""
+NO_TEXT = "(records hold no texts; trainer.rollout_data_dir keeps them, to be audited along)"
 _EPSILON = 1e-6  # veRL's
 _PADDING = re.compile(r"pad[0-9a-f]{32}_\d+_\d+")  # the keys of rows that fill up a batch (veRL's padding_utils.py)
 
@@ -241,7 +242,7 @@ def _recorded(
         size=sum(row["tokens"] for row in rows),
         calls=calls,
         text=seen.text if seen else "",
-        prompt=seen.prompt if seen else "",
+        prompt=seen.prompt if seen else NO_TEXT,
         ground_truth=seen.ground_truth if seen else None,
         changed=sum(row["changed_tokens"] for row in rows),
     )

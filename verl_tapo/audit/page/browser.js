@@ -337,7 +337,7 @@ class Browser {
         `Training step ${count(group.step)} · ${right} of ${counted(group.trajectories.length, "rollout")} right · group ${index + 1} `,
         html("span", { class: "uid" }, shown(cut(group.uid, 200))),
       ),
-      html("p", { class: "facts" }, "Expected: ", html("b", { dir: "auto" }, shown(cut(plain(group.ground_truth), 300), this.filter.search))),
+      group.ground_truth !== null && html("p", { class: "facts" }, "Expected: ", html("b", { dir: "auto" }, shown(cut(plain(group.ground_truth), 300), this.filter.search))),
       folded("Whole prompt", () => longText(group.prompt, { limit: 4000, search: this.filter.search, label: "prompt" })),
       this.rolloutsOf(group, index),
     );
