@@ -47,5 +47,6 @@ def test_an_engine_that_dies_ends_the_run(text_world):
     assert "EngineDeadError" in said
     assert "no materializable trajectories" in said
     assert not run.metrics_file.exists() or run.metrics_file.read_text() == ""
+    assert not (run.folder / "checkpoints").exists()
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert alive == []

@@ -47,7 +47,7 @@ def test_beta_0_ends_in_the_weights_of_grpo(text_world, tokenizer):
     zero, zero_metrics, trajectories = finish(text_world, "beta-0", "tapo", "vanilla", "tapo_tool_agent", *beta_0)
     for metrics in (grpo_metrics, zero_metrics):
         assert_trained_on_what_was_sampled(metrics)
-        assert all(step["tapo/recorded_rollouts"] == 1 for step in zero_metrics)
+    assert all(step["tapo/recorded_rollouts"] == 1 for step in zero_metrics)
     assert not any(key.startswith("tapo/") for step in grpo_metrics for key in step)
     for one, other in zip(trajectories, expected, strict=True):
         for part in ("rollout", "prompt", "response", "mask", "executed"):
