@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 from rules import RULES
 from training import Run, train
-from world import WORLDS
+from world import WORLDS, world_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS, WARM_STARTS = HERE / "results", HERE / "warm_starts"
@@ -81,9 +81,16 @@ def sweeps() -> dict[str, list[Run]]:
 
 
 def load(folder: Path) -> pd.DataFrame:
-    """All results, a row a step, with the column ``sweep``; the columns of `Run` say which run a row is of."""
+    """All results, a row a step, with the column ``sweep``; the columns of `Run` say which run a row is of.
+
+    Runs in worlds whose dials have been changed since are left out.
+    """
     frames = [pd.read_parquet(file).assign(sweep=file.stem) for file in sorted(folder.glob("*.parquet"))]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*KEYS, "step", "seconds", "sweep"])
+    if not frames:
+        return pd.DataFrame(columns=[*KEYS, "step", "seconds", "sweep"])
+    results = pd.concat(frames, ignore_index=True)
+    present = {world: world_of(world).dials for world in results["world"].unique()}
+    return results[results["dials"] == results["world"].map(present)].reset_index(drop=True)
 
 
 def done(results: pd.DataFrame) -> set[Run]:
@@ -179,12 +186,17 @@ def main() -> int:
     parser.add_argument("sweeps", nargs="*", help=f"of {', '.join(sweeps())}; all where none is named")
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each (default: 1)")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="only so many seeds a cell (default: all)")
+    parser.add_argument("--worlds", nargs="+", help="only these worlds (default: all)")
     args = parser.parse_args()
     every = sweeps()
     if unknown := set(args.sweeps) - every.keys():
         parser.error(f"unknown sweep {min(unknown)!r}; known: {', '.join(every)}")
     wanted = {
-        name: [run for run in runs if run.seed in TUNING_SEEDS or run.seed < args.seeds]
+        name: [
+            run
+            for run in runs
+            if (run.seed in TUNING_SEEDS or run.seed < args.seeds) and (not args.worlds or run.world in args.worlds)
+        ]
         for name, runs in every.items()
         if name in (args.sweeps or every)
     }

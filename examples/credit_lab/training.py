@@ -88,7 +88,7 @@ def _one_thread() -> Iterator[None]:
 def warm_start(world: World, start: int, folder: Path) -> Policy:
     """A policy that imitates the world's demonstrations, trained once and kept in ``folder`` at half precision."""
     # What happens to answers and how many rollouts a prompt has makes no difference to demonstrations.
-    shown = {dial: value for dial, value in asdict(world).items() if dial not in ("flaky", "group")}
+    shown = {dial: value for dial, value in asdict(world).items() if dial not in ("flaky", "strict", "group")}
     file = folder / (
         ",".join(f"{name}={value:g}" for name, value in {**shown, "start": start}.items()) + ".safetensors"
     )
@@ -134,7 +134,7 @@ def train(run: Run, warm_starts: Path) -> pd.DataFrame:
     """
     with _one_thread():
         frame = pd.DataFrame(_steps(run, warm_starts)).astype(np.float32)
-    return frame.assign(**asdict(run), step=range(run.steps + 1))
+    return frame.assign(**asdict(run), dials=world_of(run.world).dials, step=range(run.steps + 1))
 
 
 def _steps(run: Run, warm_starts: Path) -> Iterator[dict[str, float]]:

@@ -62,6 +62,8 @@ class World:
     """How often the answer is the relation's popular entity, which can be guessed without a search."""
     twins: float = 0.5
     """How often a distractor is spelt like the right entity."""
+    strict: bool = False
+    """An answer after fewer calls than the right chain makes is a failure: guessing does not save the calls."""
     group: int = 8
     """Rollouts a prompt, G."""
     skip: float = 0.1
@@ -85,6 +87,12 @@ class World:
             raise ValueError(f"group must be 2 or more, got {self.group!r}")
 
     @property
+    def dials(self) -> str:
+        """The dials that are not at their defaults: what results were made with."""
+        dials = [(each.name, getattr(self, each.name), each.default) for each in fields(self)]
+        return ",".join(f"{name}={value:g}" for name, value, default in dials if value != default)
+
+    @property
     def calls(self) -> int:
         """Calls that the right chain makes; the agent gets no more."""
         return self.hops + self.image
@@ -106,10 +114,10 @@ WORLDS = {
     "two_hops": World(hops=2, skip=0.05, wrong=0.2, wrong_answer=0.3),
     # right calls often end in a failure, and go on doing so
     "flaky": World(hops=1, flaky=0.4),
-    # right calls are rare, nearly every success is a guess: the hazard
-    "lucky": World(hops=1, popular=0.3, skip=0.2, wrong=0.6, guess=0.6, wrong_answer=0.3),
+    # right calls are rare, and many successes are guesses after the wrong ones: the hazard
+    "lucky": World(strict=True, popular=0.15, skip=0.02, wrong=0.45, guess=0.4),
 }
-_TYPES: dict[str, Any] = {"hops": int, "group": int, "image": lambda text: bool(int(text))}
+_TYPES: dict[str, Any] = {"hops": int, "group": int, **dict.fromkeys(("image", "strict"), lambda text: bool(int(text)))}
 
 
 def world_of(spec: str) -> World:
@@ -197,7 +205,8 @@ class Episode:
 
     @property
     def right_answer(self) -> bool:
-        return self.answer == self.prompt.chain[-1]
+        allowed = not self.world.strict or len(self.steps) == self.world.calls
+        return allowed and self.answer == self.prompt.chain[-1]
 
     @property
     def proficient(self) -> bool:
