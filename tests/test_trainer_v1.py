@@ -10,7 +10,7 @@ from rollouts import fake_batch, fake_group
 from verl_tapo.audit import audit
 from verl_tapo.step_records import read_step_records
 from verl_tapo.trainer import estimator
-from verl_tapo.trainer.tool_metrics import ToolOutage
+from verl_tapo.trainer.tool_metrics import RolloutOutage, ToolOutage
 
 pytest.importorskip("transfer_queue")
 pytest.importorskip("verl.trainer.ppo.v1")
@@ -152,14 +152,15 @@ def test_tools_are_watched_under_any_estimator(queue, make_trainer, qwen_like_to
     rows = fake_batch(qwen_like_tokenizer)
     batch = put(queue, rows, pad_to=8, tokenizer=qwen_like_tokenizer)
     metrics = {}
-    advantages(queue, make_trainer(name, max_fault_rate=0.5), batch, metrics)
+    advantages(queue, make_trainer(name, max_fault_rate=0.6), batch, metrics)
     calls = [step for rollout, _, _ in rows for step in rollout.record.steps]
     assert metrics["tools/calls_per_trajectory"] == pytest.approx(len(calls) / len(rows))  # of padding rows: none
 
     assert metrics["reward/acc"] == pytest.approx(sum(ok for _, ok, _ in rows) / len(rows))
-    calls[0].status = "timeout"
-    with pytest.raises(ToolOutage, match=rf"{calls[0].tool}.*max_fault_rate allows 0%"):
-        advantages(queue, make_trainer(name, max_fault_rate=0.0), put(queue, rows))
+    group = [(rollout, ok, "u0") for rollout, ok in fake_group(qwen_like_tokenizer)]
+    group[0][0].record.steps[0].status = "timeout"
+    with pytest.raises(ToolOutage, match=r"text_search.*max_fault_rate allows 0%"):
+        advantages(queue, make_trainer(name, max_fault_rate=0.0), put(queue, group))
     silent = {}
     trainer = make_trainer("grpo")
     trainer.config.algorithm.tapo = None
@@ -260,6 +261,22 @@ def test_step_records(queue, make_trainer, qwen_like_tokenizer, tmp_path, monkey
     assert figures["corrected_steps"] / figures["failing_steps"] == metrics["tapo/corrected_steps"]
     for name in ("token_share", "similarity", "support", "alpha", "transfer", "lift", "success_rate"):
         assert figures[name] == pytest.approx(metrics[f"tapo/{name}"], abs=1e-7), name
+
+
+@pytest.mark.parametrize("name", ["grpo", "tapo"])
+def test_missing_rollouts_end_the_run(queue, make_trainer, qwen_like_tokenizer, name):
+    """Where an inference server dies, veRL trains on whatever rollouts came before, filled up with rows of nothing."""
+    if PATCHED:
+        pytest.skip("the hook is not installed where veRL is patched")
+    group = [(rollout, ok, "u0") for rollout, ok in fake_group(qwen_like_tokenizer)]
+    left = put(queue, group[:3], pad_to=8, tokenizer=qwen_like_tokenizer)
+    with pytest.raises(RolloutOutage, match=r"62% of the rollouts .* \(3 of 8 did\).*max_fault_rate allows 20%"):
+        advantages(queue, make_trainer(name, max_fault_rate=0.2), left)
+    advantages(queue, make_trainer(name), left)  # no limit is set
+    advantages(queue, make_trainer(name, max_fault_rate=0.2), put(queue, group))
+    twice = [(number, output) for number in range(8) for output in range(2)]
+    both = put(queue, [row for row in group for _ in range(2)], outputs=twice)
+    advantages(queue, make_trainer(name, max_fault_rate=0.2), both)  # outputs of a session are no more rollouts
 
 
 def test_records_under_another_estimator_are_warned_of(config, caplog):

@@ -149,8 +149,8 @@ class TapoSettings:
     patience: int = 20
     """Training steps after which a tool named in ``tools`` that never occurred is reported; 0: never."""
     max_fault_rate: float | None = None
-    """Share of a step's recorded tool calls that may fail through no fault of the model; beyond it the run ends. None:
-    no limit."""
+    """Share of a step's recorded tool calls that may fail through no fault of the model, and of its prompts' rollouts
+    that may be missing (V1); beyond it the run ends. None: no limit."""
     record_dir: str | None = None
     """Folder for a file of records in every training step, see `verl_tapo.step_records`; None: none are written."""
     record_format: RecordFormat = "jsonl"

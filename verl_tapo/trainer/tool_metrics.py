@@ -32,6 +32,31 @@ class ToolOutage(RuntimeError):
     """Too many tool calls got no answer through no fault of the model: training on would teach it to do without."""
 
 
+class RolloutOutage(RuntimeError):
+    """Too many rollouts are missing: veRL fills up the batch with rows of nothing, and would train on what is left."""
+
+
+def check_rollouts(sessions: int, prompts: int, each: int, max_fault_rate: float | None) -> None:
+    """Ends the run where rollouts got lost, as when an inference server died.
+
+    Args:
+        sessions: rollouts that came.
+        prompts: prompts they are of.
+        each: rollouts a prompt should have.
+        max_fault_rate: share that may be missing; None: no limit.
+
+    Raises:
+        RolloutOutage: where more are.
+    """
+    missing = 1 - sessions / (prompts * each) if prompts else 1.0
+    if max_fault_rate is not None and missing > max_fault_rate:
+        raise RolloutOutage(
+            f"{missing:.0%} of the rollouts of this step's prompts never came ({sessions} of {prompts * each} did); "
+            f"algorithm.tapo.max_fault_rate allows {max_fault_rate:.0%}. Their errors stand above in the log: look for "
+            f"an inference server that died. Resume from the last checkpoint; this step was not trained on."
+        )
+
+
 def tool_metrics(records: Sequence[Any]) -> dict[str, float]:
     """Metrics of B trajectories' records (their plain form; None where there is none); empty where no calls are.
 

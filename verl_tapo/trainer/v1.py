@@ -20,6 +20,7 @@ from verl_tapo.trainer.batch import base_advantages
 from verl_tapo.trainer.check import check_run
 from verl_tapo.trainer.estimator import load_settings, watch
 from verl_tapo.trainer.rollout import CURRENT, Rollout, Sessions, Tokens
+from verl_tapo.trainer.tool_metrics import check_rollouts
 
 
 def init_hook(wrapped: Callable[..., Any], trainer: Any, args: Any, kwargs: Any) -> None:
@@ -40,11 +41,23 @@ def compute_advantage_hook(wrapped: Callable[..., Any], trainer: Any, args: Any,
 def _add_metrics(trainer: Any, batch: Any, metrics: dict[str, Any]) -> None:
     import transfer_queue as tq
 
+    settings = load_settings(trainer.config.algorithm)
+    _check_rollouts(trainer, batch, settings)
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
     extra = _extra_fields(data, len(batch))
     records = [fields.get(RECORD_KEY) for fields in extra]
     infos = [fields.get("reward_extra_info") or {} for fields in extra]
-    metrics.update(watch(records, infos, _padding(batch), load_settings(trainer.config.algorithm)))
+    metrics.update(watch(records, infos, _padding(batch), settings))
+
+
+def _check_rollouts(trainer: Any, batch: Any, settings: TapoSettings) -> None:
+    sessions = {
+        key.rpartition("_")[0] for key, padding in zip(batch.keys, _padding(batch).tolist(), strict=True) if not padding
+    }
+    prompts = {session.rpartition("_")[0] for session in sessions}
+    check_rollouts(
+        len(sessions), len(prompts), int(trainer.config.actor_rollout_ref.rollout.n), settings.max_fault_rate
+    )
 
 
 def _extra_fields(data: Any, rows: int) -> list[dict[str, Any]]:
@@ -62,6 +75,7 @@ def _with_rollout(wrapped: Callable[..., Any], trainer: Any, batch: Any, metrics
     from verl.workers.utils.padding import response_to_nested
 
     settings = load_settings(trainer.config.algorithm)
+    _check_rollouts(trainer, batch, settings)
     rollout, response_mask = fetch_rollout(trainer, batch, settings)
     token = CURRENT.set(rollout)
     try:
