@@ -1,6 +1,6 @@
 # make quickstart: the real trainer on a small task, on a CPU.  make demo: the rule on a recorded batch.
 # make test: everything that runs without vLLM.  Each sets up .venv on a fresh machine.
-# make test-vllm: the trainer with vLLM for CPUs, in .venv-vllm; docs/tested.md says what for. CI runs both.
+# make test-vllm: the trainer with vLLM for CPUs, in .venv-vllm (make vllm); docs/tested.md says what for. CI runs both.
 PYTHON ?= python3
 # A CUDA build, a CPU build: whatever your index serves under this name. Installed first, so that nothing pulls another.
 TORCH ?= torch==2.13.0
@@ -12,10 +12,13 @@ VLLM_VENV := .venv-vllm
 # Of what is installed there: where it changes, the environment is made anew.
 VLLM_HASH := $(shell cat setup.cfg tests/vllm_cpu/*.txt tests/vllm_cpu/stand_ins/*/*.toml tests/vllm_cpu/stand_ins/*/*.py | cksum | cut -d ' ' -f 1)
 
+# Without compiling all modules beforehand, which takes minutes: those that are imported are compiled then.
+INSTALL := -m pip install --quiet --no-compile
+
 # For example: make quickstart ARGS="--loss gspo --steps 40"
 ARGS ?=
 
-.PHONY: quickstart quickstart-compare demo test test-vllm lint benchmark clean
+.PHONY: quickstart quickstart-compare demo test test-vllm vllm lint benchmark clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
@@ -29,9 +32,11 @@ demo: $(VENV)/.core
 test: lint
 	$(BIN)/python -m pytest
 
+vllm: $(VLLM_VENV)/.$(VLLM_HASH)
+
 test-vllm:
-	@if $(MAKE) $(VLLM_VENV)/.$(VLLM_HASH); then \
-	  $(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable . && $(VLLM_VENV)/bin/python -m pytest tests/vllm_cpu; \
+	@if $(MAKE) vllm; then \
+	  $(VLLM_VENV)/bin/python $(INSTALL) --no-deps --editable . && $(VLLM_VENV)/bin/python -m pytest tests/vllm_cpu; \
 	else \
 	  echo "test-vllm: SKIPPED: vLLM for CPUs cannot be installed here, the reason stands above"; \
 	fi
@@ -48,26 +53,26 @@ benchmark: $(VENV)/.dev
 $(VENV)/.core: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and "verl-tapo needs Python 3.10 to 3.12 (veRL does): make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python $(INSTALL) --upgrade pip
+	$(BIN)/python $(INSTALL) "$(TORCH)"
+	$(BIN)/python $(INSTALL) --editable .
 	touch $@
 
 $(VENV)/.quickstart: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --editable '.[quickstart]'
+	$(BIN)/python $(INSTALL) --editable '.[quickstart]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python $(INSTALL) --editable '.[dev]'
 	for version in $(PATCHED); do $(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/wheels verl==$$version || exit 1; done
 	touch $@
 
 $(VLLM_VENV)/.$(VLLM_HASH):
 	rm -rf $(VLLM_VENV)
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VLLM_VENV)/bin/python -m pip install --quiet "$(TORCH)"
-	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint tests/vllm_cpu/constraints.txt --requirement tests/vllm_cpu/requirements.txt
+	$(VLLM_VENV)/bin/python $(INSTALL) --upgrade pip
+	$(VLLM_VENV)/bin/python $(INSTALL) "$(TORCH)"
+	$(VLLM_VENV)/bin/python $(INSTALL) --constraint tests/vllm_cpu/constraints.txt --requirement tests/vllm_cpu/requirements.txt
 	touch $@
 
 clean:

@@ -1,9 +1,15 @@
-"""A batch of the size the issue names: trajectories of about 8192 tokens, groups of 8, 5 tool calls each."""
+"""What is worked on: batches of rollouts with tool calls, and an index of passages."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from search_agent.retrieval.load_test import write_corpus
 
 from verl_tapo import TapoConfig, ToolStep
 
@@ -17,10 +23,22 @@ CONFIG = TapoConfig(
 _WORDS = ("capital", "currency", "river", "museum", "tower", "bridge", "author", "species", "flag", "border")
 
 
-def make_batch(
-    trajectories: int, length: int = 8192, group_size: int = 8, calls: int = 5, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray, list[ToolStep]]:
-    """Token-level rewards (B, L), response mask (B, L), uids (B,), success (B,) and steps; rows of a group apart."""
+class Batch(NamedTuple):
+    """Rollouts; the rows of a group are apart."""
+
+    rewards: torch.Tensor
+    """(B, L), of tokens."""
+    mask: torch.Tensor
+    """(B, L), of the policy's tokens."""
+    index: np.ndarray
+    """(B,), the prompts' uids."""
+    success: np.ndarray
+    """(B,)"""
+    steps: list[ToolStep]
+
+
+def make_batch(trajectories: int, length: int = 8192, group_size: int = 8, calls: int = 5, seed: int = 0) -> Batch:
+    """A batch of which 40 % succeed; a third of the tokens at most are the policy's."""
     rng = np.random.default_rng(seed)
     mask = torch.zeros(trajectories, length, dtype=torch.int64)
     rewards = torch.zeros(trajectories, length)
@@ -49,4 +67,14 @@ def make_batch(
             steps.append(ToolStep(row, tool, arguments, turn, call, True))
             position += share
         mask[row, position : position + share // 4] = 1
-    return rewards, mask, index, success, steps
+    return Batch(rewards, mask, index, success, steps)
+
+
+def build_index(folder: Path, passages: int) -> Path:
+    """An index of made-up passages, built as the recipe builds its own."""
+    folder.mkdir(exist_ok=True)
+    corpus, index = folder / "passages.jsonl", folder / "index"
+    write_corpus(corpus, passages)
+    command = [sys.executable, "-m", "search_agent.retrieval.build", "--corpus", str(corpus), "--out", str(index)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return index

@@ -1,6 +1,8 @@
-"""Tokenizers built offline, one for each way a tool-call marker can be spelled in tokens."""
+"""Tokenizers built offline, one for each way a marker can be spelled in tokens; and when long tests are run."""
 
+import os
 import random
+import time
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -25,6 +27,21 @@ CORPUS = [
     "def crop(image, box):\n    return image.crop(tuple(int(v) for v in box))  # a < b and c > d\n",
     "北京是中国的首都。 Über die Größe läßt sich streiten, naïve café 😀 🎉\n",
 ]
+UNTIL = "TESTS_UNTIL"
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests come last."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is not None)
+
+
+def pytest_runtest_setup(item):
+    """Skips the long tests that would begin after ``$TESTS_UNTIL`` (seconds since 1970); without it, all are run."""
+    until = float(os.environ.get(UNTIL) or "inf")
+    if item.get_closest_marker("long") and time.time() > until:
+        pytest.skip(f"long, and no time was left for it ({UNTIL})")
+
+
 # ChatML as Qwen2.5 renders it, with images as Qwen2.5-VL does.
 CHAT_TEMPLATE = """
 {%- macro text(content) -%}

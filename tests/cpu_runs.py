@@ -61,7 +61,7 @@ def write_prompts(path: Path, count: int, images: bool = True) -> Path:
     return path
 
 
-def run_main_ppo(overrides: list[str], folder: Path, env: dict[str, str] | None = None, timeout: float = 900) -> Run:
+def run_main_ppo(overrides: list[str], folder: Path, env: dict[str, str] | None = None, timeout: float = 1700) -> Run:
     """Runs ``python -m verl.trainer.main_ppo --config-name cpu`` in a folder.
 
     Args:

@@ -23,7 +23,7 @@ from run import HERE, Failure, Run, check, describe, read_metrics, summary, trai
 
 from verl_tapo.audit import audit
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 STEPS = 2
 SMALL = [
@@ -36,14 +36,14 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # the long tests, which come last, need it too
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     prepare.prepare(folder / "data", {"train": 32, "val": 8, "heldout": 8})
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(out):
     """Runs it once, however many tests ask: name, advantage, loss and overrides -> the run and its metrics."""
 
@@ -57,7 +57,7 @@ def finished(out):
     return finish
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tapo(finished, out):
     return finished("tapo", "tapo", "vanilla", f"algorithm.tapo.record_dir={out / 'tapo' / 'records'}")
 
@@ -147,6 +147,7 @@ def test_an_audit_joins_records_and_texts(tapo):
         assert call["status"] != "ok" or call["result"]
 
 
+@pytest.mark.long
 def test_parsed_and_recorded_steps_train_alike(finished, tapo):
     run, metrics = tapo
     parsed, parsed_metrics = finished("parsed", "tapo", "vanilla", "algorithm.tapo.step_source=parsed")
@@ -158,6 +159,7 @@ def test_parsed_and_recorded_steps_train_alike(finished, tapo):
     assert same(weights(run), weights(parsed))
 
 
+@pytest.mark.long
 def test_killed_and_resumed_it_ends_where_it_would_have(out, tapo):
     """Weights, optimizer, data position and rollouts come back, or the last step would end in other weights."""
     whole, _ = tapo
@@ -168,7 +170,7 @@ def test_killed_and_resumed_it_ends_where_it_would_have(out, tapo):
             run.command(), env=run.environment(), cwd=HERE, stdout=log, stderr=log, start_new_session=True
         )
     written = run.folder / "checkpoints" / "latest_checkpointed_iteration.txt"
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 900
     while not written.is_file() or written.read_text().strip() != "1":
         assert killed.poll() is None, run.log_file.read_text()[-3000:]
         assert time.monotonic() < deadline
@@ -253,6 +255,7 @@ def test_a_plug_in_that_is_not_installed_is_told_at_once(out, monkeypatch):
         check(Run("mistake", out=out))
 
 
+@pytest.mark.long
 def test_a_wrong_setting_ends_the_run_with_its_message(out):
     run = Run("wrong", "tapo", "vanilla", STEPS, out=out, overrides=[*SMALL, "algorithm.tapo.theta=3"])
     with pytest.raises(Failure, match="theta"):

@@ -22,7 +22,7 @@ from multimodal_search.evaluation_server import Server
 from multimodal_search.flags_corpus import write_corpus
 from PIL import Image
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "quickstart" / "flags_and_facts" / "model"
@@ -77,7 +77,7 @@ def service(recipe, index, tmp_path):
 
 
 def wait_until_up(url, process, log):
-    for _ in range(240):
+    for _ in range(720):
         assert process.poll() is None, log.read_text()
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
@@ -120,7 +120,7 @@ def train(recipe, data, out, env, *overrides, meanwhile=None, **options):
         )
     while meanwhile and process.poll() is None and not meanwhile((out / "train.log").read_text()):
         time.sleep(0.5)
-    code = process.wait(800)
+    code = process.wait(1500)
     said = (out / "train.log").read_text()
     steps = [json.loads(line)["data"] for line in metrics.read_text().splitlines()] if metrics.exists() else []
     return code, said, steps
@@ -148,6 +148,7 @@ def test_trains_through_the_real_service(recipe, service, data, tmp_path):
     assert cache.stat().st_size > 0
 
 
+@pytest.mark.long
 def test_a_service_that_dies_ends_the_run_with_one_message(recipe, service, data, tmp_path):
     url, process = service
     tools = tmp_path / "tools.yaml"

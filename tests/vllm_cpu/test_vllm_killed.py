@@ -16,12 +16,13 @@ pytest.importorskip("vllm", reason="`make test-vllm` runs this, in an environmen
 from run import HERE
 from vllm_cpu.text_world import text_run
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 
 # Nothing ends by itself, and a whole response takes many seconds.
 ENDLESS = ["actor_rollout_ref.rollout.ignore_eos=true", "data.max_response_length=1800"]
 
 
+@pytest.mark.long
 def test_an_engine_that_dies_ends_the_run(text_world):
     """With a clear message. Where some rollouts had been complete, veRL 0.9.1 would train on them: docs/tested.md."""
     run = text_run(text_world, "killed", "tapo", "vanilla", "tapo_tool_agent", *ENDLESS)

@@ -17,7 +17,7 @@ from vllm_cpu.vllm_runs import (
     read_trajectories,
 )
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def test_the_recipe_trains(recipe, service, data, tmp_path):

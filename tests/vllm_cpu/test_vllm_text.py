@@ -24,7 +24,7 @@ from vllm_cpu.vllm_runs import (
 from verl_tapo.parsing import parse_steps
 from verl_tapo.trainer.verl_parser import cached_parser
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 
 SHORT = 70  # tokens of a response: the second call does not always fit
 

@@ -1,0 +1,83 @@
+"""What a part measures, and how times are taken."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A single figure, with the bound we set ourselves; "" where there is none."""
+
+    name: str
+    figure: str
+    bound: str = ""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What growing work costs. The first of ``costs`` is ours, the second what it is compared with."""
+
+    grows: str
+    """What of the work grows."""
+    fixed: str
+    """What stays."""
+    unit: str
+    sizes: list[int]
+    costs: dict[str, list[float]]
+    """By what was measured: the cost at each size, in ``unit``; less is better."""
+
+    def ratios(self) -> list[float]:
+        """Our cost in that of the alternative."""
+        ours, alternative, *_ = self.costs.values()
+        return [mine / other for mine, other in zip(ours, alternative, strict=True)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """All that was measured of one part."""
+
+    title: str
+    text: str
+    """What is compared with what, in Markdown."""
+    sweeps: list[Sweep] = field(default_factory=list)
+    facts: list[Fact] = field(default_factory=list)
+
+
+def medians(*functions: Callable[[], Any], repeats: int) -> list[float]:
+    """Median seconds of each, taken in turn so that the machine's moods strike all alike; after one call to warm up."""
+    times: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        function()
+    for _ in range(repeats):
+        for function, taken in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def sweep(
+    grows: str,
+    fixed: str,
+    sizes: list[int],
+    make: Callable[[int], Mapping[str, Callable[[], Any]]],
+    repeats: int,
+    each: Callable[[int], float] = lambda size: 1,
+) -> Sweep:
+    """Milliseconds at each size.
+
+    Args:
+        make: gives what is measured at a size, by name.
+        each: the number of things at a size that a cost is divided by.
+    """
+    costs: dict[str, list[float]] = {}
+    for size in sizes:
+        functions = make(size)
+        for name, seconds in zip(functions, medians(*functions.values(), repeats=repeats), strict=True):
+            costs.setdefault(name, []).append(1000 * seconds / each(size))
+    return Sweep(grows, fixed, "ms", sizes, costs)

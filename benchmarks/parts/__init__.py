@@ -1,0 +1,1 @@
+"""One module a part; ``measure(quick)`` of each gives a `measuring.Part`."""

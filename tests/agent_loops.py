@@ -1,0 +1,85 @@
+"""Agent loops driven by a scripted model: real loops and tools, no inference."""
+
+import asyncio
+import json
+
+from omegaconf import OmegaConf
+from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
+from verl.tools.schemas import OpenAIFunctionToolSchema
+from verl.workers.rollout.replica import TokenOutput
+
+
+def schema(name, **parameters):
+    properties = {key: {"type": kind} for key, kind in parameters.items()}
+    return OpenAIFunctionToolSchema.model_validate(
+        {
+            "type": "function",
+            "function": {
+                "name": name,
+                "description": name,
+                "parameters": {"type": "object", "properties": properties, "required": list(parameters)},
+            },
+        }
+    )
+
+
+class ScriptedModel:
+    """Answers with the script's turns, token by token as the tokenizer would have them."""
+
+    def __init__(self, tokenizer, script):
+        self.turns = [tokenizer.encode(turn + "<|im_end|>", add_special_tokens=False) for turn in script]
+        self.prompts = []
+
+    async def generate(self, *, prompt_ids, **kwargs):
+        self.prompts.append(list(prompt_ids))
+        ids = self.turns[len(self.prompts) - 1]
+        extra = {"min_global_steps": 7, "max_global_steps": 7}
+        return TokenOutput(token_ids=ids, log_probs=[-0.5] * len(ids), extra_fields=extra)
+
+
+def call(tool, **arguments):
+    return f"<tool_call>\n{json.dumps({'name': tool, 'arguments': arguments})}\n</tool_call>"
+
+
+def run_scripted(cls, tokenizer, tools, script, settings=None, **limits):
+    """One trajectory of an agent loop: its output, and the model.
+
+    Args:
+        script: the assistant's turns.
+        settings: of the loop's constructor.
+        limits: of ``rollout`` or ``rollout.multi_turn``.
+    """
+    rollout = {
+        "prompt_length": 4000,
+        "response_length": 4000,
+        "full_determinism": False,
+        "multi_turn": {
+            "max_user_turns": None,
+            "max_assistant_turns": None,
+            "max_parallel_calls": 1,
+            "max_tool_response_length": 3000,
+            "tool_response_truncate_side": "right",
+            "format": "hermes",
+        },
+    }
+    for name, value in limits.items():
+        (rollout if name in rollout else rollout["multi_turn"])[name] = value
+    config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}, "data": {}, "algorithm": {}})
+    model = ScriptedModel(tokenizer, script)
+
+    async def run():
+        loop = cls(
+            trainer_config=DictConfigWrap(config),
+            server_manager=model,
+            tokenizer=tokenizer,
+            processor=None,
+            dataset_cls=None,
+            data_config=DictConfigWrap(config.data),
+            hf_model_type="qwen2",
+            tools=ToolListWrap(tools),
+            **(settings or {}),
+        )
+        return await loop.run({}, raw_prompt=[{"role": "user", "content": "Where is Paris?"}])
+
+    output = asyncio.run(run())
+    return output, model
