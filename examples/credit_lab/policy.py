@@ -1,4 +1,4 @@
-"""The policy: a transformer of about 75,000 parameters that samples token by token, with tools in between."""
+"""The policy: a transformer of about 20,000 parameters that samples token by token, with tools in between."""
 
 from __future__ import annotations
 
