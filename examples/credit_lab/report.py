@@ -121,6 +121,23 @@ def against_grpo(summary: pd.DataFrame, worlds: Sequence[str], figures: dict[str
     return _markdown(["world", "loss", "seeds", "figure", "GRPO", "TAPO", "TAPO - GRPO"], rows)
 
 
+def overview(summary: pd.DataFrame, worlds: Sequence[str]) -> str:
+    """A row a world and loss: GRPO's mean, and what TAPO adds to it, paired by seed."""
+    figures = {"proficiency_to_70": 1, "proficiency_to_90": 1, "success_early": 3, "success_final": 3}
+    rows = []
+    for world in worlds:
+        for loss in LOSSES:
+            cell = summary[(summary["world"] == world) & (summary["loss"] == loss)]
+            pairs = len(paired(cell, "tapo", "grpo", "success_final"))
+            if pairs:
+                row = [world, loss, str(pairs)]
+                for figure, digits in figures.items():
+                    mean = cell.loc[cell["rule"] == "grpo", figure].mean()
+                    row.append(f"{mean:.{digits}f}, {_mean(paired(cell, 'tapo', 'grpo', figure), digits, sign=True)}")
+                rows.append(row)
+    return _markdown(["world", "loss", "seeds", *(figure.replace("_", " ") for figure in figures)], rows)
+
+
 def rules_table(summary: pd.DataFrame, worlds: Sequence[str]) -> str:
     """Every rule under the vanilla loss: its difference from GRPO, and from TAPO."""
     figures = {"success_early": 3, "success_final": 3, "proficiency_to_70": 1, "entropy_final": 3}
@@ -224,6 +241,7 @@ def write(folder: Path) -> str:
             "The gradient on calls": gradient,
             "TAPO's own metrics (of GRPO's runs: what TAPO would have done)": warning,
         }
+        parts += ["## GRPO, and what TAPO adds", overview(summary, plain)]
         for title, figures in titles.items():
             parts += [f"## {title}", against_grpo(summary, plain, figures)]
         dialled = [world for world in worlds if "," in world]
