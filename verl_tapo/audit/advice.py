@@ -14,6 +14,8 @@ LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 
 _ENOUGH = 20  # calls, or steps, before a share says something
 _ROUNDING = 1e-9
+_LUCKY = 0.1
+"""Of matched calls; at most 0.05 in healthy worlds, 0.16 where successes are guesses (docs/evidence.md)"""
 
 
 @dataclass
@@ -169,7 +171,7 @@ def _about_transfer(totals: Counts, tally: Tally, settings: TapoSettings) -> Ite
     if totals["reference_groups"] and matched >= _ENOUGH:
         lift = totals["lift_sum"] / totals["reference_groups"]
         lucky = _share(totals["lucky_steps"], matched)
-        if lift < -_ROUNDING or lucky > 0.3:
+        if lift < -_ROUNDING or lucky > _LUCKY:
             yield Warned(
                 "lucky_witnesses",
                 "warning",
