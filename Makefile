@@ -12,7 +12,9 @@ VLLM_VENV := .venv-vllm
 # Of what is installed there: where it changes, the environment is made anew.
 VLLM_HASH := $(shell cat setup.cfg tests/vllm_cpu/*.txt tests/vllm_cpu/stand_ins/*/*.toml tests/vllm_cpu/stand_ins/*/*.py | cksum | cut -d ' ' -f 1)
 
-# Without compiling all modules beforehand, which takes minutes: those that are imported are compiled then.
+# Without compiling all modules beforehand, which takes minutes: those that are imported are compiled then, and kept,
+# also in a container whose image forbids it.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := -m pip install --quiet --no-compile
 
 # For example: make quickstart ARGS="--loss gspo --steps 40"

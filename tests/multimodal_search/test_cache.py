@@ -270,7 +270,7 @@ def test_four_processes_ask_once_for_each_of_many_keys(tmp_path: Path) -> None:
         assert worker.stdin is not None
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    printed = [worker.communicate(timeout=50)[0].splitlines() for worker in workers]
+    printed = [worker.communicate(timeout=300)[0].splitlines() for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 4
     assert Counter((tmp_path / "log").read_text().splitlines()) == {f"key {i}": 1 for i in range(keys)}
     assert all(len(lines) == 4 * keys for lines in printed)
@@ -414,7 +414,7 @@ asyncio.run(run(sys.argv[1]))
 
 def test_a_full_disk_does_not_stop_the_run(tmp_path: Path) -> None:
     worker = spawn(FULL, tmp_path / "cache")
-    *warnings, failures = worker.communicate(timeout=50)[0].splitlines()
+    *warnings, failures = worker.communicate(timeout=300)[0].splitlines()
     assert worker.returncode == 0
     assert warnings[0].startswith("WARNING:search_agent.cache:cache ")
     assert int(failures) > 0

@@ -378,7 +378,7 @@ def stable(results):
 
 
 def wait_for(condition):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -388,7 +388,7 @@ def wait_for(condition):
 def test_killed_in_the_middle_every_question_is_done_once(stand_ins, folder, number):
     plays = [play for play in FINISHING if play not in ("flaky", "hang")]
     data = write(folder, [row(number, plays[number % len(plays)]) for number in range(30)])
-    with Server(delay_s=0.03) as server:
+    with Server(delay_s=0.1) as server:
         options = ("--concurrency", "4", "--max-turns", "4")
         argv = arguments(folder, data, server.url, *options)
         process = subprocess.Popen(

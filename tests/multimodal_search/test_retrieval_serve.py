@@ -25,7 +25,7 @@ from search_agent.retrieval.batching import Batcher
 from search_agent.retrieval.build import Plan, build
 from search_agent.retrieval.manifest import MANIFEST
 from search_agent.retrieval.pictures import MAX_PIXELS
-from search_agent.retrieval.serve import MAX_BODY, MAX_QUERIES, Service, Settings, make_app
+from search_agent.retrieval.serve import MAX_BODY, MAX_QUERIES, Service, Settings, _listen, make_app
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "multimodal_search"
 COLOURS = ["red", "green", "blue", "white", "black", "orange"]
@@ -396,7 +396,7 @@ class TestUnderLoad:
     def test_the_load_test_measures(self):
         options = ["--passages", "500", "--requests", "200", "--concurrency", "8"]
         command = [sys.executable, "-m", "search_agent.retrieval.load_test", *options]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=True)
         assert re.search(r"│ 8 +│ 200 +│", done.stdout)
         assert "built 500 passages" in done.stdout
 
@@ -405,7 +405,7 @@ class TestStarting:
     def start(self, *arguments, env=None):
         command = [sys.executable, "-m", "search_agent.retrieval.serve", *map(str, arguments)]
         done = subprocess.run(
-            command, env=env or environment(), capture_output=True, text=True, timeout=60, check=False
+            command, env=env or environment(), capture_output=True, text=True, timeout=300, check=False
         )
         assert "Traceback" not in done.stderr
         return done.returncode, done.stderr.strip().splitlines()
@@ -448,6 +448,10 @@ class TestStarting:
         assert code == 2
         assert len(said) == 1
         assert "in use" in said[0]
+
+    def test_who_comes_before_the_server_runs_waits(self):
+        with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname(), timeout=30):
+            pass
 
     def test_no_sentence_transformers(self, index, tmp_path):
         (tmp_path / "sentence_transformers.py").write_text("raise ImportError('not installed here')")

@@ -46,6 +46,7 @@ from search_agent.retrieval.pictures import read_image, thumbnail
 PROGRAM = "search_agent.retrieval.serve"
 END_POINTS = ("/retrieve", "/retrieve_images", "/health", "/stats")
 MAX_BODY = 32 << 20
+BACKLOG = 2048  # connections that wait to be accepted
 """Bytes of a request."""
 MAX_QUERIES, MAX_QUERY, MAX_IMAGES, MAX_TOPK = 256, 4096, 16, 100
 """Queries of a request, characters of a query, images of a request, results of a query."""
@@ -385,6 +386,7 @@ def serve(settings: Settings, host: str, port: int) -> int:
         make_app(service, stop),
         log_level="warning",
         access_log=False,
+        backlog=BACKLOG,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=30,
     )
@@ -406,6 +408,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)  # now: who asks while uvicorn starts shall wait, not be refused
     except (OSError, OverflowError) as error:
         raise IndexProblem(f"cannot listen on {host}:{port}: {error}") from error
     return listener
