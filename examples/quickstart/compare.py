@@ -1,4 +1,4 @@
-"""GRPO and TAPO on the same data, from the same weights, with the same seeds; both learning curves in one picture.
+"""GRPO and TAPO on the same data, from the same weights, with the same seeds: learning curves as a picture and as CSV.
 
     python examples/quickstart/compare.py --steps 40 --seeds 1
     python examples/quickstart/compare.py --loss gspo --steps 40 --seeds 1 2 3
@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from run import Failure, Run, parser, read_metrics, stop_with_me, summary, train, validation
 
@@ -21,29 +20,48 @@ import matplotlib.pyplot as plt
 
 ADVANTAGES = {"grpo": "tab:gray", "tapo": "tab:blue"}
 SMOOTH = 5  # steps that one point of a training curve averages
+MORE = {
+    "entropy": "actor/entropy",
+    "turns": "num_turns/mean",
+    "response_tokens": "response_length/mean",
+    "misassigned_steps": "tapo/misassigned_steps",
+    "corrected_steps": "tapo/corrected_steps",
+    "lucky_steps": "tapo/lucky_steps",
+}
+"""Columns beside the success rates, and veRL's names for them."""
 
 
-def curves(runs: list[Run]) -> tuple[np.ndarray, np.ndarray, list[list[tuple[int, float]]]]:
-    """Of runs of the same length: steps (S,), success in training (runs, S), and each run's validations."""
-    metrics = [read_metrics(run.metrics_file) for run in runs]
-    training = [[entry["critic/score/mean"] for entry in run if "critic/score/mean" in entry] for run in metrics]
-    checks = [[(entry["step"], rate) for entry in run if (rate := validation(entry)) is not None] for run in metrics]
-    return np.arange(1, len(training[0]) + 1), np.array(training), checks
+def frame(runs: dict[str, list[Run]]) -> pd.DataFrame:
+    """One row a step of a run: what is plotted, and a few of veRL's metrics beside it; NaN where a step has none."""
+    rows = [
+        {
+            "advantage": advantage,
+            "seed": run.seed,
+            "step": entry["step"],
+            "success": entry.get("critic/score/mean"),
+            "held_out": validation(entry),
+            **{name: entry.get(key) for name, key in MORE.items()},
+        }
+        for advantage, of in runs.items()
+        for run in of
+        for entry in read_metrics(run.metrics_file)
+    ]
+    return pd.DataFrame(rows).astype(dict.fromkeys(["success", "held_out", *MORE], float))
 
 
-def plot(runs: dict[str, list[Run]], file: Path) -> None:
+def table(steps: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A row for each step that has ``column``, a column for each advantage and seed."""
+    return steps.dropna(subset=column).pivot(index="step", columns=["advantage", "seed"], values=column)
+
+
+def plot(steps: pd.DataFrame, file: Path) -> None:
     """Success over training steps; the mean over seeds, thin lines each seed's."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for advantage, of in runs.items():
-        steps, training, checks = curves(of)
-        smooth = pd.DataFrame(training.T).rolling(SMOOTH, min_periods=1).mean().to_numpy()
-        colour = ADVANTAGES[advantage]
-        left.plot(steps, smooth, color=colour, alpha=0.3, linewidth=1)
-        left.plot(steps, smooth.mean(axis=1), color=colour, label=advantage, linewidth=2)
-        rates = np.array([[rate for _, rate in line] for line in checks])
-        where = [step for step, _ in checks[0]]
-        right.plot(where, rates.T, color=colour, alpha=0.3, linewidth=1)
-        right.plot(where, rates.mean(axis=0), color=colour, label=advantage, linewidth=2, marker="o")
+    training, checks = table(steps, "success").rolling(SMOOTH, min_periods=1).mean(), table(steps, "held_out")
+    for advantage, colour in ADVANTAGES.items():
+        for axes, lines, marker in ((left, training[advantage], None), (right, checks[advantage], "o")):
+            axes.plot(lines, color=colour, alpha=0.3, linewidth=1)
+            axes.plot(lines.mean(axis=1), color=colour, label=advantage, linewidth=2, marker=marker)
     left.set(
         title=f"training questions (mean of the last {SMOOTH} steps)", xlabel="step", ylabel="success rate", ylim=(0, 1)
     )
@@ -53,6 +71,25 @@ def plot(runs: dict[str, list[Run]], file: Path) -> None:
         axes.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=120)
+
+
+def describe(steps: pd.DataFrame) -> str:
+    """Means over seeds, then what TAPO adds to GRPO, by seed: equal seeds train on the same questions."""
+    training, checks = table(steps, "success"), table(steps, "held_out")
+    late = training.tail(max(1, len(training) // 4))
+    lines = []
+    for advantage in ADVANTAGES:
+        lines += [
+            f"{advantage}: success in training {training[advantage].to_numpy().mean():.1%}, "
+            f"{late[advantage].to_numpy().mean():.1%} in the last quarter of the steps",
+            f"      on held-out countries {checks[advantage].iloc[0].mean():.1%} before, "
+            f"{checks[advantage].iloc[-1].mean():.1%} after",
+        ]
+    for name, values in (("success in training", training.mean()), ("held-out countries, after", checks.iloc[-1])):
+        added = values["tapo"] - values["grpo"]
+        by_seed = ", ".join(f"{100 * value:+.1f} (seed {seed})" for seed, value in added.items())
+        lines.append(f"TAPO minus GRPO, {name}, in points: {by_seed}")
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -78,16 +115,11 @@ def main() -> int:
             except Failure as failure:
                 print(f"\n{failure}", file=sys.stderr)
                 return 1
-    picture = args.out / f"compare-{args.loss}-{args.steps}.png"
-    plot(runs, picture)
-    print()
-    for advantage, of in runs.items():
-        _, training, checks = curves(of)
-        late = training[:, -max(1, args.steps // 4) :].mean()
-        first, last = (np.mean([line[end][1] for line in checks]) for end in (0, -1))
-        print(f"{advantage}: success in training {late:.1%} (last quarter of the steps)")
-        print(f"      on held-out countries {first:.1%} before, {last:.1%} after")
-    print(picture)
+    steps = frame(runs)
+    name = args.out / f"compare-{args.loss}-{args.steps}"
+    steps.to_csv(f"{name}.csv", index=False, float_format="%.6g")
+    plot(steps, Path(f"{name}.png"))
+    print(f"\n{describe(steps)}\n{name}.csv\n{name}.png")
     return 0
 
 
