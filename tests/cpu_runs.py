@@ -44,12 +44,15 @@ class Run:
 
 
 def write_prompts(path: Path, count: int, images: bool = True) -> Path:
-    """A parquet file of prompts as veRL's `RLHFDataset` reads it, with an image each."""
+    """A parquet file of prompts as veRL's `RLHFDataset` reads it, with an image each.
+
+    No two are equally long: veRL 0.9.1 fails on a vision model's batch whose rows all are (docs/tested.md).
+    """
     rows = []
     for index in range(count):
         buffer = io.BytesIO()
         Image.new("RGB", (60 + 4 * index, 60), COLOURS[index % len(COLOURS)]).save(buffer, format="PNG")
-        text = f"{'<image>' if images else ''}Which colour is number {index}?"
+        text = f"{'<image>' if images else ''}Which colour is number {index}?{' Please!' * index}"
         row = {
             "data_source": "colours",
             "prompt": [{"role": "user", "content": text}],
