@@ -188,6 +188,7 @@ def test_killed_and_resumed_it_ends_where_it_would_have(out, tapo):
     assert same(weights(run, 2), weights(whole, 2))
 
 
+@pytest.mark.long
 def test_two_ranks_and_gspo(finished):
     run, metrics = finished("two-ranks", "tapo", "gspo", "trainer.n_gpus_per_node=2")
     assert_healthy(metrics)
@@ -195,6 +196,7 @@ def test_two_ranks_and_gspo(finished):
     assert not same(weights(run, 1, ranks=2), weights(run, 2, ranks=2))
 
 
+@pytest.mark.long
 def test_tools_that_fail_neither_stop_nor_poison_a_run(finished, tmp_path):
     """The text search raises and the zoom hangs from some call on; with the SAPO loss, and validation."""
     config = yaml.safe_load((HERE / "tools.yaml").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import json
 import os
@@ -416,6 +418,35 @@ def test_killed_in_the_middle_every_question_is_done_once(stand_ins, folder, num
     assert stable(one) == stable(other)
     whole = {entry["id"]: stable(entry) for entry in lines(folder / "whole" / "transcripts.jsonl")}
     assert {entry["id"]: stable(entry) for entry in entries} == whole
+
+
+def test_a_cancellation_that_is_lost_ends_it_all_the_same(folder):
+    """As `asyncio.wait_for` loses one now and then: the question under way is done, no other is begun."""
+    from search_agent.evaluate.run import run
+    from search_agent.evaluate.store import Store
+
+    class Deaf:
+        begun = 0
+
+        async def do(self, question):
+            self.begun += 1
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(30)
+            return {"id": question.id}, {}
+
+    async def main():
+        running = asyncio.ensure_future(run(questions, task, store, concurrency=2, max_failures=0))
+        while task.begun < 2:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    questions = read_questions([write(folder, [row(number, "direct") for number in range(9)])])
+    task, store = Deaf(), Store(folder / "out", {"data": {}})
+    asyncio.run(main())
+    store.close()
+    assert (task.begun, len(store.done)) == (2, 2)
 
 
 def test_two_at_once_in_one_folder(stand_ins, folder, server, capsys):

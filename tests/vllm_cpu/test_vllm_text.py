@@ -56,6 +56,7 @@ def test_beta_0_ends_in_the_weights_of_grpo(text_world, tokenizer):
     assert_recorded_as_executed(trajectories, tokenizer)
 
 
+@pytest.mark.long
 def test_stock_loop_and_parsed_steps(text_world, tokenizer):
     """Calls are found in the tokens: of turns that end with the call itself, and of one that is cut within."""
     model = save_text_model(text_world / "ends_with_the_call")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -107,11 +106,11 @@ async def run(
         Refused, ValueError: See `converse`.
     """
     reading = asyncio.Lock()
-    in_a_row = 0
+    in_a_row, stopped = 0, False
 
     async def work() -> None:
         nonlocal in_a_row
-        while True:
+        while not stopped:
             async with reading:
                 question = await asyncio.to_thread(next, questions, None)
             if question is None:
@@ -132,9 +131,11 @@ async def run(
 
     workers = [asyncio.ensure_future(work()) for _ in range(concurrency)]
     try:
-        await asyncio.gather(*workers)
+        ended, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+        for worker in ended:
+            worker.result()
     finally:
+        stopped = True  # `wait_for` before Python 3.12 loses a cancellation that comes as its task ends
         for worker in workers:
             worker.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*workers, return_exceptions=True)
+        await asyncio.gather(*workers, return_exceptions=True)
