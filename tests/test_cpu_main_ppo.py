@@ -6,7 +6,7 @@ import pytest
 from cpu_runs import run_main_ppo
 from tiny_models import save_tiny_model
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
 
 SMALL = [
     "data.train_batch_size=2",
@@ -17,10 +17,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("family", "mode"),
-    [pytest.param("qwen2_5_vl", "sync", marks=pytest.mark.long), ("qwen3_vl", "colocate_async")],
-)
+@pytest.mark.parametrize(("family", "mode"), [("qwen2_5_vl", "sync"), ("qwen3_vl", "colocate_async")])
 def test_two_steps_of_a_vision_model(tmp_path, family, mode):
     model = save_tiny_model(tmp_path / "model", family)
     overrides = [f"actor_rollout_ref.model.path={model}", f"trainer.v1.trainer_mode={mode}", *SMALL]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 WHEELS = Path(os.environ.get("VERL_WHEELS", ROOT / ".venv" / "wheels"))
 SEAMS = """
