@@ -311,8 +311,9 @@ def test_steps_to_a_level_are_interpolated_and_a_run_that_never_gets_there_count
     assert report._first(curve, 0.9) == 5
 
 
-def test_differences_are_paired_by_seed():
+def test_differences_are_paired_by_world_and_seed():
     summary = pd.DataFrame({"rule": ["grpo", "tapo", "grpo", "tapo"], "seed": [0, 0, 1, 1], "early": [1.0, 2, 10, 13]})
-    assert report.paired(summary, "tapo", "grpo", "early").tolist() == [1, 3]
+    summary = pd.concat([summary.assign(world="a"), summary[:2].assign(world="b", early=[5.0, 9.0])])
+    assert report.paired(summary, "tapo", "grpo", "early").tolist() == [1, 3, 4]
     assert len(report.paired(summary, "clamp", "grpo", "early")) == 0
     assert report._mean([1, 3], 2) == "2.00 ± 12.71"  # t(1 degree of freedom) is 12.706, the standard error 1

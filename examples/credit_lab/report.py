@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from scipy import stats
-from study import KEYS, LEARNING_RATES, LOSSES, RESULTS, load, sweeps
+from study import KEYS, LEARNING_RATES, LOSSES, RESULTS, STUDIED, load, sweeps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -93,8 +93,8 @@ def _first(curve: np.ndarray, level: float) -> float:
 
 
 def paired(summary: pd.DataFrame, rule: str, against: str, figure: str) -> np.ndarray:
-    """Differences of a figure between two rules in one cell, by seed."""
-    columns = summary.pivot(index="seed", columns="rule", values=figure)
+    """Differences of a figure between two rules under one loss, by world and seed."""
+    columns = summary.pivot(index=["world", "seed"], columns="rule", values=figure)
     if rule not in columns or against not in columns:
         return np.zeros(0)
     return (columns[rule] - columns[against]).dropna().to_numpy()
@@ -138,21 +138,25 @@ def overview(summary: pd.DataFrame, worlds: Sequence[str]) -> str:
     return _markdown(["world", "loss", "seeds", *(figure.replace("_", " ") for figure in figures)], rows)
 
 
-def rules_table(summary: pd.DataFrame, worlds: Sequence[str]) -> str:
-    """Every rule under the vanilla loss: its difference from GRPO, and from TAPO."""
-    figures = {"success_early": 3, "success_final": 3, "proficiency_to_70": 1, "entropy_final": 3}
+def rules_table(summary: pd.DataFrame, worlds: Sequence[str | None], rules: Sequence[str]) -> str:
+    """Rules under the vanilla loss: their difference from GRPO, and from TAPO; None for all worlds together."""
+    figures = {"success_early": 3, "success_final": 3, "proficiency_to_70": 1, "entropy_early": 3}
     rows = []
     for world in worlds:
-        cell = summary[(summary["world"] == world) & (summary["loss"] == "vanilla")]
-        for rule in cell["rule"].drop_duplicates():
-            if rule == "grpo" or not len(paired(cell, rule, "grpo", "success_final")):
-                continue
-            row = [world, rule, str(len(paired(cell, rule, "grpo", "success_final")))]
-            row += [_mean(paired(cell, rule, "grpo", figure), digits, sign=True) for figure, digits in figures.items()]
-            row.append("" if rule == "tapo" else _mean(paired(cell, rule, "tapo", "success_early"), 3, sign=True))
-            rows.append(row)
-    head = ["world", "rule", "seeds", *(f"{figure.replace('_', ' ')} - GRPO" for figure in figures)]
-    return _markdown([*head, "success early - TAPO"], rows)
+        cell = summary[(summary["loss"] == "vanilla") & ((summary["world"] == world) | (world is None))]
+        for rule in rules:
+            pairs = len(paired(cell, rule, "grpo", "success_final"))
+            if pairs:
+                row = [world or "all", rule, str(pairs)]
+                for against in ("grpo", "tapo"):
+                    row += [
+                        "" if rule == against else _mean(paired(cell, rule, against, figure), digits, sign=True)
+                        for figure, digits in figures.items()
+                    ]
+                rows.append(row)
+    names = [figure.replace("_", " ") for figure in figures]
+    head = ["world", "rule", "runs", *(f"{name} - GRPO" for name in names), *(f"{name} - TAPO" for name in names)]
+    return _markdown(head, rows)
 
 
 def tuning_table(results: pd.DataFrame) -> str:
@@ -255,7 +259,13 @@ def write(folder: Path) -> str:
             figures = {"success_early": 3, "success_final": 3, "proficiency_to_70": 1}
             worlds_of_rates = sorted(of_rates["world"].unique())
             parts += ["## Smaller learning rates (vanilla)", against_grpo(of_rates, worlds_of_rates, figures)]
-        parts += ["## Rivals, gates, ablations (vanilla, paired differences)", rules_table(summary, plain)]
+        rivals, ablations = (
+            list(dict.fromkeys(run.rule for run in sweeps()[name])) for name in ("rivals", "ablations")
+        )
+        parts += ["## Rivals and gates (vanilla)", rules_table(summary, plain, ["tapo", *rivals])]
+        ablated = [world for world in plain if world in STUDIED]
+        together = summary[summary["world"].isin(ablated)]
+        parts += ["## Ablations (vanilla)", rules_table(together, [None, *ablated], ["tapo", *ablations])]
         for figure in ("success", "proficiency", "entropy", "agreement"):
             plot_curves(studied, plain, figure, folder / f"{figure}.png")
         plot_rules(summary, plain, folder / "rules.png")
