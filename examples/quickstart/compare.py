@@ -17,6 +17,7 @@ from run import Failure, Run, parser, read_metrics, stop_with_me, summary, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 ADVANTAGES = {"grpo": "tab:gray", "tapo": "tab:blue"}
 SMOOTH = 5  # steps that one point of a training curve averages
@@ -67,6 +68,7 @@ def plot(steps: pd.DataFrame, file: Path) -> None:
     )
     right.set(title="held-out countries", xlabel="step")
     for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.tight_layout()
@@ -76,7 +78,7 @@ def plot(steps: pd.DataFrame, file: Path) -> None:
 def describe(steps: pd.DataFrame) -> str:
     """Means over seeds, then what TAPO adds to GRPO, by seed: equal seeds train on the same questions."""
     training, checks = table(steps, "success"), table(steps, "held_out")
-    late = training.tail(max(1, len(training) // 4))
+    early, late = training.head(len(training) // 2 or 1), training.tail(len(training) // 4 or 1)
     lines = []
     for advantage in ADVANTAGES:
         lines += [
@@ -85,7 +87,13 @@ def describe(steps: pd.DataFrame) -> str:
             f"      on held-out countries {checks[advantage].iloc[0].mean():.1%} before, "
             f"{checks[advantage].iloc[-1].mean():.1%} after",
         ]
-    for name, values in (("success in training", training.mean()), ("held-out countries, after", checks.iloc[-1])):
+    differences = {
+        "success in training": training.mean(),
+        "in the first half of the steps": early.mean(),
+        "in the last quarter": late.mean(),
+        "held-out countries, after": checks.iloc[-1],
+    }
+    for name, values in differences.items():
         added = values["tapo"] - values["grpo"]
         by_seed = ", ".join(f"{100 * value:+.1f} (seed {seed})" for seed, value in added.items())
         lines.append(f"TAPO minus GRPO, {name}, in points: {by_seed}")
