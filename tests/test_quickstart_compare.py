@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from run import read_metrics
 
 STEPS = 12
 CHECKS = 2
@@ -41,12 +42,48 @@ def test_complete_runs_are_plotted_and_not_run_again(tmp_path, monkeypatch, caps
     assert "tapo: success in training 54.2%, 91.7% in the last quarter" in said
     assert "on held-out countries 10.0% before, 50.0% after" in said
     by_seed = [f"{{}} (seed {seed})" for seed in seeds]
-    assert f"success in training, in points: {', '.join(by_seed).format(*['+34.2'] * 2)}\n" in said
+    assert f"tapo minus grpo, success in training, in points: {', '.join(by_seed).format(*['+34.2'] * 2)}\n" in said
     assert f"held-out countries, after, in points: {', '.join(by_seed).format(*['+40.0'] * 2)}\n" in said
     steps = pd.read_csv(tmp_path / f"compare-gspo-{STEPS}.csv")
     assert len(steps) == 2 * len(seeds) * (STEPS + 1)
     step = steps[(steps["advantage"] == "tapo") & (steps["seed"] == 1) & (steps["step"] == CHECKS)].iloc[0]
     assert (step["success"], step["held_out"]) == pytest.approx((CHECKS / STEPS, CHECKS / STEPS / 2), abs=1e-6)
-    picture = tmp_path / f"compare-gspo-{STEPS}.png"
+    assert_is_a_picture(tmp_path / f"compare-gspo-{STEPS}.png")
+
+
+def assert_is_a_picture(picture):
     with Image.open(picture) as image:
         assert len(np.unique(np.asarray(image.convert("L")))) > 5
+
+
+def test_variants_are_runs_of_their_own(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(run):
+        trained.append(run)
+        write_run(tmp_path, run.name, [{"grpo": 0.2, "tapo": 0.4}[run.advantage] + 0.2 * ("theta" in run.name)] * STEPS)
+        return read_metrics(run.metrics_file)
+
+    monkeypatch.setattr(compare, "train", train)
+    for _ in range(2):
+        arguments = ["--steps", str(STEPS), "--out", str(tmp_path), "--variants", "theta=1.0"]
+        monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+        assert compare.main() == 0
+    assert [run.name for run in trained] == [
+        f"compare-vanilla-{STEPS}-{arm}-1" for arm in ("grpo", "tapo", "tapo-theta-1.0")
+    ]
+    assert [run.setting("algorithm.tapo.theta") for run in trained] == [None, None, "1.0"]
+    said = capsys.readouterr().out
+    assert "tapo minus grpo, success in training, in points: +20.0 (seed 1)" in said
+    assert "tapo/theta=1.0 minus grpo, success in training, in points: +40.0 (seed 1)" in said
+    steps = pd.read_csv(tmp_path / f"compare-vanilla-{STEPS}-theta-1.0.csv")
+    assert [*dict.fromkeys(steps["advantage"])] == ["grpo", "tapo", "tapo/theta=1.0"]
+    assert_is_a_picture(tmp_path / f"compare-vanilla-{STEPS}-theta-1.0.png")
+
+
+@pytest.mark.parametrize("entry", ["theta", "theta=", "a.b=1", "theta=[1, 2]", "theta=../x"])
+def test_what_is_no_setting_is_refused(entry, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--variants", entry])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "expected an entry of algorithm.tapo, like theta=1.0" in capsys.readouterr().err

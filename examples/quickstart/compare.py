@@ -2,12 +2,15 @@
 
     python examples/quickstart/compare.py --steps 40 --seeds 1
     python examples/quickstart/compare.py --loss gspo --steps 40 --seeds 1 2 3
+    python examples/quickstart/compare.py --variants theta=1.0 beta=0.5     # TAPO with other settings, too
 
 Runs that are complete are not run again.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -19,7 +22,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-ADVANTAGES = {"grpo": "tab:gray", "tapo": "tab:blue"}
+ARMS = {"grpo": "tab:gray", "tapo": "tab:blue"}
+COLOURS = ("tab:green", "tab:orange", "tab:purple", "tab:brown")  # of variants
 SMOOTH = 5  # steps that one point of a training curve averages
 MORE = {
     "entropy": "actor/entropy",
@@ -59,7 +63,8 @@ def plot(steps: pd.DataFrame, file: Path) -> None:
     """Success over training steps; the mean over seeds, thin lines each seed's."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     training, checks = table(steps, "success").rolling(SMOOTH, min_periods=1).mean(), table(steps, "held_out")
-    for advantage, colour in ADVANTAGES.items():
+    arms = [*dict.fromkeys(steps["advantage"])]
+    for advantage, colour in zip(arms, (*ARMS.values(), *COLOURS), strict=False):
         for axes, lines, marker in ((left, training[advantage], None), (right, checks[advantage], "o")):
             axes.plot(lines, color=colour, alpha=0.3, linewidth=1)
             axes.plot(lines.mean(axis=1), color=colour, label=advantage, linewidth=2, marker=marker)
@@ -80,7 +85,8 @@ def describe(steps: pd.DataFrame) -> str:
     training, checks = table(steps, "success"), table(steps, "held_out")
     early, late = training.head(len(training) // 2 or 1), training.tail(len(training) // 4 or 1)
     lines = []
-    for advantage in ADVANTAGES:
+    arms = [*dict.fromkeys(steps["advantage"])]
+    for advantage in arms:
         lines += [
             f"{advantage}: success in training {training[advantage].to_numpy().mean():.1%}, "
             f"{late[advantage].to_numpy().mean():.1%} in the last quarter of the steps",
@@ -93,11 +99,24 @@ def describe(steps: pd.DataFrame) -> str:
         "in the last quarter": late.mean(),
         "held-out countries, after": checks.iloc[-1],
     }
-    for name, values in differences.items():
-        added = values["tapo"] - values["grpo"]
-        by_seed = ", ".join(f"{100 * value:+.1f} (seed {seed})" for seed, value in added.items())
-        lines.append(f"TAPO minus GRPO, {name}, in points: {by_seed}")
+    for arm in arms[1:]:
+        for name, values in differences.items():
+            added = values[arm] - values["grpo"]
+            by_seed = ", ".join(f"{100 * value:+.1f} (seed {seed})" for seed, value in added.items())
+            lines.append(f"{arm} minus grpo, {name}, in points: {by_seed}")
     return "\n".join(lines)
+
+
+def _variant(entry: str) -> str:
+    """``name=value``, so that the rest is left to veRL's command line and the plug-in's own checks."""
+    if not re.fullmatch(r"\w+=[\w.-]+", entry):
+        raise argparse.ArgumentTypeError(f"{entry!r}: expected an entry of algorithm.tapo, like theta=1.0")
+    return entry
+
+
+def _file_name(arm: str) -> str:
+    """Without the characters that Hydra or a file system reads otherwise."""
+    return re.sub("[/=]", "-", arm)
 
 
 def main() -> int:
@@ -105,15 +124,22 @@ def main() -> int:
     arguments = parser(__doc__ or "")
     arguments.set_defaults(steps=40)
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1], help="one pair of runs for each")
+    arguments.add_argument(
+        "--variants", type=_variant, nargs="+", default=[], help="entries of algorithm.tapo: a further run for each"
+    )
     args = arguments.parse_args()
-    runs: dict[str, list[Run]] = {advantage: [] for advantage in ADVANTAGES}
+    if len(args.variants) > len(COLOURS):
+        arguments.error(f"--variants: at most {len(COLOURS)}, for the sake of the picture")
+    settings = {arm: [] for arm in ARMS} | {f"tapo/{entry}": [f"algorithm.tapo.{entry}"] for entry in args.variants}
+    runs: dict[str, list[Run]] = {arm: [] for arm in settings}
     every = max(1, args.steps // 6)
     overrides = [f"trainer.test_freq={every}", f"trainer.save_freq={args.steps}", *args.overrides]
     for seed in args.seeds:
-        for advantage in ADVANTAGES:
-            name = f"compare-{args.loss}-{args.steps}-{advantage}-{seed}"
-            run = Run(name, advantage, args.loss, args.steps, seed, args.out.resolve(), overrides)
-            runs[advantage].append(run)
+        for arm, own in settings.items():
+            name = f"compare-{args.loss}-{args.steps}-{_file_name(arm)}-{seed}"
+            advantage = arm.split("/")[0]
+            run = Run(name, advantage, args.loss, args.steps, seed, args.out.resolve(), [*overrides, *own])
+            runs[arm].append(run)
             done = read_metrics(run.metrics_file)
             if done and done[-1]["step"] == args.steps:
                 print(f"{name}: complete already")
@@ -124,7 +150,7 @@ def main() -> int:
                 print(f"\n{failure}", file=sys.stderr)
                 return 1
     steps = frame(runs)
-    name = args.out / f"compare-{args.loss}-{args.steps}"
+    name = "-".join([f"{args.out / 'compare'}-{args.loss}-{args.steps}", *map(_file_name, args.variants)])
     steps.to_csv(f"{name}.csv", index=False, float_format="%.6g")
     plot(steps, Path(f"{name}.png"))
     print(f"\n{describe(steps)}\n{name}.csv\n{name}.png")
