@@ -403,6 +403,8 @@ class TestAnalysis:
             assert share == pytest.approx(metrics[f"tapo/{name}_steps"])
         lucky = metrics.get("tapo/lucky_steps", 0.0) * values["misassigned_steps"]
         assert values["lucky_steps"] == pytest.approx(lucky)
+        inexact = metrics.get("tapo/inexact_steps", 0.0) * values["misassigned_steps"]
+        assert values["inexact_steps"] == pytest.approx(inexact)
         for name in ("similarity", "support", "alpha", "transfer", "lift", "reference_advantage"):
             assert (values[name] is None) == (f"tapo/{name}" not in metrics)
             assert values[name] == pytest.approx(metrics.get(f"tapo/{name}"))
@@ -462,6 +464,7 @@ class TestFigures:
             "corrected_steps": 1,
             "below_theta_steps": 1,
             "lucky_steps": 0,
+            "inexact_steps": 0,
             "success_rate": 0.5,
             "similarity": 1.0,
             "support": 1.0,
@@ -518,6 +521,15 @@ class TestWarnings:
             lines += [line(search_then("a guess", "x"), float(k == 0), uid, k) for k in range(6)]
             lines += [line(search_then("what helps", "x"), 1.0, uid, k) for k in (6, 7)]
         assert self.codes(tmp_path, lines) == {"lucky_witnesses": "warning"}
+
+    @pytest.mark.parametrize(("wrong", "codes"), [("Cambohia", {"inexact_matches": "info"}), ("Cambodia", {})])
+    def test_calls_that_are_only_similar(self, tmp_path, wrong, codes):
+        lines = []
+        for group in range(40):
+            queries = ["Cambodia", "Cambodia", wrong, "Cambodia"][: 4 if group % 2 else 3]
+            for k, name in enumerate(queries):
+                lines.append(line(search_then(f"capital of {name}", "x"), float(k < 2), f"g{group}", k))
+        assert self.codes(tmp_path, lines) == codes
 
     def test_a_call_that_all_siblings_make_is_not_lucky(self, tmp_path):
         lines = [

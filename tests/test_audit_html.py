@@ -694,11 +694,12 @@ def test_contrast(open_report: Any, scheme: str) -> None:
 
 
 def test_a_dump_all_the_way(open_report: Any, tmp_path: Path) -> None:
-    """A dump with a hostile rollout and lucky witnesses, audited, written and opened."""
+    """A dump with a hostile rollout, lucky witnesses and a call that is only similar, audited, written and opened."""
     lines = []
     for group in range(3):
         for rollout in range(8):
             query = "what helps" if rollout > 5 or group == 2 else "a guess"
+            query = "what help" if (group, rollout) == (2, 1) else query
             said = json.dumps({"name": "search", "arguments": {"query": query}})
             hostile = HOSTILE if rollout == 0 else ""
             output = (
@@ -707,13 +708,22 @@ def test_a_dump_all_the_way(open_report: Any, tmp_path: Path) -> None:
             )
             score = float(rollout in (0, 6, 7))
             uid = f"group {group}_{rollout}_0"
-            lines.append({"input": "q?", "output": output, "gts": [hostile], "score": score, "step": 1, "uid": uid})
+            truth = {} if group == 2 else {"gts": [hostile]}
+            lines.append({"input": "q?", "output": output, "score": score, "step": 1, "uid": uid} | truth)
     (tmp_path / "1.jsonl").write_text("\n".join(map(json.dumps, lines)))
     report = open_report(audit(tmp_path / "1.jsonl").result)
     assert report.listed() == [0, 1, 2]
     report.page.select_option("#filter-gate", "lucky")
     report.until(lambda: len(report.listed()) == 2)
     assert report.page.locator(".badge", has_text="lucky witness").count() == 5
+    report.page.select_option("#filter-gate", "inexact")
+    report.until(lambda: report.listed() == [2])
+    assert report.page.locator(".badge", has_text="only similar").count() == 1
+    shown = report.page.locator("#group").inner_text()
+    assert "Expected" not in shown
+    assert "false" not in shown  # a group without a ground truth
+    report.page.select_option("#filter-gate", "lucky")
+    report.until(lambda: len(report.listed()) == 2)
     report.open_details()
     assert "found <script>" in report.page.locator("#group").inner_text()
     assert report.page.evaluate("window.pwned") is None

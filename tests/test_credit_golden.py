@@ -214,7 +214,20 @@ def test_metrics():
     assert metrics["tapo/failed_calls"] == 0.25
     assert metrics["tapo/lift"] == 0.0  # one of the two holders succeeded, as in the whole group
     assert metrics["tapo/tool/search/corrected_steps"] == 0.5
+    assert metrics["tapo/inexact_steps"] == metrics["tapo/tool/search/inexact_steps"] == 0.0
     assert all(key.startswith("tapo/") and isinstance(value, float) for key, value in metrics.items())
+
+
+def test_steps_that_are_only_similar_are_told_from_equal_ones():
+    steps = [step(0, "capital of Cambodia"), step(2, "cambodia CAPITAL of"), step(3, "capital of Cambohia")]
+    steps.append(step(3, "river in Peru", turn=(2, 4)))  # no witness: not misassigned
+    report = run([1.0, 1.0, -1.0, -1.0], [True, True, False, False], steps)[1]
+    assert [credit.gate for credit in report.steps] == ["", "corrected", "corrected", "below_theta"]
+    assert report.steps[1].similarity == 1.0
+    assert 0.8 < report.steps[2].similarity < 1.0
+    metrics = report.metrics()
+    assert metrics["tapo/inexact_steps"] == metrics["tapo/tool/search/inexact_steps"] == 0.5
+    assert "tapo/inexact_steps" not in run([1.0, -1.0], [True, False], [step(0)])[1].metrics()
 
 
 def test_lift_tells_lucky_witnesses():

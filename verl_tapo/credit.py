@@ -49,6 +49,8 @@ _NO_GATE, _NO_WITNESS, _BELOW_THETA, _BELOW_ALPHA, _CORRECTED = range(5)
 _ABSENT = object()  # stands for the value of a parameter that a call lacks
 
 _ROUNDING = 1e-9
+EQUAL = 1.0 - _ROUNDING
+"""Similarity from which a step is its witness's equal, and not only like it."""
 _PAIR_BLOCK = 1_000_000  # pairs of calls compared at a time
 _TOKEN_BLOCK = 1 << 16  # tokens corrected at a time
 _ROW_BLOCK = 16  # rows whose masked sums are taken at a time: small enough for the cache
@@ -168,7 +170,7 @@ class CreditReport:
         are none. Means over matched or corrected steps are left out where there are no such steps. *Misassigned*
         is a failing step with an equivalent call in a successful rollout (``m >= theta``), whether or not it passed
         the confidence gate [paper]. *Lift* is the mean of `lifts` over the matched reference groups, *lucky* the share
-        of misassigned steps whose witnesses are.
+        of misassigned steps whose witnesses are, *inexact* the share whose best witness is similar and not equal.
 
         No name contains ``max``, ``min``, ``sum`` or ``total``: veRL's aggregator would not average it.
         """
@@ -189,6 +191,7 @@ class CreditReport:
         }
         if matched.any():
             metrics["tapo/similarity"] = float(self._matches.similarity[matched].mean())
+            metrics["tapo/inexact_steps"] = float((self._matches.similarity[matched] < EQUAL).mean())
             metrics["tapo/support"] = float(self._matches.support[matched].mean())
             metrics["tapo/alpha"] = float(self._alpha[matched].mean())
             metrics["tapo/reference_advantage"] = float(self._matches.reference[matched].mean())
@@ -236,7 +239,9 @@ class CreditReport:
             metrics[f"{name}/misassigned_steps"] = _share((of_tool & matched).sum(), (of_tool & failing).sum())
             metrics[f"{name}/corrected_steps"] = _share((of_tool & corrected).sum(), (of_tool & failing).sum())
             if (of_tool & matched).any():
-                metrics[f"{name}/similarity"] = float(self._matches.similarity[of_tool & matched].mean())
+                similarity = self._matches.similarity[of_tool & matched]
+                metrics[f"{name}/similarity"] = float(similarity.mean())
+                metrics[f"{name}/inexact_steps"] = float((similarity < EQUAL).mean())
             if (of_tool & corrected).any():
                 metrics[f"{name}/transfer"] = float(self._transfer[of_tool & corrected].mean())
         return metrics

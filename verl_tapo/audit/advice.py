@@ -14,6 +14,7 @@ LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 
 _ENOUGH = 20  # calls, or steps, before a share says something
 _ROUNDING = 1e-9
+_INEXACT = 0.2
 _LUCKY = 0.1
 """Of matched calls; at most 0.05 in healthy worlds, 0.16 where successes are guesses (docs/evidence.md)"""
 
@@ -54,6 +55,7 @@ def find_warnings(
         *_about_groups(totals),
         *_about_tools(totals, tools, settings),
         *_about_transfer(totals, tally, settings),
+        *_about_similarity(tools, settings),
     ]
     return [warned._asdict() for warned in sorted(found, key=lambda warned: -LEVELS.index(warned.level))]
 
@@ -207,3 +209,18 @@ def _about_transfer(totals: Counts, tally: Tally, settings: TapoSettings) -> Ite
             f"{below:.0%} of the matched failing calls stay below alpha_min = {settings.rule.alpha_min:g}.",
             "Few of the successful rollouts made these calls. The sweep shows what another alpha_min would do.",
         )
+
+
+def _about_similarity(tools: Mapping[str, Counts], settings: TapoSettings) -> Iterator[Warned]:
+    for tool, counts in tools.items():
+        matched = counts["misassigned_steps"]
+        inexact = _share(counts["inexact_steps"], matched)
+        if matched >= _ENOUGH and inexact > _INEXACT:
+            yield Warned(
+                "inexact_matches",
+                "info",
+                f"{inexact:.0%} of the matched failing calls of {tool} are similar to a witness and equal to none.",
+                f"Read them (filter 'only similar'). Where a letter or a digit makes another action of them, as in "
+                f"names, codes and years, raise theta = {settings.rule.theta:g}, or give the parameter the kernel "
+                f"exact in algorithm.tapo.tools.",
+            )

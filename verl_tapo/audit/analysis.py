@@ -16,7 +16,7 @@ import torch
 
 from verl_tapo.audit.model import Call, StepBatch, Trajectory
 from verl_tapo.config import TapoConfig
-from verl_tapo.credit import CreditReport, StepCredit, transfer_credit
+from verl_tapo.credit import EQUAL, CreditReport, StepCredit, transfer_credit
 from verl_tapo.steps import ToolStep
 
 MATCHED = ("corrected", "below_alpha")
@@ -49,6 +49,11 @@ class JudgedCall(NamedTuple):
     after: float
     """Advantage of its tokens under TAPO."""
     changed: bool
+
+    @property
+    def inexact(self) -> bool:
+        """Whether it is misassigned, and equal to none of its witnesses, only similar."""
+        return self.credit.gate in MATCHED and self.credit.similarity < EQUAL
 
 
 @dataclass
@@ -129,6 +134,7 @@ def tally(calls: Sequence[JudgedCall], trajectories: Sequence[Trajectory], cfg: 
         if credit.gate in MATCHED:
             counts["misassigned_steps"] += 1
             counts["lucky_steps"] += judged.lucky
+            counts["inexact_steps"] += judged.inexact
             counts["similarity_sum"] += credit.similarity
             counts["support_sum"] += credit.support
             counts["alpha_sum"] += credit.alpha
@@ -153,8 +159,8 @@ def _removed(calls: Iterable[JudgedCall], cfg: TapoConfig) -> float:
 _COUNTED = (
     "prompts trajectories successes failing_trajectories misassigned_trajectories correctable_trajectories calls "
     "witness_steps failing_steps misassigned_steps corrected_steps below_alpha_steps below_theta_steps "
-    "no_witness_steps lucky_steps failed_calls malformed_calls unanswered_calls single_groups all_right_groups "
-    "all_wrong_groups reference_groups"
+    "no_witness_steps lucky_steps inexact_steps failed_calls malformed_calls unanswered_calls single_groups "
+    "all_right_groups all_wrong_groups reference_groups"
 ).split()
 
 

@@ -102,6 +102,7 @@ def _call(judged: JudgedCall, analysis: StepAnalysis, numbers: dict[int, int]) -
         "reference_advantage": credit.reference_advantage if matched else None,
         "lift": judged.lift,
         "lucky": judged.lucky,
+        "inexact": judged.inexact,
         "transfer": credit.transfer,
         "before": judged.holder.advantage,
         "after": judged.after,

@@ -92,6 +92,7 @@ def _overview(result: Mapping[str, Any], totals: Figures) -> Table:
             "of the reference groups; above 0: they mark what leads to success",
         ),
         ("mean similarity", _number(totals["similarity"]), "of misassigned calls to their best witness"),
+        ("  only similar", _percent(totals["inexact_steps"], matched), "of misassigned calls; equal to no witness"),
         ("mean support", _number(totals["support"]), "share of the successes that hold the call"),
         ("tokens affected", _percent(totals["token_share"]), "of all that the policy wrote"),
         ("penalty removed", _percent(totals["penalty_removed"]), "of the negative advantage on failing rollouts"),

@@ -17,6 +17,7 @@
  * @property {number | null} alpha
  * @property {number | null} [lift] of its reference group
  * @property {boolean} [lucky] its witnesses are: rollouts that hold the call succeed no more often than their siblings
+ * @property {boolean} [inexact] misassigned, and equal to no witness, only similar
  * @property {number | null} reference_advantage
  * @property {number | null} transfer
  * @property {number} before advantage
@@ -110,7 +111,8 @@ function placeOf(hash) {
  * @param {Filter} filter
  */
 function callMatches(call, { tool, gate, role }) {
-  return (!tool || call.tool === tool) && (!gate || (gate === "lucky" ? Boolean(call.lucky) : call.gate === gate)) && (!role || call.role === role);
+  const passed = gate === "lucky" || gate === "inexact" ? Boolean(call[gate]) : call.gate === gate;
+  return (!tool || call.tool === tool) && (!gate || passed) && (!role || call.role === role);
 }
 
 /**
@@ -337,7 +339,7 @@ class Browser {
         `Training step ${count(group.step)} · ${right} of ${counted(group.trajectories.length, "rollout")} right · group ${index + 1} `,
         html("span", { class: "uid" }, shown(cut(group.uid, 200))),
       ),
-      group.ground_truth !== null && html("p", { class: "facts" }, "Expected: ", html("b", { dir: "auto" }, shown(cut(plain(group.ground_truth), 300), this.filter.search))),
+      ...(group.ground_truth === null ? [] : [html("p", { class: "facts" }, "Expected: ", html("b", { dir: "auto" }, shown(cut(plain(group.ground_truth), 300), this.filter.search)))]),
       folded("Whole prompt", () => longText(group.prompt, { limit: 4000, search: this.filter.search, label: "prompt" })),
       this.rolloutsOf(group, index),
     );
@@ -497,6 +499,7 @@ class Browser {
         { class: "state" },
         html("span", { class: "badge" }, call.role === "failing" ? `${GATE_SIGNS[call.gate]} ${GATES[call.gate] ?? "failing"}` : call.role === "witness" ? "★ witness" : ROLES[call.role]),
         call.lucky && html("span", { class: "badge broken" }, "⚠ lucky witness"),
+        call.inexact && html("span", { class: "badge" }, "≈ only similar"),
         !call.ok && html("span", { class: "badge broken" }, "✗ ", spelled(cut(call.status, 80).replaceAll("_", " "))),
         advantage(call.before, call.after),
       ),

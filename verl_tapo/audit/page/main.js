@@ -83,7 +83,7 @@ function connectFilters(browser, groups) {
   const tools = [...calls.keys()].sort((a, b) => (calls.get(b) ?? 0) - (calls.get(a) ?? 0)).slice(0, 200); // a policy may invent any number
   offer("filter-step", "any", steps.map((step) => [String(step), String(step)]));
   offer("filter-tool", "any", tools.map((tool) => [tool, cut(spelled(tool), 60)]));
-  offer("filter-gate", "any", [...Object.entries(GATES), ["lucky", "with lucky witnesses"]]);
+  offer("filter-gate", "any", [...Object.entries(GATES), ["lucky", "with lucky witnesses"], ["inexact", "only similar to a witness"]]);
   offer("filter-role", "any", Object.entries(ROLES));
   offer("filter-success", "any", [["yes", "right"], ["no", "wrong"]]);
 
