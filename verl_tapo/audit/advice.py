@@ -222,5 +222,5 @@ def _about_similarity(tools: Mapping[str, Counts], settings: TapoSettings) -> It
                 f"{inexact:.0%} of the matched failing calls of {tool} are similar to a witness and equal to none.",
                 f"Read them (filter 'only similar'). Where a letter or a digit makes another action of them, as in "
                 f"names, codes and years, raise theta = {settings.rule.theta:g}, or give the parameter the kernel "
-                f"exact in algorithm.tapo.tools.",
+                f"exact in algorithm.tapo.tools, which then has to name all tools.",
             )
