@@ -386,8 +386,15 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_in_the_middle_every_question_is_done_once(stand_ins, folder, number):
+@pytest.mark.parametrize(
+    ("number", "of_sigint"),
+    [
+        (signal.SIGKILL, signal.default_int_handler),
+        (signal.SIGTERM, signal.default_int_handler),
+        (signal.SIGTERM, signal.SIG_IGN),  # what a script starts with &
+    ],
+)
+def test_killed_in_the_middle_every_question_is_done_once(stand_ins, folder, number, of_sigint):
     plays = [play for play in FINISHING if play not in ("flaky", "hang")]
     data = write(folder, [row(number, plays[number % len(plays)]) for number in range(30)])
     with Server(delay_s=0.1) as server:
@@ -398,6 +405,7 @@ def test_killed_in_the_middle_every_question_is_done_once(stand_ins, folder, num
             env={**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, of_sigint),
         )
         done = folder / "out" / "transcripts.jsonl"
         wait_for(lambda: done.exists() and done.read_bytes().count(b"\n") >= 8)
@@ -447,6 +455,36 @@ def test_a_cancellation_that_is_lost_ends_it_all_the_same(folder):
     asyncio.run(main())
     store.close()
     assert (task.begun, len(store.done)) == (2, 2)
+
+
+def test_workers_that_fail_together_tell_of_one_outage(folder):
+    from search_agent.evaluate.conversation import Undone
+    from search_agent.evaluate.run import Outage, run
+    from search_agent.evaluate.store import Store
+
+    from verl_tapo.records import TrajectoryRecord
+
+    class Down:
+        begun = 0
+
+        async def do(self, question):
+            self.begun += 1
+            await together.wait()
+            raise Undone("down", TrajectoryRecord())
+
+    async def main():
+        running = asyncio.ensure_future(run(questions, task, store, concurrency=8, max_failures=4))
+        while task.begun < 8:
+            await asyncio.sleep(0.01)
+        together.set()
+        with pytest.raises(Outage, match=r"^5 questions in a row"):
+            await running
+
+    questions = read_questions([write(folder, [row(number, "direct") for number in range(30)])])
+    task, store, together = Down(), Store(folder / "out", {"data": {}}), asyncio.Event()
+    asyncio.run(main())
+    store.close()
+    assert (task.begun, len(list(store.failures()))) == (8, 8)
 
 
 def test_two_at_once_in_one_folder(stand_ins, folder, server, capsys):

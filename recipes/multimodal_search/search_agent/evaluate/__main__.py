@@ -241,12 +241,18 @@ def _settings(args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
     }
 
 
+def _interrupt(*_: object) -> None:
+    """Termination is an interruption: what was started is stopped, what is done is in the results."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)  # asyncio waits for it, where it can
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = parse(argv)
     console = Console(stderr=True)
-    # Termination is an interruption: what was started is stopped, what is done is in the results.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupt)
     args.label = args.label or args.model or args.checkpoint.resolve().name
     args.model = args.model or args.label
     args.tool_calls = args.tool_calls or ("native" if args.base_url else "template")

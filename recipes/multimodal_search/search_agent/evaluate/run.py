@@ -109,7 +109,7 @@ async def run(
     in_a_row, stopped = 0, False
 
     async def work() -> None:
-        nonlocal in_a_row
+        nonlocal in_a_row, stopped
         while not stopped:
             async with reading:
                 question = await asyncio.to_thread(next, questions, None)
@@ -122,7 +122,8 @@ async def run(
                 store.fail({"id": question.id, "time": time.time(), "why": str(error), "steps": calls})
                 in_a_row += 1
                 done(None)
-                if in_a_row > max_failures:
+                if in_a_row > max_failures and not stopped:
+                    stopped = True  # for the others at once, so that one of them tells of it
                     raise Outage(f"{in_a_row} questions in a row could not be done, the last because {error}") from None
             else:
                 await asyncio.to_thread(store.finish, entry, images)
