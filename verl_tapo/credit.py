@@ -190,8 +190,9 @@ class CreditReport:
             "tapo/successes_per_group": _share((real & t.success).sum(), len(np.unique(t.group[real]))),
         }
         if matched.any():
-            metrics["tapo/similarity"] = float(self._matches.similarity[matched].mean())
-            metrics["tapo/inexact_steps"] = float((self._matches.similarity[matched] < EQUAL).mean())
+            similarity = self._matches.similarity[matched]
+            metrics["tapo/similarity"] = float(similarity.mean())
+            metrics["tapo/inexact_steps"] = float((similarity < EQUAL).mean())
             metrics["tapo/support"] = float(self._matches.support[matched].mean())
             metrics["tapo/alpha"] = float(self._alpha[matched].mean())
             metrics["tapo/reference_advantage"] = float(self._matches.reference[matched].mean())

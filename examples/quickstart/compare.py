@@ -22,8 +22,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-ARMS = {"grpo": "tab:gray", "tapo": "tab:blue"}
-COLOURS = ("tab:green", "tab:orange", "tab:purple", "tab:brown")  # of variants
+ARMS = ("grpo", "tapo")
+COLOURS = ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown")  # of these and of variants
 SMOOTH = 5  # steps that one point of a training curve averages
 MORE = {
     "entropy": "actor/entropy",
@@ -63,8 +63,7 @@ def plot(steps: pd.DataFrame, file: Path) -> None:
     """Success over training steps; the mean over seeds, thin lines each seed's."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     training, checks = table(steps, "success").rolling(SMOOTH, min_periods=1).mean(), table(steps, "held_out")
-    arms = [*dict.fromkeys(steps["advantage"])]
-    for advantage, colour in zip(arms, (*ARMS.values(), *COLOURS), strict=False):
+    for advantage, colour in zip(steps["advantage"].unique(), COLOURS, strict=False):
         for axes, lines, marker in ((left, training[advantage], None), (right, checks[advantage], "o")):
             axes.plot(lines, color=colour, alpha=0.3, linewidth=1)
             axes.plot(lines.mean(axis=1), color=colour, label=advantage, linewidth=2, marker=marker)
@@ -85,7 +84,7 @@ def describe(steps: pd.DataFrame) -> str:
     training, checks = table(steps, "success"), table(steps, "held_out")
     early, late = training.head(len(training) // 2 or 1), training.tail(len(training) // 4 or 1)
     lines = []
-    arms = [*dict.fromkeys(steps["advantage"])]
+    arms = steps["advantage"].unique()
     for advantage in arms:
         lines += [
             f"{advantage}: success in training {training[advantage].to_numpy().mean():.1%}, "
@@ -128,8 +127,8 @@ def main() -> int:
         "--variants", type=_variant, nargs="+", default=[], help="entries of algorithm.tapo: a further run for each"
     )
     args = arguments.parse_args()
-    if len(args.variants) > len(COLOURS):
-        arguments.error(f"--variants: at most {len(COLOURS)}, for the sake of the picture")
+    if len(ARMS) + len(args.variants) > len(COLOURS):
+        arguments.error(f"--variants: at most {len(COLOURS) - len(ARMS)}, for the sake of the picture")
     settings = {arm: [] for arm in ARMS} | {f"tapo/{entry}": [f"algorithm.tapo.{entry}"] for entry in args.variants}
     runs: dict[str, list[Run]] = {arm: [] for arm in settings}
     every = max(1, args.steps // 6)
