@@ -1,5 +1,6 @@
 """Tokenizers built offline, one for each way a marker can be spelled in tokens; and when long tests are run."""
 
+import datetime
 import os
 import random
 import time
@@ -34,9 +35,25 @@ CORPUS = [
 UNTIL = "TESTS_UNTIL"
 
 
+def rotated(units, day):
+    """The units in their order, beginning with another one each day.
+
+    From day to day the beginning moves by half of them: what came last, and may have been skipped, comes first on the
+    next day. Of an odd number, to which an even one is filled up, half shares no factor with it, so that each begins
+    some day, however often tests run.
+    """
+    padded = [*units, *[None] * (1 - len(units) % 2)]
+    begin = day * (len(padded) // 2) % len(padded)
+    return [unit for unit in padded[begin:] + padded[:begin] if unit is not None]
+
+
 def pytest_collection_modifyitems(items):
-    """Long tests come last."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is not None)
+    """Long tests come last, file by file, in an order that changes with the date."""
+    long = [item for item in items if item.get_closest_marker("long")]
+    files = list(dict.fromkeys(item.path for item in long))
+    order = rotated(files, datetime.date.today().toordinal())
+    long.sort(key=lambda item: order.index(item.path))
+    items[:] = [item for item in items if not item.get_closest_marker("long")] + long
 
 
 def pytest_runtest_setup(item):

@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parent.parent
-WHEELS = Path(os.environ.get("VERL_WHEELS", ROOT / ".venv" / "wheels"))
+WHEELS = Path(os.environ.get("VERL_WHEELS", Path(sys.prefix) / "wheels"))
 SEAMS = """
 import importlib, verl, verl_tapo.plugin as plugin
 for seam in plugin.SEAMS:
@@ -28,7 +28,7 @@ def patched_tree(tmp_path, patch, version):
     """The wheel's veRL with the patch applied, exactly: no fuzz, no offsets. None: as it is."""
     wheels = list(WHEELS.glob(f"verl-{version}-*.whl"))
     if not wheels:
-        message = f"no wheel of verl {version} in {WHEELS}: `make test` downloads it, or set VERL_WHEELS"
+        message = f"no wheel of verl {version} in {WHEELS}: `make test-all` downloads it, or set VERL_WHEELS"
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)

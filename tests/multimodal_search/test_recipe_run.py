@@ -126,6 +126,7 @@ def train(recipe, data, out, env, *overrides, meanwhile=None, **options):
     return code, said, steps
 
 
+@pytest.mark.long
 def test_trains_through_the_real_service(recipe, service, data, tmp_path):
     cache = tmp_path / "cache.sqlite"
     url, _ = service
