@@ -63,6 +63,22 @@ def pytest_runtest_setup(item):
         pytest.skip(f"long, and no time was left for it ({UNTIL})")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable():
+    """What a worker of pytest-xdist says travels as UTF-8, which half a surrogate pair in a test's output has not."""
+    return _encodable((yield))
+
+
+def _encodable(value):
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_encodable, value))
+    return value
+
+
 # ChatML as Qwen2.5 renders it, with images as Qwen2.5-VL does.
 CHAT_TEMPLATE = """
 {%- macro text(content) -%}

@@ -57,3 +57,15 @@ def test_long_tests_come_last_and_are_skipped_by_name_after_the_deadline(tmp_pat
     assert order == ["test_short", "test_short", "test_long", "test_long"]
     assert ("no time was left" in done.stdout) is skipped
     assert ("2 skipped" in done.stdout) is skipped
+
+
+def test_output_that_is_no_text_passes_between_test_processes(tmp_path):
+    (tmp_path / "test_a.py").write_text(
+        "import logging\n\ndef test_a():\n    logging.warning('half a \\ud83d pair')\n    raise ValueError('\\udc00')\n"
+    )
+    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text(encoding="utf-8"))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--numprocesses", "1", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "INTERNALERROR" not in done.stdout
+    assert "1 failed" in done.stdout
+    assert "half a \\ud83d pair" in done.stdout
