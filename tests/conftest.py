@@ -10,8 +10,6 @@ import time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 TOOL_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 SPECIAL_TOKENS = [
@@ -128,7 +126,10 @@ CHAT_TEMPLATE = """
 """.strip()
 
 
+# Tokenizers and transformers are imported where they are used: that takes seconds, which most tests need not wait.
 def _byte_level(tool_tokens):
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -147,6 +148,8 @@ def _byte_level(tool_tokens):
 
 
 def _wrap(tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -174,6 +177,8 @@ def spelled_tokenizer():
 @pytest.fixture(scope="session")
 def metaspace_tokenizer():
     """SentencePiece-like BPE: ``▁`` for spaces, bytes ``<0xNN>`` for what the vocabulary lacks; markers are spelled."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
