@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import signal
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -14,7 +17,7 @@ import pytest
 from raw_server import Answer, RawServer, response
 from search_agent.errors import InfrastructureError, ModelError
 from search_agent.fetch import DirectReader
-from search_agent.fetch.extract import ExtractionFailed, Extractor
+from search_agent.fetch.extract import ExtractionFailed, Extractor, PageAtFault
 from search_agent.providers import make_page_provider
 from search_agent.results import Page
 
@@ -199,6 +202,113 @@ def test_extraction_that_takes_too_long_is_ended(extractor: Extractor) -> None:
     assert "330 metres" in _extract(extractor, ARTICLE)[1]
     with pytest.raises(InfrastructureError, match=r"could not be extracted within 0\.01 s"):
         read(html("<p>x" * 1_000_000), extraction_timeout_s=0.01)
+
+
+NAMES = " ".join(f"a{number}" for number in range(20_000))
+MONSTERS = {
+    "many attributes": f"<p {NAMES}>text</p>",
+    "with values": "<p " + " ".join(f'a{number}="x"' for number in range(20_000)) + ">text</p>",
+    "with ends of tags in values": "<p " + " ".join(f'a{number}=">"' for number in range(20_000)) + ">text</p>",
+    "with tags in values": "<p " + " ".join(f"a{number}='<b>'" for number in range(20_000)) + ">text</p>",
+    "without spaces": "<p " + "".join(f'a{number}=""' for number in range(20_000)) + ">text</p>",
+    "that begin with =": "<p " + NAMES.replace("a", "=a") + ">text</p>",
+    "between slashes": "<p/" + NAMES.replace(" ", "/") + ">text</p>",
+    "behind a quote in the text": f'text ="<p {NAMES}>text</p>"',
+    "behind a quote that is a name": f'<p " {NAMES}">text</p>',
+    "behind an empty comment": f"<!--><p {NAMES}>text-->",
+    "behind a script": f"<SCRIPT>'<p'</Script ><p {NAMES}>text</p>",
+    "many tags": "<p>" + "<br>" * 100_000,
+    "many kinds of tags": "<p>" + "<B>x<i/>" * 50_000,
+    "many tags that close nothing": "</p>" * 100_000,
+    "many tags with attributes": f"<p {NAMES[:5000]}>x</p>" * 1000,
+}
+
+
+@pytest.mark.parametrize("name", MONSTERS)
+def test_monsters_are_refused_before_they_are_parsed(extractor: Extractor, name: str) -> None:
+    _extract(extractor, ARTICLE)
+    process = extractor._process
+    with pytest.raises(PageAtFault):
+        _extract(extractor, MONSTERS[name])
+    assert extractor._process is process  # it did not take so long that it had to be ended
+    assert "330 metres" in _extract(extractor, ARTICLE)[1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<p class='a b' id=c>The word.</p>" * 20_000,
+        "<p>The word." * 45_000,
+        f"<p title='{NAMES}'>The word.</p>",
+        f"<!-- <p {NAMES}> --><p>The word.</p>",
+        f"<script>if (a<b) x = '{NAMES}'</script><style>/* a<b {NAMES} */</style><p>The word.</p>",
+        f"<p>The word. 1 < 2, {NAMES}</p>",
+    ],
+    ids=["many", "unclosed", "value", "comment", "script", "text"],
+)
+def test_large_pages_are_no_monsters(extractor: Extractor, body: str) -> None:
+    page = f"<html><head><title>T</title></head><body><div>{body}</div></body></html>"
+    text = extractor.extract(page.encode(), "text/html", max_chars=100, timeout_s=120, cpu_s=60)[1]
+    assert text.startswith("The word.")
+
+
+def test_a_page_that_costs_too_much_is_to_blame_and_not_the_machine(extractor: Extractor) -> None:
+    body = b"<p>some words</p>" * 40_000
+    with pytest.raises(PageAtFault):
+        extractor.extract(body, "text/html", max_chars=10, timeout_s=120, cpu_s=0.05)
+    assert extractor.extract(body, "text/html", max_chars=10, timeout_s=120, cpu_s=60)[1] == "some words"
+    assert "330 metres" in _extract(extractor, ARTICLE)[1]  # the other page's time is not counted
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT"])
+def test_a_page_that_crashes_the_process_is_to_blame(extractor: Extractor, name: str) -> None:
+    def kill(number: int) -> None:
+        _extract(extractor, ARTICLE)
+        process = extractor._process
+        assert process is not None
+        threading.Timer(0.1, process.send_signal, [number]).start()
+        with contextlib.suppress(ProcessLookupError):
+            extractor.extract(b"<p>x" * 45_000, "text/html", max_chars=10, timeout_s=120, cpu_s=60)
+
+    with pytest.raises(PageAtFault):
+        kill(getattr(signal, name))
+    with pytest.raises(ExtractionFailed) as caught:
+        kill(signal.SIGKILL)  # by whoever watches the machine's memory
+    assert not isinstance(caught.value, PageAtFault)
+
+
+def test_pages_beyond_hope_are_refused_at_once_and_remembered() -> None:
+    """Eight of them beside an ordinary one; then again, by their addresses and by others."""
+    extractions = 0
+
+    async def check(reader: DirectReader, server: RawServer) -> None:
+        extractor = reader._extractors.get()
+        extract = extractor.extract
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal extractions
+            extractions += 1
+            return extract(*arguments, **options)
+
+        extractor.extract = counted  # type: ignore[method-assign]
+        reader._extractors.put(extractor)
+
+        async def refused(number: int) -> None:
+            with pytest.raises(ModelError, match="too large or too complicated to be read; choose another"):
+                await reader.read(f"http://example.com/{number}")
+
+        await asyncio.gather(*map(refused, range(8)))
+        assert extractions == 1  # they are one page
+        requests = len(server.requests)
+        await refused(3)
+        assert len(server.requests) == requests  # not fetched again
+        server.answers = [html(ARTICLE)]
+        assert (await reader.read("http://example.com/other")).title == "The Eiffel Tower"
+        await refused(3)
+        reader._refused.clear()
+        assert (await reader.read("http://example.com/3")).title == "The Eiffel Tower"
+
+    run(check, html(MONSTERS["many tags"]), extractors=1)
 
 
 def test_processes_are_used_again_and_closed() -> None:

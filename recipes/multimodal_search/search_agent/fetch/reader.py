@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import queue
+import threading
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -19,8 +21,8 @@ from cachetools import TTLCache
 from pydantic import Field
 
 from search_agent.errors import InfrastructureError, ModelError
-from search_agent.fetch.extract import ExtractionFailed, Extractor, is_readable
-from search_agent.fetch.fetcher import SafeFetcher
+from search_agent.fetch.extract import ExtractionFailed, Extractor, PageAtFault, is_readable
+from search_agent.fetch.fetcher import Fetched, SafeFetcher
 from search_agent.fetch.guard import Resolver, check_url
 from search_agent.providers.base import Settings, settings_of
 from search_agent.results import Page
@@ -28,6 +30,9 @@ from search_agent.results import Page
 _ROBOTS_BYTES = 512 * 1024  # of a robots.txt are read; RFC 9309 asks for 500 KiB
 _ROBOTS_S = 3600.0  # for which its rules are kept
 _ROBOTS_HOSTS = 4096
+_REFUSED_S = 3600.0  # for which a page that cannot be worked through is not tried again
+_REFUSED_PAGES = 4096
+_TOO_LARGE = "the page is too large or too complicated to be read; choose another"
 
 
 class DirectSettings(Settings):
@@ -53,7 +58,9 @@ class DirectSettings(Settings):
     extractors: int = Field(2, ge=1)
     """Processes that turn pages into text."""
     extraction_timeout_s: float = Field(20.0, gt=0)
-    """Of a page."""
+    """Of a page, waiting for a core included."""
+    extraction_cpu_s: float = Field(5.0, gt=0)
+    """Of a core, that a page may cost; then it is to blame."""
     max_chars: int = Field(200_000, ge=1000)
     """Of a page's text that are kept."""
 
@@ -94,6 +101,8 @@ class DirectReader:
             f"{settings.max_chars} {settings.respect_robots}"
         )
         self._robots: TTLCache[str, RobotFileParser] = TTLCache(_ROBOTS_HOSTS, _ROBOTS_S)
+        self._refused: TTLCache[str, bool] = TTLCache(_REFUSED_PAGES, _REFUSED_S)  # addresses, and hashes of pages
+        self._lock = threading.Lock()  # of the line above
         self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, _Places] = WeakKeyDictionary()
         self._threads = ThreadPoolExecutor(settings.extractors, thread_name_prefix="search-extract")
         self._extractors: queue.SimpleQueue[Extractor] = queue.SimpleQueue()
@@ -103,6 +112,8 @@ class DirectReader:
     async def read(self, url: str) -> Page:
         settings = self._settings
         address = check_url(url, settings.allowed_ports)
+        if self._is_hopeless(str(address)):
+            raise ModelError(_TOO_LARGE)
         loop = asyncio.get_running_loop()
         places = self._places.setdefault(loop, _Places(settings.concurrency, settings.per_host))
         try:
@@ -113,7 +124,7 @@ class DirectReader:
                     found = await self._fetcher.fetch(url, accepts=is_readable)
         except TimeoutError:
             raise InfrastructureError(f"{address.host}: no answer within {settings.timeout_s:g} s") from None
-        title, text = await loop.run_in_executor(self._threads, self._extract, found.body, found.content_type)
+        title, text = await loop.run_in_executor(self._threads, self._extract, str(address), found)
         if not text.strip():
             raise ModelError("the page has no readable text; choose another")
         return Page(found.url, text, title)
@@ -139,18 +150,33 @@ class DirectReader:
 
     # In a thread.
 
-    def _extract(self, body: bytes, content_type: str) -> tuple[str, str]:
+    def _extract(self, address: str, found: Fetched) -> tuple[str, str]:
         settings = self._settings
+        page = hashlib.sha256(found.content_type.encode() + b"\0" + found.body).hexdigest()
         extractor = self._extractors.get()
         try:
+            if self._is_hopeless(page):  # under another address
+                raise PageAtFault
             return extractor.extract(
-                body, content_type, max_chars=settings.max_chars, timeout_s=settings.extraction_timeout_s
+                found.body,
+                found.content_type,
+                max_chars=settings.max_chars,
+                timeout_s=settings.extraction_timeout_s,
+                cpu_s=settings.extraction_cpu_s,
             )
-        except ExtractionFailed:
-            message = f"a page's text could not be extracted within {settings.extraction_timeout_s:g} s"
-            raise InfrastructureError(message) from None
+        except PageAtFault:
+            with self._lock:
+                self._refused[address] = self._refused[page] = True
+            raise ModelError(_TOO_LARGE) from None
+        except ExtractionFailed as error:
+            raise InfrastructureError(f"a page's text could not be extracted {error}") from None
         finally:
             self._extractors.put(extractor)
+
+    def _is_hopeless(self, page: str) -> bool:
+        """Whether a page, by its address or hash, could not be worked through a while ago."""
+        with self._lock:
+            return page in self._refused
 
     def _close_one(self) -> None:
         extractor = self._extractors.get()
