@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import random
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin
 from search_agent.errors import InfrastructureError, ModelError
 from search_agent.pictures import MAX_ASPECT, crop, encode, fit, load_picture
 
@@ -35,14 +37,14 @@ def _load(data: Any, **options: Any) -> Image.Image:
     return load_picture(data, max_pixels=1_000_000, **options)
 
 
+def _chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
 def _png_header(width: int, height: int) -> bytes:
     """A PNG that says it has this size, and holds next to nothing."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    body = _chunk(b"IHDR", head) + _chunk(b"IDAT", zlib.compress(b"\0" * 100)) + _chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 
@@ -134,6 +136,79 @@ def test_bombs_are_refused_before_they_are_decoded(error: Any, monkeypatch: pyte
             _load(_png_header(size, size), error=error)
     with pytest.raises(AssertionError):  # this one would have been
         Image.open(io.BytesIO(_png_header(1000, 1000))).load()
+
+
+def _progressive(scans: int, between: bytes = b"", after: bytes = b"") -> bytes:
+    """A grey JPEG of 200 x 200 pixels with so many scans: one for the image, the others refine it by nothing."""
+
+    def segment(marker: int, body: bytes) -> bytes:
+        return b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
+
+    tables = segment(0xDB, b"\0" + b"\1" * 64) + segment(0xC2, struct.pack(">BHHB", 8, 200, 200, 1) + b"\1\x11\0")
+    # One code each: "no change" for the first scan; "nothing in the next 16384 to 32767 blocks" for the others.
+    codes = segment(0xC4, b"\x00\1" + b"\0" * 16) + segment(0xC4, b"\x10\1" + b"\0" * 15 + b"\xe0")
+    first = segment(0xDA, b"\1\1\0\0\0\1") + b"\0" * 100
+    again = segment(0xDA, b"\1\1\0\1\x3f\x10") + b"\x40\0"
+    return b"\xff\xd8" + tables + codes + between + first + again * (scans - 1) + b"\xff\xd9" + after
+
+
+def test_jpegs_with_thousands_of_scans_are_refused_before_they_are_decoded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for scans in (1, 12, 64):
+        assert _load(_progressive(scans)).size == (200, 200)
+    assert _load(_bytes(_noise(), "JPEG", progressive=True)).size == (64, 48)
+    comment = b"\xff\xfe" + struct.pack(">H", 60_002) + b"\xff\xda\xff\xd9" * 15_000
+    assert _load(_progressive(12, between=comment, after=b"\xff\xda" * 1000)).size == (200, 200)
+
+    def load(self: Any) -> None:
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", load)
+    file = tmp_path / "many.jpg"
+    file.write_bytes(_progressive(20_000))
+    for data in (_progressive(65), file.read_bytes(), file, _progressive(20_000, between=comment)):
+        with pytest.raises(ModelError, match="a JPEG of more than 64 scans"):
+            _load(data, error=ModelError)
+
+
+def test_long_animations_cost_one_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [Image.new("P", (20, 20), number) for number in range(2)]
+    for frame in frames:
+        frame.putpalette([255, 0, 0, 0, 0, 255])
+    gif = _bytes(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=10)
+    second = gif[gif.rindex(b"\x21\xf9") : -1]
+    apng = _bytes(frames[0].convert("RGB"), save_all=True, append_images=[frames[1].convert("RGB")] * 500)
+
+    def seek(self: Any, frame: int) -> None:
+        raise AssertionError(f"frame {frame} was read")
+
+    for plugin in (GifImagePlugin.GifImageFile, PngImagePlugin.PngImageFile):
+        monkeypatch.setattr(plugin, "seek", seek)
+    for data in (gif[:-1] + second * 20_000 + b";", apng):
+        assert _load(data).getcolors() == [(400, RED)]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        _chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 100_000_000)),
+        _chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(b"a" * 100_000_000)),
+        _chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 1_000_000)) * 100,
+        _chunk(b"iCCP", b"k\0\0" + zlib.compress(b"a" * 100_000_000)),
+    ],
+    ids=["zTXt", "iTXt", "many", "iCCP"],
+)
+def test_metadata_that_would_fill_the_memory_is_not_unpacked(chunks: bytes) -> None:
+    data = _bytes(_noise())
+    body = data[:33] + chunks + data[33:]
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(InfrastructureError):  # Pillow gives some of them up, and leaves others out
+            assert _load(body).tobytes() == _noise().tobytes()
+        assert tracemalloc.get_traced_memory()[1] < 80_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])

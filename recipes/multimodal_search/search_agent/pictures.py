@@ -19,6 +19,9 @@ Coordinates: TypeAlias = Literal["absolute", "thousandths"]
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_ASPECT = 200
 """Longer side by shorter: the image processors of Qwen-VL refuse more."""
+_MAX_SCANS = 64
+"""Of a JPEG file. Progressive ones have ten or so, and each costs a pass over the whole image."""
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd8]")  # of those that a length follows, and of the end
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?"
 _BBOX_CHARS = 200
 
@@ -37,13 +40,16 @@ def load_picture(
         error: what is raised.
 
     Raises:
-        ModelError, InfrastructureError: By ``error``: there is no such image, it is broken, cut off, too large.
+        ModelError, InfrastructureError: By ``error``: there is no such image, it is broken, cut off, too large, or
+            made to be slow.
     """
     try:
         image = _open(data)
         width, height = image.size
         if not 0 < width * height <= max_pixels:
             raise error(f"the image has {width} x {height} pixels, it must have 1 to {max_pixels}")
+        if _scans(image) > _MAX_SCANS:
+            raise error(f"the image is a JPEG of more than {_MAX_SCANS} scans")
         image.load()
         return _plain_rgb(_upright(image))
     except error:
@@ -66,6 +72,22 @@ def _open(data: Any) -> Image.Image:
     if isinstance(data, bytes | bytearray | memoryview):
         return Image.open(io.BytesIO(data), formats=FORMATS)
     raise TypeError(f"an image's bytes or path were expected, got {type(data).__name__}")
+
+
+def _scans(image: Image.Image) -> int:
+    """How many scans a JPEG that is not decoded yet has, counted up to one too many; 0 for anything else."""
+    file = getattr(image, "fp", None)
+    if file is None or image.format not in ("JPEG", "MPO"):
+        return 0
+    start = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(start)
+    scans, position = 0, 2
+    while scans <= _MAX_SCANS and (marker := _MARKER.search(data, position)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def _upright(image: Image.Image) -> Image.Image:
