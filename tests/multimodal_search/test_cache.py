@@ -10,7 +10,9 @@ import random
 import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from hypothesis import strategies as st
 from search_agent import cache as module
 from search_agent.cache import Cache, cache_key, main
 from search_agent.errors import InfrastructureError, ModelError
+from search_agent.providers import CachedImages, CachedPages, CachedText
+from search_agent.results import ImageHit, Page, Passage
 
 from verl_tapo.steps import canonical
 
@@ -78,6 +82,8 @@ def test_arguments_must_be_json() -> None:
     with pytest.raises(TypeError):
         cache_key("t", "i", {"x": object()})
     assert cache_key("t", "i", {"q": "\ud800"}) != cache_key("t", "i", {"q": "\udfff"})
+    long = [cache_key("t", "i", {"n": number}) for number in (10**5000, -(10**5000), 10**5000 + 1, "1" + "0" * 5000)]
+    assert len(set(long)) == 4
 
 
 # Calls.
@@ -220,6 +226,134 @@ def test_what_is_no_json_is_a_defect_and_not_kept(tmp_path: Path) -> None:
             with pytest.raises(TypeError):
                 await get(cache, Backend({1, 2}))
             assert await get(cache, Backend([1, 2])) == ([1, 2], False)
+
+    asyncio.run(run())
+
+
+# Answers that cannot be read.
+
+
+def overwrite(file: Path, value: Any) -> None:
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        assert database.execute("UPDATE answers SET value = ?", (value,)).rowcount == 1
+
+
+class Provider:
+    """Of texts, images and pages, that counts."""
+
+    identity = "stub"
+    asked = 0
+
+    async def search(self, *arguments: Any) -> Any:
+        self.asked += 1
+        if isinstance(arguments[0], bytes):
+            return [ImageHit("title", "text", "url", b"png", 0.5), ImageHit("title")]
+        return [Passage("text", "title", "url", 1.0), Passage("text")]
+
+    async def read(self, url: str) -> Any:
+        self.asked += 1
+        return Page(url, "text", "title")
+
+    async def close(self) -> None:
+        pass
+
+
+RIGHT = {
+    "text": {"text": "t", "title": "", "url": "", "score": None},
+    "images": {"text": "t", "title": "", "url": "", "score": 1, "image": "aaaa"},
+    "pages": {"text": "t", "title": "", "url": ""},
+}
+
+
+def wrong_forms(kind: str) -> Iterator[Any]:
+    """What may stand in the file in place of an answer."""
+    yield from ("", "{", "nonsense", "[" * 100_000, b"\xff\xfe[]", b"\0", "null", "5", '"text"', "{}", "[1]", "[null]")
+    right = RIGHT[kind]
+    changed = [
+        {**right, name: value} for name in right for value in ({}, True, [], "ä" if name in "score image" else 5)
+    ]
+    changed += [{key: value for key, value in right.items() if key != name} for name in right]
+    for form in changed:
+        yield json.dumps(form if kind == "pages" else [right, form])
+    yield json.dumps([right] if kind == "pages" else right)
+
+
+@pytest.mark.parametrize("kind", ["text", "images", "pages"])
+def test_answers_of_another_form_are_asked_for_anew(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        provider, healed = Provider(), 0
+        async with caches(tmp_path / "cache", 2) as (cache, other):
+
+            async def ask(cache: Cache) -> tuple[Any, bool]:
+                if kind == "text":
+                    return await CachedText(provider, cache).search("query", 3)
+                if kind == "images":
+                    return await CachedImages(provider, cache).search(b"image", 3)
+                return await CachedPages(provider, cache).read("url")
+
+            right, _ = await ask(cache)
+            for wrong in wrong_forms(kind):
+                overwrite(tmp_path / "cache", wrong)
+                asked = provider.asked
+                found = await asyncio.gather(*(ask(each) for each in (cache, other, cache, other)))
+                assert [value for value, _ in found] == [right] * 4, wrong
+                assert sorted(hit for _, hit in found) == [False, True, True, True]
+                assert provider.asked == asked + 1
+                healed += 1
+                assert cache.healed + other.healed == healed
+                assert await ask(other) == (right, True)
+            assert cache.failures == other.failures == 0
+
+    caplog.set_level(logging.WARNING)
+    asyncio.run(run())
+    assert "damaged or another version's" in caplog.text
+    assert len(caplog.records) <= 2  # of each cache one
+
+
+def test_a_fresh_answer_that_cannot_be_read_is_a_defect(tmp_path: Path) -> None:
+    def read(value: Any) -> Any:
+        raise ValueError("no such form")
+
+    async def run() -> None:
+        backend = Backend(delay_s=0.0)
+        async with caches(tmp_path / "cache", 1) as (cache,):
+            for asked in (1, 2):
+                with pytest.raises(ValueError, match="no such form"):
+                    await cache.get_or_compute("key", backend, label="", read=read)
+                assert backend.asked == asked
+
+    asyncio.run(run())
+
+
+def test_labels_may_be_anything(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with caches(tmp_path / "cache", 1) as (cache,):
+            for hit in (False, True):
+                assert await cache.get_or_compute("key", Backend("fine"), label="\ud800 \0") == ("fine", hit)
+
+    asyncio.run(run())
+
+
+def test_a_lease_from_before_the_clock_was_set_back_blocks_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process dies while it asks; then the clock is set back by an hour."""
+    file, now = tmp_path / "cache", time.time
+    holder = spawn(HOLDER, file)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "asking\n"
+    finally:
+        holder.kill()
+        holder.communicate()
+    monkeypatch.setattr(time, "time", lambda: now() - 3600)
+
+    async def run() -> None:
+        async with caches(file, 1, lease_s=2.0) as (cache,):
+            assert await asyncio.wait_for(get(cache, Backend()), 60) == ({"answer": 0}, False)
+            assert await get(cache, Backend()) == ({"answer": 0}, True)
 
     asyncio.run(run())
 

@@ -6,7 +6,8 @@ that within minutes; this cache restores it, and saves what the calls cost.
 Of equal calls at the same time, in one process or many, one asks and the others wait for its answer. It holds a lease,
 renewed while it asks; when its process dies the lease runs out, and one of the others asks. When it fails, those who
 waited fail alike, without asking a back end again that is down; when it is cancelled, another asks. Failures are never
-kept: the next call asks.
+kept: the next call asks. What is no answer that the caller can read, another version's or a damaged one, is asked for
+anew and replaced.
 
     python -m search_agent.cache stats|list|show|purge PATH
 
@@ -54,6 +55,7 @@ _PAUSE_S = 10.0  # without writes after one that failed, so that calls do not qu
 _HITS_S = 1.0  # between two counts that are written
 _POLL_S = (0.005, 0.25)  # first and longest pause of a call that waits for another process
 _LABEL_CHARS = 300
+_LONG_BITS = 4096
 _REMAINS_S = 3600.0  # for which the lease of a call that died or failed stays in the file
 _WAL_TRIES = 20
 
@@ -83,7 +85,9 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, str):
         return " ".join(unicodedata.normalize("NFKC", value).split())
     if isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
+    if isinstance(value, int) and value.bit_length() > _LONG_BITS:  # Python refuses to write thousands of digits
+        return {"integer": hex(value)}
     if isinstance(value, Mapping):
         return {"mapping": sorted(([_canonical(str(name)), _canonical(item)] for name, item in value.items()), key=str)}
     if isinstance(value, list | tuple):
@@ -93,7 +97,10 @@ def _canonical(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Found:
-    text: str
+    text: str | bytes
+    """JSON."""
+    value: Any = None
+    """What was read from it, for the call that looked it up."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,14 @@ class _Lease:
 _UNCACHED = _Lease("")
 
 
-def _parse(outcome: _Found | _Failed) -> Any:
+def _parse(outcome: _Found | _Failed, read: Callable[[Any], T]) -> T:
     if isinstance(outcome, _Failed):
         raise (ModelError if outcome.fault == "model" else InfrastructureError)(outcome.message)
-    return json.loads(outcome.text)
+    return read(json.loads(outcome.text))
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 class Cache:
@@ -146,21 +157,32 @@ class Cache:
         self.path = Path(path)
         self.failures = 0
         """Calls that the file could not serve."""
+        self.healed = 0
+        """Answers that could not be read, and were replaced."""
         self._max_age_s, self._lease_s = max_age_s, lease_s
         self._flights: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Future[_Found | _Failed | None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search-cache")
         # What follows is used in that thread alone.
         self._database = _open(self.path)
         self._hits: Counter[str] = Counter()
+        self._unreadable: set[str] = set()  # keys of such answers that were seen
         self._counted_at = self._no_writes_until = 0.0
 
-    async def get_or_compute(self, key: str, compute: Callable[[], Awaitable[Any]], *, label: str) -> tuple[Any, bool]:
+    async def get_or_compute(
+        self,
+        key: str,
+        compute: Callable[[], Awaitable[Any]],
+        *,
+        label: str,
+        read: Callable[[Any], T] = _as_it_is,
+    ) -> tuple[T, bool]:
         """The answer under ``key``, and whether it was had without ``compute``.
 
         Args:
             key: see `cache_key`.
             compute: asks for the answer: JSON.
             label: what people read in listings.
+            read: makes of that JSON what is returned. What it raises an exception at is asked for anew.
 
         Raises:
             ModelError, InfrastructureError: As ``compute`` does, in this call or in an equal one that it waited for.
@@ -172,14 +194,14 @@ class Cache:
             if outcome is not None:  # else that call was cancelled
                 if isinstance(outcome, _Found):
                     self._thread.submit(self._count, key)
-                return _parse(outcome), True
+                return _parse(outcome, read), True
         flight = self._flights[place] = place[0].create_future()
         outcome = None
         try:
-            state = await self._find_or_lease(key)
+            state = await self._find_or_lease(key, read)
             if isinstance(state, _Lease):
                 try:
-                    outcome = await self._compute(key, state.token, compute, label)
+                    outcome = await self._compute(key, state.token, compute, label, read)
                 except Exception as error:
                     outcome = _Failed.of(error)
                     raise
@@ -188,7 +210,9 @@ class Cache:
         finally:
             del self._flights[place]
             flight.set_result(outcome)
-        return _parse(outcome), not isinstance(state, _Lease)
+        if isinstance(state, _Found):
+            return state.value, True
+        return _parse(outcome, read), not isinstance(state, _Lease)
 
     async def close(self) -> None:
         """Writes the counts of hits and closes the file."""
@@ -198,18 +222,20 @@ class Cache:
     async def _run(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
-    async def _find_or_lease(self, key: str) -> _Found | _Failed | _Lease:
+    async def _find_or_lease(self, key: str, read: Callable[[Any], Any]) -> _Found | _Failed | _Lease:
         """The answer; or how the call failed that was waited for; or our lease."""
         token, seen, pause_s = uuid4().hex, "", _POLL_S[0]
         while True:
-            state = await self._run(self._look, key, token, seen)
+            state = await self._run(self._look, key, token, seen, read)
             if not isinstance(state, _Lease) or state.token == token or state is _UNCACHED:
                 return state
             seen = state.token
             await asyncio.sleep(pause_s)
             pause_s = min(1.5 * pause_s, _POLL_S[1])
 
-    async def _compute(self, key: str, token: str, compute: Callable[[], Awaitable[Any]], label: str) -> _Found:
+    async def _compute(
+        self, key: str, token: str, compute: Callable[[], Awaitable[Any]], label: str, read: Callable[[Any], Any]
+    ) -> _Found:
         """Asks, and returns what is now under ``key``: an answer that came earlier stays."""
         renewal = asyncio.create_task(self._renew(key, token))
         try:
@@ -222,7 +248,8 @@ class Cache:
             raise
         finally:
             renewal.cancel()
-        return await self._run(self._store, key, token, label[:_LABEL_CHARS], text)
+        label = label[:_LABEL_CHARS].encode("utf-8", "replace").decode()
+        return await self._run(self._store, key, token, label, text, read)
 
     async def _renew(self, key: str, token: str) -> None:
         while True:
@@ -231,16 +258,16 @@ class Cache:
 
     # In the thread.
 
-    def _look(self, key: str, token: str, seen: str) -> _Found | _Failed | _Lease:
+    def _look(self, key: str, token: str, seen: str, read: Callable[[Any], Any]) -> _Found | _Failed | _Lease:
         try:
-            state = self._state(key, seen)
+            state = self._state(key, seen, read)
             if state is None:
                 if time.monotonic() < self._no_writes_until:
                     self.failures += 1
                     return _UNCACHED
                 with self._database:
                     self._database.execute("BEGIN IMMEDIATE")
-                    state = self._state(key, seen)  # another may have been faster
+                    state = self._state(key, seen, read)  # another may have been faster
                     if state is None:
                         values = (key, token, time.time() + self._lease_s)
                         self._database.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, NULL, NULL)", values)
@@ -253,9 +280,9 @@ class Cache:
             self._count(key)
         return state
 
-    def _state(self, key: str, seen: str) -> _Found | _Failed | _Lease | None:
+    def _state(self, key: str, seen: str, read: Callable[[Any], Any]) -> _Found | _Failed | _Lease | None:
         """None where this call may be made; ``seen`` is the token of the call that was waited for."""
-        found = self._find(key)
+        found = self._find(key, read)
         if found is not None:
             return found
         query = "SELECT token, expires_at, fault, message FROM leases WHERE key = ?"
@@ -265,25 +292,45 @@ class Cache:
         token, expires_at, fault, message = row
         if fault is not None:
             return _Failed(fault, message) if token == seen else None
-        return _Lease(token) if time.time() < expires_at else None
+        # One that runs for longer than any lease is from before the clock was set back.
+        living = isinstance(expires_at, float) and 0 < expires_at - time.time() <= self._lease_s
+        return _Lease(token) if living else None
 
-    def _find(self, key: str) -> _Found | None:
+    def _find(self, key: str, read: Callable[[Any], Any]) -> _Found | None:
         since = 0.0 if self._max_age_s is None else time.time() - self._max_age_s
-        query = "SELECT value FROM answers WHERE key = ? AND stored_at >= ?"
+        # As bytes: whatever is there, SQLite can give it.
+        query = "SELECT CAST(value AS BLOB) FROM answers WHERE key = ? AND stored_at >= ?"
         row = self._database.execute(query, (key, since)).fetchone()
-        return row and _Found(row[0])
+        if row is None:
+            return None
+        try:
+            return _Found(row[0], read(json.loads(row[0])))
+        except Exception:  # of many kinds
+            self._unreadable.add(key)
+            return None
 
-    def _store(self, key: str, token: str, label: str, text: str) -> _Found:
+    def _store(self, key: str, token: str, label: str, text: str, read: Callable[[Any], Any]) -> _Found:
         found = None
         if token:
             with self._tolerant(), self._database:
                 self._database.execute("BEGIN IMMEDIATE")
-                found = self._find(key)
+                found = self._find(key, read)
                 if found is None:
                     values = (key, label, text, time.time())
                     self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, 0)", values)
+                    self._note_healed(key)
                 self._database.execute("DELETE FROM leases WHERE key = ? AND token = ?", (key, token))
         return found or _Found(text)
+
+    def _note_healed(self, key: str) -> None:
+        if key in self._unreadable:
+            self._unreadable.discard(key)
+            self.healed += 1
+            if self.healed == 1:
+                logger.warning(
+                    "cache %s: an answer was damaged or another version's; it and others like it are asked for anew",
+                    self.path,
+                )
 
     def _end(self, key: str, token: str, failed: _Failed | None = None) -> None:
         """Ends a lease without an answer: a failure is left for those who wait."""
@@ -444,7 +491,10 @@ def _print_answer(database: sqlite3.Connection, arguments: argparse.Namespace) -
         raise ValueError(f"{'no key begins' if not rows else 'several keys begin'} with {arguments.key}")
     key, label, value, stored_at, hits = rows[0]
     print(f"key {key}\nlabel {label}\nage {_age(stored_at)}\nhits {hits}")
-    print(json.dumps(json.loads(value), indent=2, ensure_ascii=False))
+    try:
+        print(json.dumps(json.loads(value), indent=2, ensure_ascii=False))
+    except (ValueError, RecursionError):  # damaged: the next call replaces it
+        print(value)
     return 0
 
 

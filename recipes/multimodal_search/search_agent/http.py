@@ -168,7 +168,7 @@ class JsonClient:
         """The JSON that ``path`` answers to the JSON ``body``.
 
         Raises:
-            ModelError: The back end blames the query.
+            ModelError: The back end blames the query, or it cannot even be sent: it holds half of a surrogate pair.
             BackendError: Anything else.
         """
         return await self._call("POST", path, json=body)
@@ -233,6 +233,8 @@ class JsonClient:
         except TimeoutError:
             self.losses += 1
             raise BackendError(f"no answer within {limit_s:g} s", transient=True) from None
+        except UnicodeEncodeError:
+            raise ModelError("this is no text: it holds half of a surrogate pair") from None
         except httpx.TransportError as error:
             self.losses += 1
             raise BackendError(f"{type(error).__name__}: {error}", transient=True) from None
@@ -274,11 +276,12 @@ def _message(text: str) -> str:
     """What an error's body says, in a line."""
     try:
         value = json.loads(text)
+        while isinstance(value, dict):
+            value = next((value[name] for name in ("message", "error", "detail") if value.get(name)), text)
+        text = str(value)
     except (ValueError, RecursionError):
-        value = text
-    while isinstance(value, dict):
-        value = next((value[name] for name in ("message", "error", "detail") if value.get(name)), text)
-    return " ".join(str(value).split())[:_DETAIL_CHARS]
+        pass
+    return " ".join(text.split())[:_DETAIL_CHARS]
 
 
 def _retry_after_s(value: str) -> float:

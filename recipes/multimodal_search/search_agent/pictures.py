@@ -208,7 +208,7 @@ def _four_numbers(value: Any) -> list[float] | None:
     for item in value:
         if isinstance(item, bool) or not isinstance(item, int | float | str):
             return None
-        if isinstance(item, str) and not re.fullmatch(_NUMBER, item.strip()[:_BBOX_CHARS]):
+        if isinstance(item, str) and (len(item) > _BBOX_CHARS or not re.fullmatch(_NUMBER, item.strip())):
             return None
         try:
             number = float(item)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Passage:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Passage:
-        return cls(value["text"], value["title"], value["url"], value["score"])
+        return cls(_text(value, "text"), _text(value, "title"), _text(value, "url"), _score(value))
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class ImageHit:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ImageHit:
-        image = None if value["image"] is None else base64.b64decode(value["image"])
-        return cls(value["title"], value["text"], value["url"], image, value["score"])
+        image = None if value["image"] is None else base64.b64decode(_text(value, "image"), validate=True)
+        return cls(_text(value, "title"), _text(value, "text"), _text(value, "url"), image, _score(value))
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,35 @@ class Page:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Page:
-        return cls(value["url"], value["text"], value["title"])
+        return cls(_text(value, "url"), _text(value, "text"), _text(value, "title"))
+
+
+def read_list(kind: type[HitT], value: Any) -> list[HitT]:
+    """What `to_json` made of several.
+
+    Raises:
+        TypeError, ValueError, KeyError: It is something else.
+    """
+    if not isinstance(value, list):
+        raise TypeError(f"a list was expected, got {type(value).__name__}")
+    return [kind.from_json(item) for item in value]
+
+
+def _text(value: Mapping[str, Any], name: str) -> str:
+    found = value[name]
+    if not isinstance(found, str):
+        raise TypeError(f"{name} must be a text, got {type(found).__name__}")
+    return found
+
+
+def _score(value: Mapping[str, Any]) -> float | None:
+    found = value["score"]
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int | float)):
+        raise TypeError(f"score must be a number, got {type(found).__name__}")
+    return found
+
+
+HitT = TypeVar("HitT", Passage, ImageHit)
 
 
 class TextProvider(Protocol):

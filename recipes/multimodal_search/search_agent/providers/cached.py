@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from search_agent.cache import Cache, cache_key
 from search_agent.errors import InfrastructureError
-from search_agent.results import ImageHit, ImageProvider, Page, PageProvider, Passage, TextProvider
+from search_agent.results import ImageHit, ImageProvider, Page, PageProvider, Passage, TextProvider, read_list
+
+T = TypeVar("T")
 
 
 class _Provider(Protocol):
@@ -35,8 +38,12 @@ class _Cached:
         await self._asked.close()
 
     async def _answer(
-        self, ask: Callable[[], Awaitable[Any]], arguments: Mapping[str, Any], images: Sequence[bytes] = ()
-    ) -> tuple[Any, bool]:
+        self,
+        ask: Callable[[], Awaitable[Any]],
+        read: Callable[[Any], T],
+        arguments: Mapping[str, Any],
+        images: Sequence[bytes] = (),
+    ) -> tuple[T, bool]:
         identity = await current_identity(self._asked)
 
         async def compute() -> Any:
@@ -47,7 +54,7 @@ class _Cached:
 
         label = " ".join([self._tool, *(f"{name}={value}" for name, value in arguments.items() if value is not None)])
         return await self._cache.get_or_compute(
-            cache_key(self._tool, identity, arguments, images), compute, label=label
+            cache_key(self._tool, identity, arguments, images), compute, label=label, read=read
         )
 
 
@@ -64,8 +71,7 @@ class CachedText(_Cached):
         async def ask() -> list[dict[str, Any]]:
             return [passage.to_json() for passage in await self._provider.search(query, topk)]
 
-        found, hit = await self._answer(ask, {"query": query, "topk": topk})
-        return [Passage.from_json(passage) for passage in found], hit
+        return await self._answer(ask, partial(read_list, Passage), {"query": query, "topk": topk})
 
 
 class CachedImages(_Cached):
@@ -81,8 +87,7 @@ class CachedImages(_Cached):
         async def ask() -> list[dict[str, Any]]:
             return [found.to_json() for found in await self._provider.search(image, topk, key)]
 
-        found, hit = await self._answer(ask, {"topk": topk, "key": key}, [image])
-        return [ImageHit.from_json(image) for image in found], hit
+        return await self._answer(ask, partial(read_list, ImageHit), {"topk": topk, "key": key}, [image])
 
 
 class CachedPages(_Cached):
@@ -98,5 +103,4 @@ class CachedPages(_Cached):
         async def ask() -> dict[str, Any]:
             return (await self._provider.read(url)).to_json()
 
-        page, hit = await self._answer(ask, {"url": url})
-        return Page.from_json(page), hit
+        return await self._answer(ask, Page.from_json, {"url": url})

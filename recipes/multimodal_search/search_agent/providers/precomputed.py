@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from search_agent.errors import InfrastructureError
 from search_agent.providers.base import Settings, require_key, settings_of
-from search_agent.results import ImageHit
+from search_agent.results import ImageHit, read_list
 
 
 class PrecomputedSettings(Settings):
@@ -92,7 +92,10 @@ class PrecomputedImages:
             if self._settings.on_missing == "empty":
                 return []
             raise InfrastructureError(f"precomputed: {self._settings.path} has no results for the image {key}")
-        return [ImageHit.from_json(hit) for hit in json.loads(row[0])[:topk]]
+        try:
+            return read_list(ImageHit, json.loads(row[0]))[:topk]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InfrastructureError(f"precomputed: {self._settings.path}: the image {key}: {error!r}") from None
 
     async def close(self) -> None:
         self._thread.shutdown()

@@ -73,6 +73,12 @@ def read_verdict(reply: Any) -> bool | None:
     return _VERDICTS.get(_DECORATION.sub(" ", verdict).strip().casefold())
 
 
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"a verdict is true or false, got {value!r}")
+    return value
+
+
 class Judge:
     """Asks; remembers what it was told; notices when there is nobody to ask.
 
@@ -200,8 +206,9 @@ class Judge:
             return await ask(), True
         arguments = {"question": question, "accepted": sorted(accepted), "answer": answer}
         key = cache_key("judge", self._identity, arguments)
-        verdict, hit = await self._cache.get_or_compute(key, ask, label=clean_text(f"judge {answer} | {question}"))
-        return bool(verdict), not hit
+        label = clean_text(f"judge {answer} | {question}")
+        verdict, hit = await self._cache.get_or_compute(key, ask, label=label, read=_truth)
+        return verdict, not hit
 
     async def _ask(self, asked: list[dict[str, str]]) -> bool:
         """One question, and another where the reply is no verdict."""

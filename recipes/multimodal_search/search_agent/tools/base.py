@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import unicodedata
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
 from PIL import Image
@@ -20,9 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
 
+from search_agent.clean import clean_text
 from search_agent.errors import InfrastructureError, ModelError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ToolSettings(BaseModel):
@@ -55,7 +59,8 @@ class Call:
     """Whether it is the turn's only call: then its first image has the next number."""
 
     def text(self, name: str, longest: int) -> str:
-        """The argument ``name``, which must be a text of at most ``longest`` characters, or a list of one.
+        """The argument ``name``, which must be a text of at most ``longest`` characters, or a list of one: something
+        that any back end can be sent.
 
         Raises:
             ModelError
@@ -67,6 +72,13 @@ class Call:
             raise ModelError(f"{name} must be a text that is not empty")
         if len(value) > longest:
             raise ModelError(f"{name} must not be longer than {longest} characters, it has {len(value)}")
+        try:
+            # Both halves of a pair, escaped one by one, are a character; one alone is none, and cannot be sent.
+            value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+        except UnicodeDecodeError:
+            raise ModelError(f"{name} must be a text: it holds half of a surrogate pair") from None
+        if any(unicodedata.category(character) == "Cc" and not character.isspace() for character in value):
+            raise ModelError(f"{name} must be a text: it holds control characters")
         return value.strip()
 
     def image(self, name: str = "image") -> int:
@@ -78,7 +90,7 @@ class Call:
         """
         count = len(self.images)
         value = self.arguments.get(name, 1 if count == 1 else None)
-        if isinstance(value, str) and value.strip().isdecimal() and len(value) < 10:
+        if isinstance(value, str) and len(value) < 10 and value.strip().isdecimal():
             value = int(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -168,15 +180,34 @@ class SearchTool(BaseTool):  # type: ignore[misc]
             logger.warning("%s: %s", self.name, str(error) or f"no answer within {self.settings.timeout_s:g} s")
             return self._failure("it is not available at the moment", "infrastructure")
         except Exception:  # a defect of the tool's: not the model's fault
-            logger.exception("%s failed on %.500r", self.name, parameters)
+            logger.exception("%s failed on %s", self.name, _shown(parameters))
             return self._failure("it is not available at the moment", "infrastructure")
         found = {"image": answer.images} if answer.images else {}
         return ToolResponse(text=answer.text, **found), None, {**answer.metrics, "chars": len(answer.text)}
 
     async def _in_turn(self, call: Call) -> Answer:
         async with self._places:
-            return await self.answer(call)
+            return await without_exit(self.answer(call))
 
     def _failure(self, text: str, fault: str) -> tuple[ToolResponse, None, dict[str, Any]]:
         # Begins as veRL's own tool errors do: that is how TAPO knows, in rollouts without a record too.
-        return ToolResponse(text=f"Error executing tool '{self.name}': {text}"), None, {"fault": fault}
+        # What a back end says of a query is text from outside, too.
+        return ToolResponse(text=f"Error executing tool '{self.name}': {clean_text(text)}"), None, {"fault": fault}
+
+
+async def without_exit(call: Awaitable[T]) -> T:
+    """What ``call`` returns. Where code in it calls ``exit``, that is an error like any other: asyncio would end the
+    worker with all its rollouts.
+    """
+    try:
+        return await call
+    except SystemExit as error:
+        raise RuntimeError(f"the tool called exit({error})") from error
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value of whatever kind: some cannot be shown, such as lists that are too deep."""
+    try:
+        return repr(value)[:500]
+    except Exception as error:
+        return f"{type(value).__name__} ({type(error).__name__})"

@@ -18,10 +18,15 @@ from typing import Any
 from PIL import Image
 from verl.tools.tool_registry import initialize_tools_from_config
 
+from search_agent.clean import clean_text
+from search_agent.tools.base import without_exit
 from verl_tapo.records import CallStatus
 
 FAILED = "Error executing tool '"
 """How the text of a failed call begins."""
+
+
+_NAME_CHARS = 100  # of a tool's name that does not exist are repeated
 
 
 @dataclass
@@ -82,7 +87,7 @@ class Toolbox:
         """
         tool = self.tools.get(name)
         if tool is None:
-            text = f"Unknown function '{name}'. Available tools: {list(self.tools)}"
+            text = clean_text(f"Unknown function '{name[:_NAME_CHARS]}'. Available tools: {list(self.tools)}")
             return ToolAnswer(text, status="unknown_tool")
         if isinstance(arguments, str):
             try:
@@ -93,12 +98,12 @@ class Toolbox:
         instance, _ = await tool.create(create_kwargs=dict(create_kwargs or {}))
         try:
             response, _, metrics = await asyncio.wait_for(
-                tool.execute(instance, arguments, agent_data=agent), self.timeout_s
+                without_exit(tool.execute(instance, arguments, agent_data=agent)), self.timeout_s
             )
         except asyncio.TimeoutError:
             return ToolAnswer(f"{FAILED}{name}': no answer within {self.timeout_s:g} s", status="timeout")
         except Exception as error:
-            return ToolAnswer(f"{FAILED}{name}': {error}", status="error")
+            return ToolAnswer(clean_text(f"{FAILED}{name}': {error}"), status="error")
         finally:
             await tool.release(instance)
         text = response.text or ""
