@@ -73,6 +73,34 @@ def search_image(topk: int = 2, key: str | None = IMAGE_KEY) -> Callable[[Any], 
     return lambda provider: provider.search(IMAGE, topk, key)
 
 
+HALF_PAIRS = ("\ud800", "tower \udfff", "\ude00\ud83d")
+
+
+@pytest.mark.parametrize("name", ["service", "serper", "tavily"])
+def test_texts_that_cannot_be_sent_are_the_models_fault(name: str, tmp_path: Path) -> None:
+    healthy = response({"identity": "1"})
+
+    def cached(provider: Any) -> CachedText:
+        return CachedText(provider, Cache(tmp_path / "cache"))
+
+    for query in HALF_PAIRS:
+        with pytest.raises(ModelError, match="half of a surrogate pair"):
+            ask(
+                make_text_provider, {"provider": name}, lambda provider, query=query: provider.search(query, 3), healthy
+            )
+        with pytest.raises(ModelError, match="half of a surrogate pair"):
+            ask(make_text_provider, {"provider": name}, lambda p, query=query: cached(p).search(query, 3), healthy)
+
+
+def test_addresses_that_cannot_be_sent_are_the_models_fault() -> None:
+    for half in HALF_PAIRS:
+        with pytest.raises(ModelError):
+            ask(make_page_provider, {"provider": "jina"}, lambda p, half=half: p.read(f"http://e.org/{half}"), b"")
+        for url in (f"http://e.org/{half}", f"http://{half}.org/", half):
+            with pytest.raises(ModelError):
+                asyncio.run(make_page_provider({"provider": "direct"}).read(url))
+
+
 # serper.dev
 
 

@@ -209,6 +209,101 @@ def test_any_json_is_answered(make, data):
     assert metrics.get("fault") != "infrastructure"
 
 
+def nested(depth, wrap):
+    value = wrap(0)
+    for _ in range(depth):
+        value = wrap(value)
+    return value
+
+
+NUMBERS = [10**400, -(10**400), 10**5000, -(10**5000), 1e308, 5e-324, -0.0, 2.5, -1, 0, 99]
+NUMBERS += [float("inf"), float("-inf"), float("nan"), True, False, None]
+TEXTS = ["", " ", "\0", "a\0b", "\x7f", "\u200b", "\ufeff", "\uffff", "x" * 10_000_000, "1" * 10_000_000, "1" * 400]
+TEXTS += ["1" * 200 + "x", "nan", "inf", "1e999", "-" * 200, "." * 200, "1e" * 100, "１", "²", "٣", "①", "0x10", "½"]
+TEXTS += ["[1, 2, 3]", "1e400 1 2 3", "<|box_start|>(1,2),(3,4)<|box_end|>", "{", "null"]
+HALVES = ["\ud800", "a\udfffb", "\ude00\ud83d", "http://example.org/\ud800", "http://\udfff.org/"]
+KINDS = [
+    b"bytes",
+    bytearray(b"x"),
+    {},
+    [],
+    [None],
+    [[]],
+    [1, 2],
+    {"x": 1},
+    {1: 2},
+    set(),
+    (1, 2, 3, 4),
+    range(4),
+    object(),
+    1j,
+]
+KINDS += [nested(50_000, lambda value: [value]), nested(5_000, lambda value: {"a": value})]
+ODD = [*NUMBERS, *TEXTS, *HALVES, *KINDS]
+ODD += [[value] for value in ODD] + [[value] * 4 for value in ODD]
+GOOD = {"query": "Who?", "image": 1, "bbox": [0, 0, 500, 500], "url": "http://example.org/"}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cls", [TextSearch, ImageSearch, Zoom, Visit])
+def test_whatever_a_model_writes_is_its_own_fault(make, stub, tmp_path, cls, cached):
+    """Nothing is raised, nothing counts as an outage, and what cannot be sent is not sent."""
+    tool = make(cls, **({"cache": str(tmp_path / "cache")} if cached and cls is not Zoom else {}))
+    good = {name: GOOD[name] for name in cls.schema["parameters"]["properties"]}
+    images = [Image.new("RGB", (64, 48))] * 2
+
+    async def run():
+        for value in ODD:
+            for arguments in [{**good, name: value} for name in good] + [value, {**good, "more": value}]:
+                agent = SimpleNamespace(image_data=images, tool_calls=[None])
+                response, _, metrics = await tool.execute("x", arguments, agent_data=agent)
+                assert metrics.get("fault") != "infrastructure"
+                assert ("fault" in metrics) == answer_is_error(response.text, ())
+                response.text.encode()
+
+    asyncio.run(run())
+    for asked in stub.asked:
+        if isinstance(asked[0], str):
+            asked[0].encode()
+            assert "\0" not in asked[0]
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_half_a_surrogate_pair_is_told_to_the_model(make, stub, half):
+    for cls, name in ((TextSearch, "query"), (Visit, "url")):
+        response, metrics = execute(make(cls), {name: half})
+        assert metrics == {"fault": "model"}
+        assert f"{name} must be a text: it holds half of a surrogate pair" in response.text
+    assert not stub.asked
+    execute(make(TextSearch), {"query": "\ud83d\ude00"})  # both halves are a character
+    assert stub.asked[0][0] == "😀"
+
+
+class Defective(TextSearch):
+    async def answer(self, call):
+        raise {"exit": SystemExit(3), "defect": KeyError("\ud800")}[call.created["does"]]
+
+
+@pytest.mark.parametrize("does", ["exit", "defect"])
+def test_a_tools_own_failure_ends_nothing(make, does, caplog):
+    """Whatever the model wrote: some values cannot even be shown in the log."""
+    tool = make(Defective)
+    for value in (10**5000, nested(50_000, lambda value: [value]), "\ud800"):
+        response, metrics = execute(tool, {"query": value}, created={"does": does})
+        assert metrics == {"fault": "infrastructure"}
+        assert response.text == "Error executing tool 'text_search': it is not available at the moment"
+    assert "text_search failed on dict (ValueError)" in caplog.text
+
+
+def test_what_a_back_end_says_of_a_query_is_cleaned(make, stub, monkeypatch):
+    async def search(*arguments):
+        raise ModelError("this was refused: <|im_end|> \ud800<tool_call>")
+
+    monkeypatch.setattr(stub, "search", search)
+    response, _ = execute(make(TextSearch), {"query": "Who?"})
+    assert response.text == "Error executing tool 'text_search': this was refused: \ufffd \ufffd\ufffd"
+
+
 @pytest.mark.parametrize(
     ("cls", "config", "message"),
     [
@@ -241,3 +336,41 @@ def test_toolbox(make):
     assert len(answer.images) == 1
     with pytest.raises(FileNotFoundError, match="no file"):
         Toolbox.from_yaml("/no/such.yaml")
+
+
+class Foreign:
+    """A tool that is none of the recipe's, and whose code calls ``exit``."""
+
+    name = "foreign"
+
+    async def create(self, create_kwargs):
+        return "x", None
+
+    async def execute(self, instance, arguments, agent_data):
+        raise SystemExit(arguments)
+
+    async def release(self, instance):
+        pass
+
+
+def test_whatever_a_model_writes_is_an_answer_of_the_toolbox(make):
+    toolbox = Toolbox([make(TextSearch), Foreign()])
+    texts = [
+        "1" * 5000,
+        '{"query": ' + "1" * 5000 + "}",
+        "[" * 100_000,
+        '{"query": "\\ud800"}',
+        "NaN",
+        "\ud800",
+        "\0",
+        "",
+    ]
+    for name, status in (("\ud800" * 1000, "unknown_tool"), ("text_search", None), ("foreign", None)):
+        for arguments in texts + ODD:
+            answer = asyncio.run(toolbox.call(name, arguments))
+            answer.text.encode()
+            assert len(answer.text) < 10_000
+            assert status is None or answer.status == status
+            assert answer.metrics.get("fault") != "infrastructure"
+    answer = asyncio.run(toolbox.call("foreign", {}))
+    assert (answer.status, answer.text) == ("error", "Error executing tool 'foreign': the tool called exit")

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import unicodedata
 from abc import abstractmethod
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
@@ -180,7 +180,7 @@ class SearchTool(BaseTool):  # type: ignore[misc]
             logger.warning("%s: %s", self.name, str(error) or f"no answer within {self.settings.timeout_s:g} s")
             return self._failure("it is not available at the moment", "infrastructure")
         except Exception:  # a defect of the tool's: not the model's fault
-            logger.exception("%s failed on %s", self.name, _shown(parameters))
+            logger.exception("%s failed on %s", self.name, shown(parameters))
             return self._failure("it is not available at the moment", "infrastructure")
         found = {"image": answer.images} if answer.images else {}
         return ToolResponse(text=answer.text, **found), None, {**answer.metrics, "chars": len(answer.text)}
@@ -202,12 +202,12 @@ async def without_exit(call: Awaitable[T]) -> T:
     try:
         return await call
     except SystemExit as error:
-        raise RuntimeError(f"the tool called exit({error})") from error
+        raise RuntimeError("the tool called exit") from error
 
 
-def _shown(value: Any) -> str:
-    """The beginning of a value of whatever kind: some cannot be shown, such as lists that are too deep."""
+def shown(value: Any, how: Callable[[Any], str] = repr) -> str:
+    """The beginning of a value's text; some have none: lists that are too deep, numbers of thousands of digits."""
     try:
-        return repr(value)[:500]
+        return how(value)[:500]
     except Exception as error:
         return f"{type(value).__name__} ({type(error).__name__})"

@@ -19,7 +19,7 @@ from PIL import Image
 from verl.tools.tool_registry import initialize_tools_from_config
 
 from search_agent.clean import clean_text
-from search_agent.tools.base import without_exit
+from search_agent.tools.base import shown, without_exit
 from verl_tapo.records import CallStatus
 
 FAILED = "Error executing tool '"
@@ -103,7 +103,7 @@ class Toolbox:
         except asyncio.TimeoutError:
             return ToolAnswer(f"{FAILED}{name}': no answer within {self.timeout_s:g} s", status="timeout")
         except Exception as error:
-            return ToolAnswer(clean_text(f"{FAILED}{name}': {error}"), status="error")
+            return ToolAnswer(clean_text(f"{FAILED}{name}': {shown(error, str)}"), status="error")
         finally:
             await tool.release(instance)
         text = response.text or ""
