@@ -3,7 +3,7 @@
 # The recipe's folder must have the same path on all of them. `ray stop` ends it.
 set -euo pipefail
 
-RECIPE="$(cd "$(dirname "$0")" && pwd)"
+RECIPE="$(dirname "$(realpath "$0")")"
 PORT="${RAY_PORT:-6379}"
 export PYTHONPATH="$RECIPE${PYTHONPATH:+:$PYTHONPATH}"
 case "${1:-}" in

@@ -22,7 +22,12 @@ fail() {
   exit 2
 }
 
-RECIPE="$(cd "$(dirname "$0")" && pwd)"
+# A value as Hydra's grammar takes it, whatever characters it holds: backslashes count only before a quote.
+quoted() {
+  printf "'%s'" "$(printf %s "$1" | sed "s/\(\\\\*\)'/\1\1\\\\'/g; s/\\\\*\$/&&/")"
+}
+
+RECIPE="$(dirname "$(realpath "$0")")"
 policy=qwen3_vl_4b loss=grpo advantage=tapo nodes=1 data="" val="" dry_run=""
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -52,16 +57,18 @@ if [ "$nodes" -gt 1 ] && [ -z "${RAY_ADDRESS:-}" ]; then
   fail "--nodes $nodes needs RAY_ADDRESS: start Ray on every node with ray_cluster.sh, which prints it"
 fi
 
-export RECIPE PYTHONPATH="$RECIPE${PYTHONPATH:+:$PYTHONPATH}"
+OUT="$(realpath -m "${OUT:-outputs}")"
+export RECIPE OUT PYTHONPATH="$RECIPE${PYTHONPATH:+:$PYTHONPATH}"
 arguments=(
   --config-dir "$RECIPE/config" --config-name "${CONFIG:-multimodal_search}"
   "policy=$policy" "loss=$loss" "algorithm.adv_estimator=$advantage"
-  "data.train_files=$(realpath "$data")" "data.val_files=$(realpath "$val")"
+  "data.train_files=$(quoted "$(realpath "$data")")" "data.val_files=$(quoted "$(realpath "$val")")"
   "trainer.nnodes=$nodes"
 )
 # To the workers of a cluster that was started without them.
-for variable in PYTHONPATH SEARCH_URL SEARCH_CACHE; do
-  [ -z "${!variable:-}" ] || arguments+=("++ray_kwargs.ray_init.runtime_env.env_vars.$variable='${!variable}'")
+for variable in RECIPE OUT PYTHONPATH SEARCH_URL SEARCH_CACHE; do
+  [ -z "${!variable:-}" ] ||
+    arguments+=("++ray_kwargs.ray_init.runtime_env.env_vars.$variable=$(quoted "${!variable}")")
 done
 python3 -m search_agent.check "${arguments[@]}" "$@"
 [ -z "$dry_run" ] || exit 0

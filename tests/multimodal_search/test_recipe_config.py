@@ -1,6 +1,7 @@
 """The recipe's YAMLs and scripts: they compose with the real veRL, and pass its own checks and shellcheck."""
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("verl.utils.config")
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from search_agent.tools import ImageSearch, TextSearch, Visit, Zoom
 from verl.tools.tool_registry import initialize_tools_from_config
@@ -162,6 +164,84 @@ def test_other_scripts_say_what_they_want(tmp_path):
     assert "has no folder 'actor'" in script("merge.sh", str(tmp_path), "out").stderr
     assert "join IP" in script("ray_cluster.sh").stderr
     assert "--policy: qwen2_5_vl_7b" in script("train.sh", "--help").stdout
+
+
+def stand_in(folder, text):
+    """A ``python3`` that does this; the PATH with it."""
+    folder.mkdir()
+    file = folder / "python3"
+    file.write_text(f"#!{sys.executable}\nimport json, os, shutil, sys\nfrom pathlib import Path\n{text}")
+    file.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+ODD_NAMES = ["a=b", "a,b", "(a) [b]", "#a ~b", "it's", 'say "a"', "Größe 北京", "\\", "a\\'b\\", "$a {b}", "null"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_train_sh_gives_hydra_paths_as_they_are(tmp_path, name):
+    """Of the recipe, which is called through a symbolic link, of data and of what workers are told."""
+    path = stand_in(tmp_path / "bin", "print(json.dumps(sys.argv[1:]))")
+    recipe = tmp_path / name / "recipe"
+    shutil.copytree(RECIPE, recipe)
+    link = tmp_path / "train"
+    link.symlink_to(recipe / "train.sh")
+    for file in ("train data", "val data"):
+        (tmp_path / name / file).touch()
+    cache = str(tmp_path / name / "cache")
+    done = subprocess.run(
+        [link, "--data", "train data", "--val", "val data", "trainer.save_freq=5"],
+        cwd=tmp_path / name,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": path, "SEARCH_CACHE": cache, "OUT": "out"},
+    )
+    checked, trained = map(json.loads, done.stdout.splitlines())
+    assert checked[:2] == ["-m", "search_agent.check"]
+    assert trained[:2] == ["-m", "verl.trainer.main_ppo"]
+    assert trained[2:] == checked[2:]
+    assert trained[2:6] == ["--config-dir", str(recipe / "config"), "--config-name", "multimodal_search"]
+    parser = OverridesParser.create()
+    overrides = {each.key_or_group: each.value() for each in map(parser.parse_override, trained[6:])}
+    variables = "ray_kwargs.ray_init.runtime_env.env_vars"
+    for key, value in {
+        "data.train_files": tmp_path / name / "train data",
+        "data.val_files": tmp_path / name / "val data",
+        f"{variables}.RECIPE": recipe,
+        f"{variables}.OUT": tmp_path / name / "out",
+        f"{variables}.SEARCH_CACHE": cache,
+    }.items():
+        assert overrides[key] == str(value)
+    assert overrides["trainer.save_freq"] == 5
+
+
+MERGED = "target = Path(sys.argv[-1])\ntarget.mkdir()\n(target / 'config.json').write_text('{CONFIG}')\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "kept", "code"),
+    [
+        ('{"vision_config": {}}', {"preprocessor_config.json": "{}", "model.safetensors.index.json": "{}"}, 0),
+        ('{"vision_config": {}}', {"processor_config.json": '{"image_processor": {}}', "chat_template.jinja": "x"}, 0),
+        ('{"vision_config": {}}', {"processor_config.json": '{"processor_class": "X"}'}, 1),
+        ('{"vision_config": {}}', {}, 1),
+        ('{"model_type": "qwen2"}', {}, 0),
+    ],
+)
+def test_merge_sh_keeps_the_processor_of_images(tmp_path, config, kept, code):
+    """veRL's merger leaves out what it cannot load, and succeeds."""
+    path = stand_in(tmp_path / "bin", MERGED.replace("{CONFIG}", config))
+    folder = tmp_path / "global_step_1" / "actor" / "huggingface"
+    folder.mkdir(parents=True)
+    for name, text in {**kept, "config.json": "of training"}.items():
+        (folder / name).write_text(text)
+    done = script("merge.sh", folder.parents[1], tmp_path / "merged", PATH=path)
+    assert done.returncode == code
+    assert ("has no processor of images" in done.stderr) == (code == 1)
+    merged = {file.name: file.read_text() for file in (tmp_path / "merged").iterdir()}
+    assert merged.pop("config.json") == config  # the merger's own
+    assert merged == {name: text for name, text in kept.items() if "index" not in name}
 
 
 def test_check_finds_what_is_wrong(tmp_path):
