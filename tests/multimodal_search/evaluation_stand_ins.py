@@ -60,6 +60,8 @@ async def compute_score(data_source, solution_str, ground_truth, extra_info, **s
 
 
 def install(put):
+    import search_agent.rewards.settings  # noqa: F401 - the real one stays
+
     for name, members in {
         "search_agent.tools.toolbox": {"Toolbox": DictToolbox},
         "search_agent.rewards": {"compute_score": compute_score},

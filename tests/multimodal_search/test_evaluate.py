@@ -330,6 +330,27 @@ def test_limits_that_are_none(stand_ins, folder, setting, capsys):
     assert setting.partition(":")[0] in capsys.readouterr().err
 
 
+def test_answers_are_compared_as_in_training(folder):
+    from search_agent.rewards.settings import read_settings
+
+    args = command.parse(arguments(folder, folder / "x.parquet", "http://127.0.0.1:9/v1"))
+    assert args.match.split(",") == list(read_settings({}).match) == ["exact", "substring"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--match", "exct"), "--match.0: Input should be 'exact', 'substring', 'f1' or 'judge'"),
+        (("--match", "judge", "--judge", '{"model": "m", "url": "x"}'), "--judge.url"),
+    ],
+)
+def test_settings_of_the_comparison_are_checked_first(stand_ins, folder, server, more, said, capsys):
+    data = write(folder, [row(1, "direct")])
+    assert command.main(arguments(folder, data, server.url, *more)) == 2
+    assert said in capsys.readouterr().err
+    assert server.requests == []
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -631,3 +633,88 @@ def test_the_record_of_a_real_rollout_costs_the_format():
     parts = managed(output.response_ids, "Paris", "{}", output.extra_fields)["reward_extra_info"]
     assert (parts["acc"], parts["format"], parts["model_faults"]) == (1, 0, 1)
     assert json.dumps(parts)
+
+
+# The look at the reward before a run
+
+
+def own_reward(tmp_path, code, settings=None, truth=("Paris",), **function):
+    """What the check says of a reward function in a file of the user's own; None: of the recipe's."""
+    from search_agent.check import _reward_problems
+
+    if code is not None:
+        (tmp_path / "own.py").write_text(code)
+        function = {"path": str(tmp_path / "own.py"), "name": "grade", **function}
+    else:
+        function = {"path": "pkg://search_agent.rewards", "name": "compute_score"}
+    if settings != "left out":
+        function["reward_kwargs"] = settings
+    row = {"data_source": "x", "reward_model": {"ground_truth": truth}, "extra_info": {"question": "?"}}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "data.parquet")
+    config = OmegaConf.create({"reward": {"custom_reward_function": function}})
+    return list(_reward_problems(config, tmp_path / "data.parquet"))
+
+
+GRADE = "def grade(data_source, solution_str, ground_truth, extra_info=None):\n    return "
+
+
+@pytest.mark.parametrize("settings", [{}, "left out"])
+@pytest.mark.parametrize(
+    "returned",
+    ["float(ground_truth[0] in solution_str)", '{"score": 0.1, "acc": 1}', "1", "solution_str.count('<answer>')"],
+)
+def test_a_reward_function_of_ones_own_is_named_and_no_more(tmp_path, settings, returned):
+    assert own_reward(tmp_path, GRADE + returned, settings) == []
+    asynchronous = "async " + GRADE + returned
+    assert own_reward(tmp_path, asynchronous, settings) == []
+
+
+def test_settings_of_the_recipe_are_in_the_configuration_s_default(tmp_path):
+    recipe = Path(__file__).resolve().parents[2] / "recipes" / "multimodal_search" / "config" / "multimodal_search.yaml"
+    function = yaml.safe_load(recipe.read_text())["reward"]["custom_reward_function"]
+    assert function["reward_kwargs"] == {}
+    assert own_reward(tmp_path, None, {}) == []
+    assert reward("<answer>It is Paris</answer>", "Paris") == reward(
+        "<answer>It is Paris</answer>", "Paris", preset="outcome", match=["exact", "substring"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "settings", "message"),
+    [
+        (GRADE + "1", {"preset": "outcome"}, "extra_info and, of reward_kwargs, preset: got an unexpected keyword"),
+        (GRADE + "1", None, "reward_kwargs is null: veRL wants a mapping, say reward_kwargs={}"),
+        (
+            "def grade(answer, truth):\n    return 1",
+            {},
+            "is called with data_source, solution_str, ground_truth, extra_info",
+        ),
+        (GRADE + "1 / 0", {}, "on the first question: ZeroDivisionError: division by zero"),
+        (GRADE + "None", {}, "it must return a number, or a dict with score"),
+        (GRADE + '{"acc": 1}', {}, "KeyError: 'score'"),
+        ("import no_such_module", {}, "cannot be loaded: No module named 'no_such_module'"),
+        ("def other():\n    pass", {}, "cannot be loaded: Object not found"),
+    ],
+)
+def test_what_is_wrong_with_ones_own_is_told(tmp_path, code, settings, message):
+    (problem,) = own_reward(tmp_path, code, settings)
+    assert message in problem
+
+
+def test_ones_own_may_want_another_form(tmp_path, capsys):
+    assert own_reward(tmp_path, GRADE + "float('boxed' in solution_str)", {}) == []
+    assert (
+        "gives the accepted answer 'Paris' of the first question, in answer tags, no success: 0"
+        in capsys.readouterr().out
+    )
+
+
+def test_the_first_row_is_looked_at(tmp_path):
+    assert own_reward(tmp_path, None, {}, truth={"target": ["Paris"]}) == []
+    assert own_reward(tmp_path, None, {}, truth={"range": [1.5, 2.5]}) == []
+    (problem,) = own_reward(tmp_path, None, {}, truth={"text": ["Paris"]})
+    assert "row 0: ground_truth is a mapping of ['text']" in problem
+    (problem,) = own_reward(tmp_path, None, {}, truth=[])
+    assert "row 0: ground_truth has no accepted answer" in problem
+    with pytest.raises(ValueError, match="preset is 'r1'"):
+        own_reward(tmp_path, None, {"preset": "r1"})

@@ -40,6 +40,7 @@ from search_agent.evaluate.run import Outage, Score, Task, run
 from search_agent.evaluate.server import ServerFailed, serve
 from search_agent.evaluate.store import Store
 from search_agent.http import ApiKey
+from search_agent.rewards.settings import RewardSettings, read_settings
 
 RECIPE = Path(__file__).resolve().parents[2]
 KEY = "OPENAI_API_KEY"
@@ -92,7 +93,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "its chat template tells the model, as in training, and calls are read here, in Qwen's format (default with "
         "--checkpoint; vLLM can do it); hermes: both happen here",
     )
-    add("--match", default="exact", metavar="A,B", help="how answers are compared, as in the reward (default: exact)")
+    match = ",".join(RewardSettings().match)
+    add("--match", default=match, metavar="A,B", help=f"how answers are compared, as in the reward (default: {match})")
     add(
         "--judge",
         type=json.loads,
@@ -269,6 +271,10 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     limits = Limits.from_agent_loop(args.agent_loop, max_turns=args.max_turns, calls_per_turn=args.calls_per_turn)
     settings = _settings(args, limits)
     rewards = {"match": settings["match"], "judge": args.judge}
+    try:
+        read_settings(rewards)
+    except ValueError as error:
+        raise ValueError(str(error).replace("reward_kwargs.", "--")) from None
     selected = [question.id for question in read_questions(args.data, args.limit)]
     if not selected:
         raise ValueError("--data has no questions")
