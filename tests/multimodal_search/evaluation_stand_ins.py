@@ -43,6 +43,10 @@ class DictToolbox:
         query = arguments.get("query")
         if not isinstance(query, str):
             return ToolAnswer("query must be a text", metrics={"fault": "model"}, status="error")
+        try:
+            query.encode()
+        except UnicodeEncodeError:  # what becomes of a request that cannot be written
+            return ToolAnswer("it is not available", metrics={"fault": "infrastructure"}, status="error")
         if query == "down":
             return ToolAnswer("it is not available", metrics={"fault": "infrastructure"}, status="error")
         return ToolAnswer(FACTS[query], metrics={"cache_hit": int(query[-1]) % 2 == 0})

@@ -35,12 +35,18 @@ def read_scores(folder: Path) -> tuple[str, dict[str, Any], Scores]:
     """
     try:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        scores: Scores = {}
-        for entry in read_lines(folder / DONE):
+        label, settings = str(found["label"]), dict(found["settings"])
+    except OSError as error:
+        raise ValueError(f"{folder} holds no evaluation: {error}") from None
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{folder / 'results.json'} is not what search_agent.evaluate writes: {error!r}") from None
+    scores: Scores = {}
+    try:
+        for entry in read_lines(folder / DONE, {"id": str, "data_source": str, "acc": (int, float)}):
             scores.setdefault(entry["data_source"], {})[entry["id"]] = float(entry["acc"])
     except OSError as error:
         raise ValueError(f"{folder} holds no evaluation: {error}") from None
-    return found["label"], found["settings"], scores
+    return label, settings, scores
 
 
 def common(all_scores: Sequence[Scores]) -> dict[str, npt.NDArray[np.float64]]:
