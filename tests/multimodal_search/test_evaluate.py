@@ -641,7 +641,7 @@ def test_data_that_does_not_fit(folder):
         list(read_questions([write(folder, [broken], "broken.parquet")]))
     for column, value in {"prompt": None, "images": [None], "reward_model": None, "extra_info": "x"}.items():
         odd = write(folder, [{**row(1, "direct"), column: value}], f"{column}.parquet")
-        with pytest.raises(ValueError, match="row 0 is not as search_agent.data.prepare writes it"):
+        with pytest.raises(ValueError, match=r"row 0 is not as search_agent\.data\.prepare writes it"):
             list(read_questions([odd]))
     truths = [{"ground_truth": []}, {"ground_truth": {"text": "Paris"}}]
     for truth in truths:
