@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 
@@ -59,6 +59,13 @@ SCRIPTS = {
         says("", call("text_search", {"query": "fact 2"}, "a"), call("text_search", {"query": "fact 3"}, "b")),
         answer("value 3"),
     ],
+    # Half a surrogate pair: as a turn's text, a tool's name, and an argument, as JSON lets one write it.
+    "halves": [
+        says("\ud83d", call("\ud83d", {})),
+        says("\ud83d", call("text_search", {"query": "\ud83d"}), call("text_search", '{"query": "\ud83d"}', "c2")),
+        says('<tool_call>{"name": "text_search", "arguments": {"query": "\\ud83d"}}</tool_call>'),
+        answer("value 1 \ud83d"),
+    ],
     "endless": [search("fact 1")],
     "cut": [says("I thought about", finish="length")],
     "long": [search("fact 1"), 400],
@@ -67,6 +74,8 @@ SCRIPTS = {
     "flaky": [500, answer("value 9")],
     "hang": ["hang"],
     "403": [403],
+    "no_number": [{**answer("value 1"), "usage": {"prompt_tokens": "many"}}],
+    "parts": [{**says([{"type": "text", "text": "value 1"}])}],
     "refuses": [says("", call("text_search", {"query": "fact 1"})), 422],
 }
 ERRORS = {
@@ -109,7 +118,8 @@ def make_app(requests, headers, delay_s=0.0, dead=frozenset()):
             await asyncio.sleep(20)
         if isinstance(act, int):
             return JSONResponse(ERRORS[act], act)
-        return {**act, "usage": {"prompt_tokens": 100 * (turn + 1), "completion_tokens": 10}}
+        usage = {"prompt_tokens": 100 * (turn + 1), "completion_tokens": 10}
+        return Response(json.dumps({"usage": usage, **act}), media_type="application/json")
 
     return app
 

@@ -43,6 +43,10 @@ class DictToolbox:
         query = arguments.get("query")
         if not isinstance(query, str):
             return ToolAnswer("query must be a text", metrics={"fault": "model"}, status="error")
+        try:
+            query.encode()
+        except UnicodeEncodeError:  # what becomes of a request that cannot be written
+            return ToolAnswer("it is not available", metrics={"fault": "infrastructure"}, status="error")
         if query == "down":
             return ToolAnswer("it is not available", metrics={"fault": "infrastructure"}, status="error")
         return ToolAnswer(FACTS[query], metrics={"cache_hit": int(query[-1]) % 2 == 0})
@@ -60,6 +64,8 @@ async def compute_score(data_source, solution_str, ground_truth, extra_info, **s
 
 
 def install(put):
+    import search_agent.rewards.settings  # noqa: F401 - the real one stays
+
     for name, members in {
         "search_agent.tools.toolbox": {"Toolbox": DictToolbox},
         "search_agent.rewards": {"compute_score": compute_score},

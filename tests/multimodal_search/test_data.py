@@ -94,7 +94,7 @@ def shapes(tmp_path):
     infoseek.write_text(
         json.dumps({**row, "answer_eval": ["12 metres", {"wikidata": ["12.0"], "range": [11, 13]}]}) + "\n"
     )
-    yield "infoseek", infoseek, more, "How high?", ["12 m", "12 metres", "12.0"]
+    yield "infoseek", infoseek, more, "How high?", ["12 m", "12 metres", "12.0", '{"range": [11.0, 13.0]}']
 
     encoded = base64.b64encode(picture(3, size=(300, 200))).decode()
     simple = {"data_id": 7, "image": encoded, "question": "这是什么?", "answer": "塔", "vqa_category": "logo"}
@@ -139,6 +139,31 @@ def test_all_files_have_the_same_columns(tmp_path):
         run(tmp_path, f"{name}={file}", *more)
         schemas.add(str(parquet.read_schema(tmp_path / "out" / f"{name}.parquet")))
     assert len(schemas) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({"wikidata": 0, "range": [0, 0]}, ["0", '{"range": [0.0, 0.0]}']),
+        ({"wikidata": 1.0, "range": [0.9, 1.1]}, ["1.0", '{"range": [0.9, 1.1]}']),
+        (0, ["0"]),
+        ({"target": ["Paris"]}, ["Paris"]),
+        ({"text": "Paris"}, "no answer: ground_truth is a mapping of ['text']; answers are read from target, "),
+        (float("nan"), "no answer: ground_truth has no accepted answer"),
+        ("", "no answer"),
+    ],
+)
+def test_answers_of_other_forms(tmp_path, answer, expected):
+    (tmp_path / "p.png").write_bytes(picture(0))
+    good = {"question": "Who?", "answer": "Ada", "image": "p.png"}
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, [good, {**good, "question": "Q", "answer": answer}])))
+    assert run(tmp_path, f"custom_own={tmp_path / 'own.jsonl'}", "--max-dropped", "0.5") == 0
+    if isinstance(expected, list):
+        assert rows_of(tmp_path / "out" / "custom_own.parquet")[1]["reward_model"]["ground_truth"] == expected
+    else:
+        (note,) = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+        assert note["reason"].startswith(expected)
+        assert summary(tmp_path)["custom_own"]["dropped"] == {"no answer": 1}
 
 
 def test_training_rows_that_occur_in_evaluation_are_left_out(tmp_path):

@@ -267,6 +267,31 @@ def test_failures_of_the_infrastructure_are_not_scored_and_are_done_again(stand_
     assert len(lines(folder / "out" / "transcripts.jsonl")) == 3
 
 
+def test_half_a_surrogate_pair_is_the_model_s_fault_and_told_to_it(stand_ins, folder, server):
+    data = write(folder, [row(1, "halves")])
+    assert command.main(arguments(folder, data, server.url, "--calls-per-turn", "2")) == 0
+    (entry,) = transcripts(folder).values()
+    named, *searches = entry["tapo_steps"]["steps"]
+    assert (named["tool"], named["status"]) == ("?", "unknown_tool")
+    assert [(step["status"], step["metrics"]) for step in searches] == [("error", {"fault": "model"})] * 3
+    assert entry["ending"] == "answered"
+    told = [message for message in entry["messages"] if message["role"] in ("tool", "user")]
+    assert sum("half a surrogate pair" in json.dumps(message) for message in told) == 3
+    # What is sent back to the server can be read by it.
+    sent = server.requests[2]["messages"][-3]["tool_calls"]
+    assert [json.loads(each["function"]["arguments"]) for each in sent] == [{"query": "?"}, {"query": "?"}]
+    found = json.loads((folder / "out" / "results.json").read_text())
+    assert (found["undone"], found["tools"]["text_search"]["infrastructure_faults"]) == (0, 0)
+
+
+@pytest.mark.parametrize("play", ["no_number", "parts"])
+def test_an_answer_of_another_form_is_the_server_s_fault(stand_ins, folder, server, play):
+    data = write(folder, [row(1, "direct"), row(2, play)])
+    assert command.main(arguments(folder, data, server.url)) == 1
+    (failure,) = lines(folder / "out" / "failures.jsonl")
+    assert "the model server's answer is no chat completion" in failure["why"]
+
+
 def test_an_outage_stops_the_run_with_one_message(stand_ins, folder, capsys):
     data = write(folder, [row(number, "outage") for number in range(30)])
     with Server() as server:
@@ -328,6 +353,27 @@ def test_limits_that_are_none(stand_ins, folder, setting, capsys):
     argv = arguments(folder, data, "http://127.0.0.1:9/v1", "--agent-loop", str(folder / "loop.yaml"))
     assert command.main(argv) == 2
     assert setting.partition(":")[0] in capsys.readouterr().err
+
+
+def test_answers_are_compared_as_in_training(folder):
+    from search_agent.rewards.settings import read_settings
+
+    args = command.parse(arguments(folder, folder / "x.parquet", "http://127.0.0.1:9/v1"))
+    assert args.match.split(",") == list(read_settings({}).match) == ["exact", "substring"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--match", "exct"), "--match.0: Input should be 'exact', 'substring', 'f1' or 'judge'"),
+        (("--match", "judge", "--judge", '{"model": "m", "url": "x"}'), "--judge.url"),
+    ],
+)
+def test_settings_of_the_comparison_are_checked_first(stand_ins, folder, server, more, said, capsys):
+    data = write(folder, [row(1, "direct")])
+    assert command.main(arguments(folder, data, server.url, *more)) == 2
+    assert said in capsys.readouterr().err
+    assert server.requests == []
 
 
 @pytest.mark.parametrize(
@@ -488,6 +534,81 @@ def test_workers_that_fail_together_tell_of_one_outage(folder):
     assert len(list(store.failures())) >= 5
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda out: (out / "settings.json").unlink(), "holds transcripts.jsonl and no settings.json"),
+        (lambda out: (out / "settings.json").write_text(""), "settings.json cannot be read (Expecting value"),
+        (lambda out: (out / "settings.json").write_text("[]"), "settings.json cannot be read (it is no JSON object"),
+        (
+            lambda out: (out / "settings.json").write_text('{"model": "x"}'),
+            "settings.json cannot be read (it is no JSON",
+        ),
+        (lambda out: (out / "settings.json").write_bytes(b"\xff"), "settings.json cannot be read ('utf-8' codec"),
+        (lambda out: (out / "transcripts.jsonl").write_text("{}\n"), "transcripts.jsonl, line 1, has no id"),
+        (
+            lambda out: (out / "transcripts.jsonl").write_text('{"id": "x", "data_source": "y", "acc": "1"}\n'),
+            "line 1, has '1' as acc: the file was changed; remove that line",
+        ),
+        (lambda out: (out / "transcripts.jsonl").write_text("[" * 5000 + "\n"), "line 1, is no JSON object"),
+        (lambda out: (out / "failures.jsonl").write_text('{"id": "x"}\n'), "failures.jsonl, line 1, has no steps"),
+        (
+            lambda out: (out / "failures.jsonl").write_text('{"id": "x", "steps": [{}]}\n'),
+            "failures.jsonl, line 1, has calls without latency_s, metrics, status, tool",
+        ),
+    ],
+    ids=range(10),
+)
+def test_a_folder_that_was_spoilt_is_told(stand_ins, folder, server, capsys, spoil, message):
+    data = write(folder, [row(1, "direct")])
+    assert command.main(arguments(folder, data, server.url)) == 0
+    spoil(folder / "out")
+    before = {file.name: file.read_bytes() for file in (folder / "out").glob("*.json*")}
+    assert command.main(arguments(folder, data, server.url)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    assert str(folder / "out") in said
+    assert {file.name: file.read_bytes() for file in (folder / "out").glob("*.json*")} == before
+
+
+def test_only_failures_are_results_too(stand_ins, folder, capsys):
+    data = write(folder, [row(1, "500")])
+    with Server() as server:
+        assert command.main(arguments(folder, data, server.url, "--timeout", "1")) == 1
+        (folder / "out" / "settings.json").unlink()
+        assert command.main(arguments(folder, data, server.url, "--timeout", "1")) == 2
+    assert "holds failures.jsonl and no settings.json" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        ("tools: [{class_name: no.such.Tool, config: {type: native}}]", "No module named 'no'"),
+        ("tools: [{class_name: no.such.Tool, config: {}}]", "Missing key type"),
+        ("tools: [{config: {}}]", "class_name"),
+        ("tools: {", "ParserError"),
+    ],
+)
+def test_tools_that_cannot_be_made_are_told_before_a_server_is_started(
+    stand_ins, folder, checkpoint, monkeypatch, capsys, tools, said
+):
+    from search_agent.evaluate import __main__
+
+    def make(file):
+        from verl.tools.tool_registry import initialize_tools_from_config
+
+        return initialize_tools_from_config(str(file))
+
+    monkeypatch.setattr(evaluation_stand_ins.DictToolbox, "from_yaml", make)
+    monkeypatch.setattr(__main__, "serve", lambda *_, **__: pytest.fail("it was started"))
+    (folder / "tools.yaml").write_text(tools)
+    data = write(folder, [row(1, "direct")])
+    assert command.main(serving(folder, data, checkpoint)) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"--tools {folder / 'tools.yaml'}: " in told
+    assert said in told
+
+
 def test_two_at_once_in_one_folder(stand_ins, folder, server, capsys):
     from search_agent.evaluate.store import Store
 
@@ -518,6 +639,15 @@ def test_data_that_does_not_fit(folder):
     broken["images"] = [{"bytes": b"<html>not found</html>"}]
     with pytest.raises(ValueError, match="row 0: an image has no bytes, or none that are an image"):
         list(read_questions([write(folder, [broken], "broken.parquet")]))
+    for column, value in {"prompt": None, "images": [None], "reward_model": None, "extra_info": "x"}.items():
+        odd = write(folder, [{**row(1, "direct"), column: value}], f"{column}.parquet")
+        with pytest.raises(ValueError, match=r"row 0 is not as search_agent\.data\.prepare writes it"):
+            list(read_questions([odd]))
+    truths = [{"ground_truth": []}, {"ground_truth": {"text": "Paris"}}]
+    for truth in truths:
+        odd = write(folder, [{**row(1, "direct"), "reward_model": truth}], "truth.parquet")
+        with pytest.raises(ValueError, match="row 0: ground_truth"):
+            list(read_questions([odd]))
     pd.DataFrame({"prompt": ["x"]}).to_parquet(folder / "bad.parquet")
     with pytest.raises(ValueError, match="has no column 'data_source'"):
         list(read_questions([folder / "bad.parquet"]))

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
-from search_agent.evaluate.compare import bootstrap, compare, main, mcnemar
+from search_agent.evaluate import compare as compare_module
+from search_agent.evaluate.compare import compare, interval, main, mcnemar, sign_test
 from search_agent.evaluate.report import order, wilson
 
 
@@ -43,24 +44,58 @@ def test_mcnemar_is_the_exact_sign_test(pairs):
     assert mcnemar(second, first) == mcnemar(first, second)
 
 
-def test_the_bootstrap_covers_what_it_should():
-    # 300 experiments without a difference: about one in twenty is below 0.05, whatever the benchmarks' sizes.
+@pytest.mark.parametrize("sizes", [(40, 200), (8,), (8, 12), (30, 30, 30)])
+@pytest.mark.parametrize("effect", [0.0, 0.4])
+def test_the_interval_covers_what_it_should(sizes, effect):
+    # Where there is an effect of that size, 95 of 100 intervals hold it; a little more of few questions.
     rng = np.random.default_rng(1)
-    p_values, covered = [], 0
-    for seed in range(300):
-        differences = [rng.integers(0, 2, size) - rng.integers(0, 2, size) for size in (40, 200)]
-        low, high, p = bootstrap([difference.astype(float) for difference in differences], seed)
-        p_values.append(p)
-        covered += low <= 0 <= high
-    assert 0.90 <= covered / 300 <= 0.99
-    assert 0.01 <= np.mean(np.array(p_values) < 0.05) <= 0.10
+    chances = [0.25 * (1 - effect), 0.5 * (1 - effect), 0.25 * (1 - effect) + effect]
+    covered = 0
+    for _ in range(600):
+        low, high = interval([rng.choice([-1.0, 0.0, 1.0], size, p=chances) for size in sizes])
+        covered += low <= effect <= high
+    assert 0.93 <= covered / 600 <= 0.99
+
+
+@pytest.mark.parametrize(("sizes", "most"), [((40, 200), 0.065), ((8,), 0.05), ((8, 12), 0.06)])
+def test_p_values_are_as_small_as_they_should_be_by_chance(sizes, most):
+    rng = np.random.default_rng(0)
+    small = 0
+    for _ in range(1000):
+        differences = [(rng.integers(0, 2, size) - rng.integers(0, 2, size)).astype(float) for size in sizes]
+        small += sign_test(differences) < 0.05
+    assert small / 1000 <= most
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
+def test_of_one_benchmark_both_tests_are_the_same(pairs):
+    first, second = np.array(pairs, dtype=float).T
+    assert sign_test([second - first]) == pytest.approx(mcnemar(first, second))
+
+
+def test_eight_questions_say_little():
+    better = np.array([1.0] * 4 + [0.0] * 4)
+    assert sign_test([better]) == pytest.approx(0.125)
+    low, high = interval([better])
+    assert low < 0 < 0.5 < high
+
+
+def test_random_signs_say_what_counting_says(monkeypatch):
+    rng = np.random.default_rng(3)
+    differences = [rng.choice([-1.0, 0.0, 0.5, 1.0], size, p=[0.15, 0.5, 0.1, 0.25]) for size in (20, 40)]
+    counted = sign_test(differences)
+    monkeypatch.setattr(compare_module, "MOST_COMBINATIONS", 0)
+    assert 0.001 < counted < 0.9
+    assert sign_test(differences) == pytest.approx(counted, abs=0.01)
+    assert sign_test([np.ones(1000)]) == pytest.approx(0, abs=1e-4)
 
 
 def test_every_benchmark_counts_the_same_in_the_average():
     few, many = np.ones(10), np.zeros(1000)
-    low, high, p = bootstrap([few, many])
-    assert low == high == 0.5
-    assert p < 0.001
+    low, high = interval([few, many])
+    assert low < 0.5 < high
+    assert sign_test([few, many]) == pytest.approx(2 * 0.5**10)  # as McNemar's of the few
+    assert sign_test([many]) == 1.0
 
 
 def test_a_table_of_two(tmp_path, capsys):
@@ -80,6 +115,7 @@ def test_a_table_of_two(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| GRPO | 0.00 | 50.00 | **25.00** |  |" in said
     assert "| TAPO | 10.00 (p = 1.000) | 100.00 (p < 0.001) | **55.00** | +30.00 [" in said
+    assert "**Few questions**: MMSearch (10)." in said
     assert main(["--json", str(grpo), str(tapo)]) == 0
     assert json.loads(capsys.readouterr().out) == found
 
@@ -102,6 +138,14 @@ def test_what_cannot_be_compared(tmp_path, capsys):
     assert "no question in common" in capsys.readouterr().err
     assert main([str(one), str(tmp_path / "c")]) == 2
     assert "holds no evaluation" in capsys.readouterr().err
+    for text in ("", "[]", "{}", '{"label": "x", "settings": null}', "null"):
+        (two / "results.json").write_text(text)
+        assert main([str(one), str(two)]) == 2
+        assert f"{two / 'results.json'} is not what search_agent.evaluate writes" in capsys.readouterr().err
+    evaluation(tmp_path / "d", "four", {"FVQA-test": [1]})
+    (tmp_path / "d" / "transcripts.jsonl").write_text('{"id": "FVQA-test/0", "data_source": "FVQA-test"}\n')
+    assert main([str(one), str(tmp_path / "d")]) == 2
+    assert "transcripts.jsonl, line 1, has no acc" in capsys.readouterr().err
 
 
 def test_the_paper_s_order_however_benchmarks_are_written():

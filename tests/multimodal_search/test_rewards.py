@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from search_agent.rewards import PRESETS, compute_score
-from search_agent.rewards.answers import accepted_answers, read_reply
+from search_agent.rewards.answers import Range, accepted_answers, read_reply
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "flags_and_facts" / "model"
 KEYS = (
@@ -221,6 +223,21 @@ def test_format_with_a_thought(turn, well_formed):
         ("[sic] Paris", ["[sic] Paris"]),
         ([1889, 3.5], ["1889", "3.5"]),
         (np.int64(7), ["7"]),
+        (0, ["0"]),
+        (1e16, ["10000000000000000"]),
+        (["Paris", float("nan")], ["Paris"]),
+        ({"target": ["Paris", "Lutetia"]}, ["Paris", "Lutetia"]),
+        ({"target": "Paris"}, ["Paris"]),
+        ({"target": np.array(["Paris"], dtype=object)}, ["Paris"]),
+        (np.array({"target": ["Paris"]}, dtype=object), ["Paris"]),
+        (np.array([np.array(["Paris"], dtype=object), "Lutetia"], dtype=object), ["Paris", "Lutetia"]),
+        ('{"target": ["Paris"]}', ["Paris"]),
+        ("{'target': ['Paris']}", ["Paris"]),
+        ("['Paris', 'Lutetia']", ["Paris", "Lutetia"]),
+        ("{curly} Paris", ["{curly} Paris"]),
+        ("[a] or [b]", ["[a] or [b]"]),
+        ({"wikidata": 0, "range": None}, ["0"]),
+        ({"wikidata": [324.0]}, ["324.0"]),
     ],
 )
 def test_accepted_answers(truth, expected):
@@ -228,7 +245,76 @@ def test_accepted_answers(truth, expected):
     assert reward(f"<answer>{expected[-1]}</answer>", truth)["acc"] == 1.0
 
 
-@pytest.mark.parametrize("truth", [None, "", " ", [], "[]", [None, " "], np.array([], dtype=object)])
+@pytest.mark.parametrize(
+    ("truth", "answer", "acc"),
+    [
+        ({"wikidata": 324, "range": [291.6, 356.4]}, "330", 1),
+        ({"wikidata": 324, "range": [291.6, 356.4]}, "324.0 m", 1),
+        ({"wikidata": 324, "range": [291.6, 356.4]}, "400", 0),
+        ({"wikidata": 324, "range": np.array([291.6, 356.4])}, "330 m", 1),
+        ([{"wikidata": 1.0, "range": ["0.9", "1.1"]}], "1.05", 1),
+        (["324 m", '{"range": [356.4, 291.6]}'], "from 300 to 320", 1),
+        ({"range": [0, 0]}, "0", 1),
+        ({"range": [0, 0]}, "nothing", 0),
+    ],
+)
+@pytest.mark.parametrize("match", [["exact"], ["substring"], ["f1"]])
+def test_a_number_in_the_range_is_right(truth, answer, acc, match):
+    result = reward(f"<answer>{answer}</answer>", truth, match=match)
+    assert (result["acc"], result["f1"] == 1.0) == (acc, acc)
+
+
+def test_a_range_as_text():
+    (accepted,) = accepted_answers({"range": (291.6, 356.4)})
+    assert accepted == Range(291.6, 356.4)
+    assert accepted_answers(accepted.to_json()) == [accepted]
+    assert str(accepted) == "any number from 291.6 to 356.4"
+
+
+@pytest.mark.parametrize(
+    ("truth", "message"),
+    [
+        ({"answers": ["Paris"]}, r"mapping of \['answers'\]; answers are read from target, wikidata, range"),
+        ('{"answers": ["Paris"]}', r"mapping of \['answers'\]"),
+        ({}, "mapping of"),
+        (["Paris", {"text": "Paris"}], r"mapping of \['text'\]"),
+        ({"target": [b"Paris"]}, "holds a bytes, which is no answer: b'Paris'"),
+        (np.array([b"Paris"]), "holds a bytes"),
+        ({"Paris"}, "holds a set"),
+        ("['Paris' 'Lutetia']", "an array as numpy prints it"),
+        ({"range": [1]}, r"the range must be two numbers, got \[1\]"),
+        ({"range": [1, float("nan")]}, "the range must be two numbers"),
+        ({"range": "19"}, "the range must be two numbers"),
+        ({"range": [1, 10**400]}, "the range must be two numbers"),
+        (10**5000, "thousands of digits"),
+        (functools.reduce(lambda inner, _: [inner], range(5000), "Paris"), "nested too deeply"),
+    ],
+    ids=range(14),
+)
+def test_what_is_no_answer_is_told(truth, message):
+    with pytest.raises(ValueError, match=message):
+        reward("<answer>Paris</answer>", truth)
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        None,
+        "",
+        " ",
+        [],
+        "[]",
+        [None, " "],
+        np.array([], dtype=object),
+        float("nan"),
+        [float("nan"), float("inf")],
+        np.array([np.nan]),
+        {"target": []},
+        {"target": None},
+        {"wikidata": None, "range": None},
+        '{"target": [""]}',
+    ],
+)
 def test_no_accepted_answer_is_an_error(truth):
     with pytest.raises(ValueError, match="no accepted answer"):
         reward("<answer>Paris</answer>", truth)
@@ -374,10 +460,9 @@ def test_what_is_not_the_models_fault_never_costs(calls, configured, solution, d
 @settings(deadline=None, max_examples=100)
 @given(st.text(max_size=60), CALLS, CONFIGURATIONS)
 def test_keys_are_always_the_same_and_values_are_numbers(solution, calls, configured):
-    marks = ["<answer>", "</answer>", "<think>", "</think>", "<tool_response>", "</tool_response>", "\nassistant\n"]
     for text in (
         solution,
-        "".join(a + b for a, b in zip(marks, solution, strict=False)),
+        "".join(a + b for a, b in zip(MARKS, solution, strict=False)),
         f"<answer>{solution}</answer>",
     ):
         result = reward(text, ["Paris"], *calls, **configured)
@@ -392,6 +477,54 @@ def test_keys_are_always_the_same_and_values_are_numbers(solution, calls, config
 def test_long_answers_are_compared_too(text):
     assert reward(f"<answer>{text}</answer>", text, match=["substring"])["acc"] == 1.0
     assert reward(f"{'<answer>' * 20_000}{text}", text)["answered"] == 0.0
+
+
+MARKS = ["<answer>", "</answer>", "<think>", "</think>", "<tool_response>", "</tool_response>", "\nassistant\n"]
+ODD = [
+    "9" * 5000,
+    "1e999",
+    "nan",
+    "-inf",
+    "[" * 20_000,
+    '{"a":' * 20_000,
+    "\ud800",
+    "\udfff\ud800",
+    "\x00\x1b",
+    "\u202e\u200b",
+    "½" * 2000,
+    "①" * 2000,
+    "\u0301" * 5000,
+    "1 111" + " 111" * 30_000,
+    "<" * 50_000,
+    "'1" * 30_000,
+    "١٢٣" * 9000,
+    "ﷺ" * 9000,
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+@pytest.mark.parametrize(
+    "truth", ["Paris", ["5", "-5"], {"wikidata": 5, "range": [4, 6]}, "9" * 4000, "\ud800"], ids=range(5)
+)
+def test_nothing_that_a_model_writes_raises(odd, truth):
+    for text in (odd, f"<answer>{odd}</answer>", *(f"<answer>{mark}{odd}{mark}</answer>" for mark in MARKS)):
+        result = reward(text, truth, match=["exact", "substring", "f1"])
+        assert list(result) == KEYS
+        assert all(math.isfinite(value) for value in result.values())
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("unit", [*MARKS, "a ", " ", "1 111 ", "<answer>a</answer>", "é-"])
+def test_responses_of_ten_megabytes(unit):
+    text = unit * (10_000_000 // len(unit))
+    for solution in (text, f"<answer>{text}</answer>"):
+        assert reward(solution, "Paris")["acc"] == 0.0
+
+
+@pytest.mark.parametrize("extra", [None, [], "x", 5, float("nan"), {"tapo_steps": None}, {"tapo_steps": []}])
+def test_other_extra_info_is_none(extra):
+    result = asyncio.run(compute_score("test", RIGHT, "Paris", extra))
+    assert (result["acc"], result["tool_calls"]) == (1, 0)
 
 
 # Settings
@@ -500,3 +633,88 @@ def test_the_record_of_a_real_rollout_costs_the_format():
     parts = managed(output.response_ids, "Paris", "{}", output.extra_fields)["reward_extra_info"]
     assert (parts["acc"], parts["format"], parts["model_faults"]) == (1, 0, 1)
     assert json.dumps(parts)
+
+
+# The look at the reward before a run
+
+
+def own_reward(tmp_path, code, settings=None, truth=("Paris",), **function):
+    """What the check says of a reward function in a file of the user's own; None: of the recipe's."""
+    from search_agent.check import _reward_problems
+
+    if code is not None:
+        (tmp_path / "own.py").write_text(code)
+        function = {"path": str(tmp_path / "own.py"), "name": "grade", **function}
+    else:
+        function = {"path": "pkg://search_agent.rewards", "name": "compute_score"}
+    if settings != "left out":
+        function["reward_kwargs"] = settings
+    row = {"data_source": "x", "reward_model": {"ground_truth": truth}, "extra_info": {"question": "?"}}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "data.parquet")
+    config = OmegaConf.create({"reward": {"custom_reward_function": function}})
+    return list(_reward_problems(config, tmp_path / "data.parquet"))
+
+
+GRADE = "def grade(data_source, solution_str, ground_truth, extra_info=None):\n    return "
+
+
+@pytest.mark.parametrize("settings", [{}, "left out"])
+@pytest.mark.parametrize(
+    "returned",
+    ["float(ground_truth[0] in solution_str)", '{"score": 0.1, "acc": 1}', "1", "solution_str.count('<answer>')"],
+)
+def test_a_reward_function_of_ones_own_is_named_and_no_more(tmp_path, settings, returned):
+    assert own_reward(tmp_path, GRADE + returned, settings) == []
+    asynchronous = "async " + GRADE + returned
+    assert own_reward(tmp_path, asynchronous, settings) == []
+
+
+def test_settings_of_the_recipe_are_in_the_configuration_s_default(tmp_path):
+    recipe = Path(__file__).resolve().parents[2] / "recipes" / "multimodal_search" / "config" / "multimodal_search.yaml"
+    function = yaml.safe_load(recipe.read_text())["reward"]["custom_reward_function"]
+    assert function["reward_kwargs"] == {}
+    assert own_reward(tmp_path, None, {}) == []
+    assert reward("<answer>It is Paris</answer>", "Paris") == reward(
+        "<answer>It is Paris</answer>", "Paris", preset="outcome", match=["exact", "substring"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "settings", "message"),
+    [
+        (GRADE + "1", {"preset": "outcome"}, "extra_info and, of reward_kwargs, preset: got an unexpected keyword"),
+        (GRADE + "1", None, "reward_kwargs is null: veRL wants a mapping, say reward_kwargs={}"),
+        (
+            "def grade(answer, truth):\n    return 1",
+            {},
+            "is called with data_source, solution_str, ground_truth, extra_info",
+        ),
+        (GRADE + "1 / 0", {}, "on the first question: ZeroDivisionError: division by zero"),
+        (GRADE + "None", {}, "it must return a number, or a dict with score"),
+        (GRADE + '{"acc": 1}', {}, "KeyError: 'score'"),
+        ("import no_such_module", {}, "cannot be loaded: No module named 'no_such_module'"),
+        ("def other():\n    pass", {}, "cannot be loaded: Object not found"),
+    ],
+)
+def test_what_is_wrong_with_ones_own_is_told(tmp_path, code, settings, message):
+    (problem,) = own_reward(tmp_path, code, settings)
+    assert message in problem
+
+
+def test_ones_own_may_want_another_form(tmp_path, capsys):
+    assert own_reward(tmp_path, GRADE + "float('boxed' in solution_str)", {}) == []
+    assert (
+        "gives the accepted answer 'Paris' of the first question, in answer tags, no success: 0"
+        in capsys.readouterr().out
+    )
+
+
+def test_the_first_row_is_looked_at(tmp_path):
+    assert own_reward(tmp_path, None, {}, truth={"target": ["Paris"]}) == []
+    assert own_reward(tmp_path, None, {}, truth={"range": [1.5, 2.5]}) == []
+    (problem,) = own_reward(tmp_path, None, {}, truth={"text": ["Paris"]})
+    assert "row 0: ground_truth is a mapping of ['text']" in problem
+    (problem,) = own_reward(tmp_path, None, {}, truth=[])
+    assert "row 0: ground_truth has no accepted answer" in problem
+    with pytest.raises(ValueError, match="preset is 'r1'"):
+        own_reward(tmp_path, None, {"preset": "r1"})

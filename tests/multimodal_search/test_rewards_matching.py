@@ -1,9 +1,12 @@
 """Rules that say whether two answers are the same: tables in many languages, and laws."""
 
+import math
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from search_agent.rewards.matching import exact, f1, substring, tokens
+from search_agent.rewards.matching import exact, f1, in_range, numbers, substring, tokens
 
 SAME = [
     # English
@@ -73,6 +76,44 @@ SAME = [
     ("$1,234.50", "$ 1234.50"),
     ("8,849 m", "8849m"),
     ("+5", "5"),
+    # equal numbers
+    ("3.50", "3.5"),
+    ("3,50 €", "3.5 €"),
+    ("$5.00", "$5"),
+    ("1,000.00", "1000"),
+    ("1 234,50", "1234.5"),
+    ("12.0", "12"),
+    (".5", "0.5"),
+    ("0,500", "0.5"),
+    ("-.50", "-0.5"),
+    ("٣٫٥٠", "3.5"),
+    ("In 2020 1,234 people", "in 2020 1234 people"),
+    # signs, whichever character they are
+    ("–5", "-5"),
+    ("—5 °C", "-5 °C"),
+    ("‒5", "−5"),
+    ("‐5", "-5"),
+    ("- 5 °C", "-5 °C"),
+    ("minus 5 °C", "-5 °C"),
+    ("−$5", "$-5.00"),
+    ("Cl⁻", "Cl-"),
+    ("Cl–", "Cl-"),
+    ("(O−)", "O-"),
+    ("< 5", "<5"),
+    ("<= 5", "≤5"),
+    ("+/-5", "±5"),
+    ("F♯", "F#"),
+    # dashes and the like that are none
+    ("1914–1918", "1914-1918"),
+    ("$10–$20", "$10-$20"),
+    ("Paris – the capital", "Paris, the capital"),
+    ("Paris– the capital", "Paris, the capital"),
+    ("Paris—the capital", "Paris, the capital"),
+    ("-> 5", "5"),
+    ("5′10″", "5'10\""),
+    ("10⁶", "10^6"),
+    ("1½", "1 1/2"),
+    ("km²", "km2"),
     # dates, written alike
     ("2020-05-12", "2020/05/12"),
     ("May 12, 2020", "may 12 2020"),
@@ -102,6 +143,35 @@ DIFFERENT = [
     ("12 March 1999", "1 2 March 1999"),
     ("1,234,56", "123456"),
     ("2020 100 200", "2020100200"),
+    ("–5", "5"),
+    ("—5", "5"),
+    ("‒5", "5"),
+    ("- 5", "5"),
+    ("minus 5", "5"),
+    ("-$5", "$5"),
+    ("–.5", ".5"),
+    ("A-", "A"),
+    ("A-", "A+"),
+    ("O-", "O"),
+    ("Cl-", "Cl"),
+    ("Na+", "Na"),
+    ("B♭", "B"),
+    ("<5", ">5"),
+    ("< 5", "5"),
+    ("<$5", "$5"),
+    ("<5", "≤5"),
+    ("±5", "5"),
+    ("±5", "-5"),
+    ("5‰", "5"),
+    ("5'10\"", "510"),
+    ("5′10″", "510"),
+    ("10⁶", "106"),
+    ("1½", "11/2"),
+    ("2¹⁰⁰", "2100"),
+    ("100–200", "100200"),
+    ("3.05", "3.5"),
+    ("100", "1"),
+    ("1.1.0", "1.1"),
     ("AT&T", "ATT"),
     ("thé vert", "vert"),
     ("là-bas", "bas"),
@@ -139,6 +209,8 @@ def test_exact_different(one, other):
         ("عاصمة مصر القَاهِرة", "القاهرة"),
         ("in Москве", "Москве"),
         ("8,849 m", "8849"),
+        ("it costs $5.00", "$5"),
+        ("about -.5 degrees", "-0.5"),
         ("der Fluss Rhein", "der Rhein"),
     ],
 )
@@ -156,6 +228,10 @@ def test_substring_found(answer, accepted):
         ("15", "5"),
         ("3.5", "5"),
         ("-5", "5"),
+        ("–5 °C", "5"),
+        ("minus 5 degrees", "5"),
+        ("less: < 5 kg", "5"),
+        ("a grade of A-", "A"),
         ("Parisian", "Paris"),
         ("Paris", "Paris, France"),
         ("York, New", "New York"),
@@ -182,6 +258,68 @@ def test_substring_refused(answer, accepted):
 )
 def test_f1(answer, accepted, value):
     assert f1(tokens(answer), tokens(accepted)) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "low", "high"),
+    [
+        ("330", 291.6, 356.4),  # of 324
+        ("291.6", 291.6, 356.4),
+        ("about 330 m, I think", 291.6, 356.4),
+        ("330m", 291.6, 356.4),
+        ("高330米", 291.6, 356.4),
+        ("1,330.5", 1300, 1400),
+        ("300 to 340 m", 291.6, 356.4),
+        ("300–340", 291.6, 356.4),
+        ("290–400", 291.6, 356.4),  # half of both together
+        ("–5 °C", -5.5, -4.5),
+        ("1", 0.9, 1.1),
+        ("0", 0, 0),
+        ("330, not 17", 291.6, 356.4),  # no range: the first counts
+        ("3e2", 291.6, 356.4),
+    ],
+)
+def test_numbers_in_a_range(answer, low, high):
+    assert in_range(answer, low, high)
+
+
+@pytest.mark.parametrize(
+    ("answer", "low", "high"),
+    [
+        ("357", 291.6, 356.4),
+        ("-330", 291.6, 356.4),
+        ("5 °C", -5.5, -4.5),
+        ("200–600", 291.6, 356.4),
+        ("2 towers of 324 m", 291.6, 356.4),  # the benchmark reads a range, too
+        ("0 to 10000", 291.6, 356.4),
+        ("none", 0, 0),
+        ("three hundred and thirty", 291.6, 356.4),
+        ("9" * 400, 291.6, 356.4),
+        ("1e999 to -1e999", 0, 1),
+    ],
+)
+def test_numbers_that_are_not_in_a_range(answer, low, high):
+    assert not in_range(answer, low, high)
+
+
+def test_numbers_of_an_answer():
+    assert numbers("from 1,234.50 to 2 000 000 or −7, 3-4") == [1234.5, 2e6, -7, 3, 4]
+
+
+@pytest.mark.parametrize("unit", [" 111", ",111", ".111", "'111", ",11", "1", "1.", " 1,", "- ", "<", " minus"])
+def test_reading_takes_no_more_than_linear_time(unit):
+    """Each character is read a bounded number of times: eight times the text, not sixty-four times the time."""
+
+    def seconds(count):
+        text = f"1 111{unit * count}!"
+        best = math.inf
+        for _ in range(3):
+            start = time.process_time()
+            tokens(text)
+            best = min(best, time.process_time() - start)
+        return best
+
+    assert seconds(16_000) < 30 * max(seconds(2_000), 1e-3)
 
 
 TEXTS = st.text(max_size=40) | st.text(alphabet="aL'Eé1,. -%中がأ", max_size=20)

@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+OUR_REWARD = "pkg://search_agent.rewards"
 COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info")
 
 
@@ -98,27 +99,73 @@ def _data_problems(key: str, file: Path) -> Iterator[str]:
 
 
 def _reward_problems(config: Any, file: Path) -> Iterator[str]:
-    """Whether the reward function takes its settings, and a right answer for right."""
+    """Whether the reward function takes its settings and the data, and a right answer for right."""
     import pyarrow.parquet as parquet
     from verl.trainer.ppo.reward import get_custom_reward_fn
+    from verl.utils.import_utils import load_extern_object
 
-    reward = get_custom_reward_fn(config)
-    if reward is None:
+    from search_agent.rewards.answers import accepted_answers
+
+    function = config.reward.custom_reward_function
+    settings = function.get("reward_kwargs", {})
+    if not function.path:
         return
-    columns = ["data_source", "reward_model", "extra_info"]
-    batch = next(parquet.ParquetFile(file).iter_batches(batch_size=1, columns=columns), None)
+    if settings is None:
+        yield "reward.custom_reward_function.reward_kwargs is null: veRL wants a mapping, say reward_kwargs={}"
+        return
+    batch = next(
+        parquet.ParquetFile(file).iter_batches(batch_size=1, columns=["data_source", "reward_model", "extra_info"]),
+        None,
+    )
     if batch is None:
         yield f"{file} has no rows"
         return
     row = batch.to_pylist()[0]
-    truth = row["reward_model"]["ground_truth"]
-    answer = truth if isinstance(truth, str) else truth[0]
-    result = reward(row["data_source"], f"<answer>{answer}</answer>", truth, dict(row["extra_info"] or {}))
-    if inspect.isawaitable(result):
-        result = asyncio.run(_awaited(result))
-    values: dict[str, Any] = result if isinstance(result, dict) else {"score": result}
-    if not float(values["acc" if "acc" in values else "score"]) > 0:
-        yield f"the reward function gives the accepted answer {answer!r} of the first question no success: {result}"
+    ours, name = function.path == OUR_REWARD, f"the reward function {function.name} of {function.path}"
+    truth = (row["reward_model"] or {}).get("ground_truth")
+    try:
+        answer = str(accepted_answers(truth)[0])
+    except ValueError as error:
+        if ours:
+            yield f"{file}, row 0: {error}"
+            return
+        answer = str(truth)
+    given = {
+        "data_source": row["data_source"],
+        "solution_str": f"<answer>{answer}</answer>",
+        "ground_truth": truth,
+        "extra_info": dict(row["extra_info"] or {}),
+    }
+    try:
+        inspect.signature(load_extern_object(function.path, function.name)).bind(**given, **settings)
+    except TypeError as error:
+        passed = ", ".join(given) + (f" and, of reward_kwargs, {', '.join(settings)}" if settings else "")
+        yield f"{name} is called with {passed}: {error}"
+        return
+    except Exception as error:
+        yield f"{name} cannot be loaded: {error.__cause__ or error}"
+        return
+    try:
+        result = get_custom_reward_fn(config)(**given)
+        if inspect.isawaitable(result):
+            result = asyncio.run(_awaited(result))
+        values: dict[str, Any] = result if isinstance(result, dict) else {"score": result}
+        score, success = float(values["score"]), float(values.get("acc", values["score"]))
+    except Exception as error:
+        if ours:  # its messages name the setting
+            raise
+        yield (
+            f"{name}, on the first question: {type(error).__name__}: {error}; it must return a number, or a dict with "
+            "score, for a response such as <answer>...</answer>"
+        )
+        return
+    if success > 0:
+        return
+    doubt = f"{name} gives the accepted answer {answer!r} of the first question, in answer tags, no success: {score:g}"
+    if ours:
+        yield doubt
+    else:
+        print(f"search_agent.check: {doubt}. Does it want another form?")
 
 
 async def _awaited(result: Any) -> Any:
@@ -130,7 +177,7 @@ async def _judge_problems(function: Any) -> list[str]:
     from search_agent.errors import InfrastructureError
     from search_agent.rewards import Reward, read_settings
 
-    if function.path != "pkg://search_agent.rewards":
+    if function.path != OUR_REWARD:
         return []
     reward = Reward(read_settings(dict(OmegaConf.to_container(function, resolve=True).get("reward_kwargs") or {})))
     try:

@@ -218,9 +218,10 @@ def _convert(
     question = clean_text((question_of(row, source) or "").replace("<image>", " "))
     if not question:
         raise Dropped("no question")
-    answers = answers_of(row, source)
-    if not answers:
-        raise Dropped("no answer")
+    try:
+        answers = answers_of(row, source)
+    except ValueError as error:
+        raise Dropped(f"no answer: {error}") from error
     originals = images.read(find(row, source.image), beside)
     if not originals:
         raise Dropped("no image")

@@ -6,10 +6,11 @@ them, and a file that has none of them is refused with what it has.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from search_agent.rewards.answers import Range, accepted_answers
 
 _MAPPED = ("question", "answer", "image", "id", "category")
 
@@ -140,24 +141,10 @@ def question_of(row: Mapping[str, Any], source: Source) -> str | None:
 
 
 def answers_of(row: Mapping[str, Any], source: Source) -> list[str]:
-    """Accepted answers, the canonical one first, none twice."""
-    found: list[str] = []
-    for column in source.answer:
-        found += _texts(find(row, [column]))
-    return list(dict.fromkeys(filter(None, (text.strip() for text in found))))
+    """Accepted answers as `accepted_answers` reads them again, the canonical one first, none twice.
 
-
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        text = value.strip()
-        if text[:1] == "[":  # FVQA's candidates are JSON
-            try:
-                return _texts(json.loads(text))
-            except ValueError:
-                return [text]
-        return [text]
-    if isinstance(value, Mapping):  # InfoSeek's numbers: {"wikidata": [...], "range": [...]}; veRL's: {"target": [...]}
-        return _texts(value.get("wikidata") or value.get("target"))
-    if isinstance(value, Iterable):
-        return [text for each in value for text in _texts(each)]
-    return [] if value is None else [str(value)]
+    Raises:
+        ValueError: There is none, or something that is no answer.
+    """
+    found = [find(row, [column]) for column in source.answer]
+    return [answer.to_json() if isinstance(answer, Range) else answer for answer in accepted_answers(found)]

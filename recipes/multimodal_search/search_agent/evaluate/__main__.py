@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -40,6 +40,10 @@ from search_agent.evaluate.run import Outage, Score, Task, run
 from search_agent.evaluate.server import ServerFailed, serve
 from search_agent.evaluate.store import Store
 from search_agent.http import ApiKey
+from search_agent.rewards.settings import read_settings
+
+if TYPE_CHECKING:  # it imports veRL, which takes seconds
+    from search_agent.tools.toolbox import Toolbox
 
 RECIPE = Path(__file__).resolve().parents[2]
 KEY = "OPENAI_API_KEY"
@@ -92,7 +96,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "its chat template tells the model, as in training, and calls are read here, in Qwen's format (default with "
         "--checkpoint; vLLM can do it); hermes: both happen here",
     )
-    add("--match", default="exact", metavar="A,B", help="how answers are compared, as in the reward (default: exact)")
+    match = ",".join(read_settings({}).match)
+    add("--match", default=match, metavar="A,B", help=f"how answers are compared, as in the reward (default: {match})")
     add(
         "--judge",
         type=json.loads,
@@ -186,6 +191,22 @@ class Watch:
             self._console.print(f"{self._done + self._finished} of {self._total} questions done, {text}")
 
 
+def _toolbox(file: Path) -> Toolbox:
+    """The tools.
+
+    Raises:
+        ValueError, OSError: They cannot be made; the message says why.
+    """
+    from search_agent.tools.toolbox import Toolbox
+
+    try:
+        return Toolbox.from_yaml(file)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of veRL, Hydra, YAML, and of tools' own modules
+        raise ValueError(f"--tools {file}: {type(error).__name__}: {error}") from error
+
+
 async def _evaluate(
     args: argparse.Namespace,
     base_url: str,
@@ -193,10 +214,9 @@ async def _evaluate(
     store: Store,
     limits: Limits,
     score: Score,
+    toolbox: Toolbox,
     watch: Watch,
 ) -> None:
-    from search_agent.tools.toolbox import Toolbox
-
     request = {"temperature": args.temperature, "max_tokens": args.max_tokens, **args.request}
     key = ApiKey.from_environment(KEY) if args.base_url and os.environ.get(KEY) else None
     model = ChatModel(
@@ -208,7 +228,6 @@ async def _evaluate(
         concurrency=args.concurrency,
         key=key,
     )
-    toolbox = Toolbox.from_yaml(args.tools)
     try:
         await model.check()
         task = Task(model, toolbox, score, limits)
@@ -269,6 +288,10 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     limits = Limits.from_agent_loop(args.agent_loop, max_turns=args.max_turns, calls_per_turn=args.calls_per_turn)
     settings = _settings(args, limits)
     rewards = {"match": settings["match"], "judge": args.judge}
+    try:
+        read_settings(rewards)
+    except ValueError as error:
+        raise ValueError(str(error).replace("reward_kwargs.", "--")) from None
     selected = [question.id for question in read_questions(args.data, args.limit)]
     if not selected:
         raise ValueError("--data has no questions")
@@ -318,6 +341,7 @@ def _answer(
     """Does the questions in ``rest``."""
     questions = (question for question in read_questions(args.data, args.limit) if question.id in rest)
     watch = Watch(console, total, total - len(rest))
+    toolbox = _toolbox(args.tools)
     with ExitStack() as stack:
         base_url = args.base_url
         if args.checkpoint:
@@ -332,7 +356,7 @@ def _answer(
             )
             base_url = stack.enter_context(served)
             status.stop()
-        asyncio.run(_evaluate(args, base_url, questions, store, limits, score, watch))
+        asyncio.run(_evaluate(args, base_url, questions, store, limits, score, toolbox, watch))
 
 
 def _serve_arguments(args: argparse.Namespace) -> list[str]:

@@ -21,7 +21,9 @@ import numpy.typing as npt
 from search_agent.evaluate.report import order, percent, table
 from search_agent.evaluate.store import DONE, read_lines
 
-RESAMPLES = 10_000
+FEW_QUESTIONS = 30
+MOST_COMBINATIONS = 1_000_000
+RANDOM_SIGNS = 100_000
 
 Scores = dict[str, dict[str, float]]
 """By benchmark, then by question."""
@@ -35,12 +37,18 @@ def read_scores(folder: Path) -> tuple[str, dict[str, Any], Scores]:
     """
     try:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        scores: Scores = {}
-        for entry in read_lines(folder / DONE):
+        label, settings = str(found["label"]), dict(found["settings"])
+    except OSError as error:
+        raise ValueError(f"{folder} holds no evaluation: {error}") from None
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{folder / 'results.json'} is not what search_agent.evaluate writes: {error!r}") from None
+    scores: Scores = {}
+    try:
+        for entry in read_lines(folder / DONE, {"id": str, "data_source": str, "acc": (int, float)}):
             scores.setdefault(entry["data_source"], {})[entry["id"]] = float(entry["acc"])
     except OSError as error:
         raise ValueError(f"{folder} holds no evaluation: {error}") from None
-    return found["label"], found["settings"], scores
+    return label, settings, scores
 
 
 def common(all_scores: Sequence[Scores]) -> dict[str, npt.NDArray[np.float64]]:
@@ -67,23 +75,50 @@ def mcnemar(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> 
     return min(1.0, float(2 * tail / 2**differ))
 
 
-def bootstrap(differences: Sequence[npt.NDArray[np.float64]], seed: int = 0) -> tuple[float, float, float]:
-    """Of the mean over benchmarks of the mean difference: a 95 % interval and a two-sided p value.
+def interval(differences: Sequence[npt.NDArray[np.float64]]) -> tuple[float, float]:
+    """Of the mean over benchmarks of the mean difference: a 95 % interval that holds for few questions, too.
+
+    Each benchmark counts one question more that got better, and one that got worse (Bonett and Price 2012).
 
     Args:
-        differences: for each benchmark, its questions' differences (N,).
-        seed: of the resamples: questions are drawn again within each benchmark.
+        differences: for each benchmark, its questions' differences (N,), from -1 to 1.
     """
+    counted = [np.concatenate([values, [1.0, -1.0]]) for values in differences]
+    middle = float(np.mean([values.mean() for values in counted]))
+    half = 1.96 * math.sqrt(sum(values.var() / len(values) for values in counted)) / len(counted)
+    return max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def sign_test(differences: Sequence[npt.NDArray[np.float64]], seed: int = 0) -> float:
+    """Two-sided p value of the mean over benchmarks of the mean difference: each question might as well have gone the
+    other way. Of one benchmark it is McNemar's.
+
+    Args:
+        differences: see `interval`.
+        seed: of random signs, where there are too many combinations to count all.
+    """
+    observed = abs(sum(values.mean() for values in differences))
+    # Differences of one size in one benchmark: how many there are, and what one of them adds.
+    alike = [
+        (int(count), size / len(values))
+        for values in differences
+        for size, count in zip(*np.unique(np.abs(values), return_counts=True), strict=True)
+        if size
+    ]
+    if math.prod(count + 1 for count, _ in alike) <= MOST_COMBINATIONS:
+        totals, chances = np.zeros(1), np.ones(1)
+        for count, weight in alike:
+            pluses = np.arange(count + 1)
+            binomial = np.array([math.comb(count, number) / 2**count for number in pluses.tolist()])
+            totals = np.add.outer(totals, (2 * pluses - count) * weight).ravel()
+            chances = np.multiply.outer(chances, binomial).ravel()
+        return float(min(1.0, chances[np.abs(totals) >= observed - 1e-9].sum()))
     generator = np.random.default_rng(seed)
-    total = np.zeros(RESAMPLES)
-    for of_benchmark in differences:
-        values, counts = np.unique(of_benchmark, return_counts=True)
-        drawn = generator.multinomial(len(of_benchmark), counts / len(of_benchmark), RESAMPLES)
-        total += drawn @ values / len(of_benchmark) / len(differences)
-    low, high = np.quantile(total, [0.025, 0.975])
+    drawn = np.zeros(RANDOM_SIGNS)
+    for count, weight in alike:
+        drawn += (2 * generator.binomial(count, 0.5, RANDOM_SIGNS) - count) * weight
     # One more of each, the sample itself: no p value is 0.
-    tail = (1 + min((total <= 0).sum(), (total >= 0).sum())) / (1 + RESAMPLES)
-    return float(low), float(high), float(min(1.0, 2 * tail))
+    return float((1 + (np.abs(drawn) >= observed - 1e-9).sum()) / (1 + RANDOM_SIGNS))
 
 
 def compare(folders: Sequence[Path]) -> dict[str, Any]:
@@ -105,8 +140,12 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
         }
         if number:
             row["p"] = {name: mcnemar(values[0], values[number]) for name, values in scores.items()}
-            low, high, p = bootstrap([values[number] - values[0] for values in scores.values()])
-            row["difference"] = {"average": row["average"] - rows[0]["average"], "interval": [low, high], "p": p}
+            differences = [values[number] - values[0] for values in scores.values()]
+            row["difference"] = {
+                "average": row["average"] - rows[0]["average"],
+                "interval": list(interval(differences)),
+                "p": sign_test(differences),
+            }
             before = evaluations[0][1]
             row["other_settings"] = sorted(
                 name for name in {*before, *settings} - {"model"} if before.get(name) != settings.get(name)
@@ -132,9 +171,12 @@ def markdown(found: Mapping[str, Any]) -> str:
     parts = [table(head, rows)]
     parts.append(
         f"Accuracy in per cent, on the questions that all have done (their number in brackets). p: against "
-        f"{first['label']}, McNemar's exact test for a benchmark; for the average, a bootstrap of the questions within "
-        f"each benchmark ({RESAMPLES} resamples), as its 95 % interval."
+        f"{first['label']}, McNemar's exact test for a benchmark; for the average, the same over all (the signs of the "
+        "questions' differences are chance). The interval is one of 95 %."
     )
+    few = [f"{name} ({count})" for name, count in found["questions"].items() if count < FEW_QUESTIONS]
+    if few:
+        parts.append(f"**Few questions**: {', '.join(few)}. Only large differences can be told from chance there.")
     for row in found["rows"]:
         if row["left_out"]:
             parts.append(f"{row['label']}: {row['left_out']} question(s) left out, others have not done them.")

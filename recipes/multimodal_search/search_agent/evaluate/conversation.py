@@ -19,6 +19,7 @@ from search_agent.evaluate.dialogue import (
     Pictures,
     RequestedCall,
     answers,
+    is_broken,
     opening,
     text_part,
     without_control,
@@ -207,6 +208,10 @@ async def _run(
 ) -> list[dict[str, str]]:
     """The tool's answer, as parts of a message; its images join the conversation's."""
     record.images_at_hand = len(pictures.images)
+    if is_broken(call.arguments):  # no back end could be sent it, and none is to blame
+        record.status, record.metrics = "error", {"fault": "model"}
+        problem = "the arguments hold half a surrogate pair (as \\ud83d alone is), which is no text"
+        return [text_part(without_control(f"Error executing tool '{call.tool}': {problem}"))]
     start = time.perf_counter()
     try:
         answer = await asyncio.wait_for(

@@ -110,9 +110,14 @@ def opening(question: Question, pictures: Pictures) -> list[Message]:
     return messages
 
 
+def whole(text: str) -> str:
+    """Text with a question mark for every half of a surrogate pair, which can neither be sent nor written."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def without_control(text: str) -> str:
     """Text of a tool's without what a chat template would take for its own: an image token breaks a prompt."""
-    text = text.encode("utf-8", "replace").decode()
+    text = whole(text)
     while (stripped := _CONTROL.sub("", text)) != text:  # taking one out may join another
         text = stripped
     return text
@@ -122,6 +127,7 @@ def read_call(name: Any, arguments: Any, identity: str | None = None) -> Request
     """A call whose arguments are an object, or JSON of one."""
     if not isinstance(name, str) or not name:
         return RequestedCall("", {}, "it names no tool", identity)
+    name = whole(name)
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
@@ -130,6 +136,15 @@ def read_call(name: Any, arguments: Any, identity: str | None = None) -> Request
     if not isinstance(arguments, dict):
         return RequestedCall(name, {}, "its arguments are not a JSON object", identity)
     return RequestedCall(name, arguments, None, identity)
+
+
+def is_broken(arguments: Mapping[str, Any]) -> bool:
+    """Whether a text among a call's arguments holds half a surrogate pair, which JSON lets a model write."""
+    try:
+        json.dumps(arguments, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def calls_in_text(text: str) -> tuple[RequestedCall, ...]:

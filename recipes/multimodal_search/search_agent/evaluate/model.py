@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +12,14 @@ from search_agent.evaluate.dialogue import (
     Message,
     Pictures,
     Reply,
+    RequestedCall,
     ToolCalls,
     calls_in_text,
+    is_broken,
     on_the_wire,
     read_call,
     text_part,
+    whole,
     with_tools,
 )
 from search_agent.http import ApiKey, BackendError, JsonClient
@@ -28,6 +32,13 @@ _LONGEST = 1 << 24  # bytes of an answer
 
 class Refused(Exception):
     """The server will answer no request of this kind: a wrong key, address or model."""
+
+
+def _arguments(call: RequestedCall, written: Any) -> str:
+    """A call's arguments as they are sent back: the model's own text, where it can be sent and read."""
+    if isinstance(written, str) and written and not is_broken(call.arguments):
+        return whole(written)
+    return whole(json.dumps(call.arguments, ensure_ascii=False))
 
 
 class ChatModel:
@@ -132,7 +143,7 @@ class ChatModel:
         try:
             choice = answer["choices"][0]
             said, usage = choice["message"], answer.get("usage") or {}
-            text = said.get("content") or ""
+            text = whole("" if said.get("content") is None else said["content"])
             asked = said.get("tool_calls") or []
             calls = tuple(
                 read_call(
@@ -140,7 +151,8 @@ class ChatModel:
                 )
                 for number, call in enumerate(asked)
             )
-        except (LookupError, TypeError, AttributeError) as error:
+            read, written = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise InfrastructureError(f"the model server's answer is no chat completion: {error!r}") from None
         message: Message = {"role": "assistant", "content": [text_part(text)]}
         if calls:
@@ -151,7 +163,7 @@ class ChatModel:
                     "type": "function",
                     "function": {
                         "name": call.tool or "unknown",
-                        "arguments": "{}" if call.problem else original["function"].get("arguments") or "{}",
+                        "arguments": "{}" if call.problem else _arguments(call, original["function"].get("arguments")),
                     },
                 }
                 for call, original in zip(calls, asked, strict=True)
@@ -161,8 +173,8 @@ class ChatModel:
             calls or calls_in_text(text),
             message,
             str(choice.get("finish_reason")),
-            int(usage.get("prompt_tokens") or 0),
-            int(usage.get("completion_tokens") or 0),
+            read,
+            written,
         )
 
     async def _post(self, request: dict[str, Any]) -> dict[str, Any]:

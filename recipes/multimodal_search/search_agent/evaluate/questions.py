@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from search_agent.rewards.answers import accepted_answers
+
 COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info")
 PLACEHOLDER = "<image>"
 _ROWS = 16  # read at a time
@@ -58,6 +60,13 @@ def _without_none(value: Any) -> Any:
 
 
 def _question(row: Mapping[str, Any], where: str) -> Question:
+    try:
+        return _read(row, where)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{where} is not as search_agent.data.prepare writes it: {error!r}") from None
+
+
+def _read(row: Mapping[str, Any], where: str) -> Question:
     images = tuple(entry.get("bytes") or b"" for entry in row["images"] or [])
     for image in images:
         try:
@@ -76,7 +85,12 @@ def _question(row: Mapping[str, Any], where: str) -> Question:
     for image in images:
         digest.update(len(image).to_bytes(8, "little") + image)
     identity = f"{row['data_source']}/{own}/{digest.hexdigest()[:16]}"
-    return Question(identity, row["data_source"], prompt, images, row["reward_model"]["ground_truth"], extra)
+    truth = row["reward_model"]["ground_truth"]
+    try:
+        accepted_answers(truth)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return Question(identity, row["data_source"], prompt, images, truth, extra)
 
 
 def read_questions(files: Sequence[Path], limit: int | None = None) -> Iterator[Question]:

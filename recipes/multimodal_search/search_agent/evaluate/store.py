@@ -15,6 +15,22 @@ FAILED = "failures.jsonl"
 SETTINGS = "settings.json"
 IMAGES = "images"
 
+# What `report` wants of a line.
+_NUMBER = (int, float)
+_OF_ENTRY = {
+    "id": str,
+    "data_source": str,
+    "acc": _NUMBER,
+    "ending": str,
+    "turns": int,
+    "prompt_tokens": int,
+    "completion_tokens": int,
+    "seconds": _NUMBER,
+    "tapo_steps": dict,
+}
+_OF_FAILURE = {"id": str, "steps": list}
+_OF_STEP = {"tool", "status", "metrics", "latency_s"}
+
 
 class Store:
     """One evaluation's folder.
@@ -30,7 +46,8 @@ class Store:
             must agree for the files that both runs name.
 
     Raises:
-        ValueError: the folder holds results of other settings, or another process is writing to it.
+        ValueError: the folder holds results of other or unknown settings, or what is none, or another process is
+            writing to it.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
@@ -44,7 +61,8 @@ class Store:
             self._agree(settings)
             for name in (DONE, FAILED):
                 _repair(folder / name)
-            self._done = {entry["id"]: _without_messages(entry) for entry in read_lines(folder / DONE)}
+            entries = read_lines(folder / DONE, _OF_ENTRY)
+            self._done = {entry["id"]: _without_messages(entry) for entry in entries}
         except BaseException:
             self.close()
             raise
@@ -52,8 +70,15 @@ class Store:
     def _agree(self, settings: Mapping[str, Any]) -> None:
         file = self.folder / SETTINGS
         settings = dict(settings)
-        if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
+        if not file.exists():
+            for name in (DONE, FAILED):
+                if (self.folder / name).stat().st_size:
+                    raise ValueError(
+                        f"{self.folder} holds {name} and no {SETTINGS}, which says what the results are of: bring it "
+                        "back, or name another folder"
+                    )
+        else:
+            before = _read_settings(file)
             data = {**before["data"], **settings["data"]}
             changed = [
                 f"{name}: {_short(before.get(name))} is now {_short(settings.get(name))}"
@@ -92,7 +117,7 @@ class Store:
 
     def failures(self) -> Iterator[dict[str, Any]]:
         """All of them, of earlier runs too."""
-        return read_lines(self.folder / FAILED)
+        return read_lines(self.folder / FAILED, _OF_FAILURE)
 
     def write(self, name: str, text: str) -> None:
         """Writes a file into the folder, whole or not at all."""
@@ -103,21 +128,52 @@ class Store:
         self._failed_file.close()
 
 
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+def read_lines(file: Path, kinds: Mapping[str, Any] = {"id": str}) -> Iterator[dict[str, Any]]:
     """The entries of a file of JSON lines.
 
+    Args:
+        file: is read as it is iterated over.
+        kinds: what each entry must have, and of which type.
+
     Raises:
-        ValueError: naming the first line that is no JSON object.
+        ValueError: naming the first line that is no such entry.
     """
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 entry = None
-            if not isinstance(entry, dict):
-                raise ValueError(f"{file}, line {number}, is no JSON object: the file was changed; remove that line")
+            problem = "is no JSON object" if not isinstance(entry, dict) else _problem(entry, kinds)
+            if problem:
+                raise ValueError(f"{file}, line {number}, {problem}: the file was changed; remove that line")
             yield entry
+
+
+def _problem(entry: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
+    """What is wrong with an entry; empty where nothing is."""
+    wrong = next((name for name, kind in kinds.items() if not isinstance(entry.get(name), kind)), None)
+    if wrong is not None:
+        return f"has {entry[wrong]!r:.60} as {wrong}" if wrong in entry else f"has no {wrong}"
+    record = entry.get("tapo_steps") or entry
+    steps = record.get("steps", [])
+    if not isinstance(steps, list) or not all(isinstance(step, dict) and step.keys() >= _OF_STEP for step in steps):
+        return f"has calls without {', '.join(sorted(_OF_STEP))}"
+    return ""
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(settings, dict) and isinstance(settings.get("data"), dict):
+            return settings
+        problem = "it is no JSON object with data"
+    except ValueError as error:
+        problem = str(error)
+    raise ValueError(
+        f"{file} cannot be read ({problem}), so nobody knows what the results beside it are of: bring it back, or name "
+        "another folder"
+    )
 
 
 def _without_messages(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@
         name: compute_score
         reward_kwargs:
           preset: mmsearch_r1            # outcome (default), mmsearch_r1, sensenova_mars, deepeyes
-          match: [exact, judge]          # exact, substring, f1, judge: each makes an answer right, the judge comes last
+          match: [exact, judge]          # exact, substring (default: these two), f1, judge, which is asked last
           judge: {model: NAME, base_url: "http://HOST:8000/v1", cache: /local/disk/judge.sqlite}
 
 `settings` has all keys. The score is::
@@ -73,7 +73,7 @@ async def compute_score(
         JudgeOutage
     """
     reward = _reward(json.dumps(settings, sort_keys=True, default=_plain), reward_router_address)
-    return await reward.score(solution_str, ground_truth, extra_info or {})
+    return await reward.score(solution_str, ground_truth, extra_info if isinstance(extra_info, Mapping) else {})
 
 
 def _plain(value: Any) -> Any:

@@ -2,8 +2,9 @@
 
 What makes no difference: case, width and other compatibility forms (NFKC), accents, Arabic and Hebrew vowel signs,
 punctuation, a leading article (English, French, German, Spanish, Italian), the script of digits, separators of
-thousands (1,234,567; 1 234 567; 1'234'567; 1.234.567), a decimal comma; in `exact`, spaces, except between digits.
-What does: signs of numbers, percent, currencies, the way in which a date is written. 1.234 alone stays a decimal.
+thousands (1,234,567; 1 234 567; 1'234'567; 1.234.567), a decimal comma, the zeros of 0.5 and 3.50; in `exact`, spaces,
+except between digits. What does: signs (-5, <5, ±5, A-, C++), percent, currencies, the way in which a date is written.
+1.234 alone stays a decimal.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import unicodedata
 from collections import Counter
 from typing import TypeAlias
 
+from search_agent.letters import ALONE, ARABIC_LETTERS, ARABIC_VOWELS, HEBREW_VOWELS, TATWEEL
+
 Tokens: TypeAlias = tuple[str, ...]
 
 _ARTICLES = frozenset(
@@ -20,34 +23,54 @@ _ARTICLES = frozenset(
     "il lo i gli uno una".split()
 )
 _ELISION = re.compile(r"^\W*(?:l|gl|un)'(?=\w)")
-_APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u02bc\u02b9\u2032\u00b4`"), "'")
-_SIGNS = {ord("\u2212"): "-", ord("\u066b"): ".", ord("\u066c"): ",", ord("\u0640"): None}  # the last: Arabic tatweel
 
-# Thousands: groups of three (of two in India), then maybe a fraction; not where a date or a list goes on.
-_THOUSANDS = re.compile(
-    r"(?<![\d.,'])(?<!\d )"
-    r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?:'\d{3})+|\d{1,3}(?: \d{3})+)"
-    r"(?:\.\d+)?(?![.,' ]?\d)"
+# Characters that are written for one another, after NFKC.
+_ALIKE = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u02bc\u02b9\u2032\u00b4`", "'"),
+        **dict.fromkeys("\u2266\u2a7d", "\u2264"),
+        **dict.fromkeys("\u2267\u2a7e", "\u2265"),
+        "\u066b": ".",
+        "\u066c": ",",
+        "\u266f": "#",
+        TATWEEL: None,
+    }
 )
-_THOUSANDS_BY_DOTS = re.compile(
-    r"(?<![\d.,])(?:\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}|\d{1,3}(?: \d{3})+,\d{1,2})(?![.,]?\d)"
-)
-_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d+),(\d{1,2})(?![.,]?\d)")
+_DASHES = str.maketrans(dict.fromkeys("\u2010\u2012\u2013\u2014\u2015\u2212", "-"))
+# Right after a word, where more words follow, a long dash is punctuation; at the end it is a sign, as in Cl–.
+_PARTING_DASH = re.compile(r"(?<=\w)[\u2013-\u2015](?=\s*\w)")
+# 10⁶ and 1½: NFKC would make them 106 and 11⁄2.
+_RAISED = re.compile("(?<=[0-9₀-₉])(?=[⁺⁻]?[⁰¹²³⁴-⁹]|[½¼¾⅐-⅞↉])")
+_OTHER_DIGIT = re.compile(r"[^\D0-9]")
 
-# Scripts in which spaces do not mark words, and Korean, whose particles are written with the word.
-_ALONE = (
-    "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff"
-    "\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
-)
-_TOKEN = re.compile(f"[{_ALONE}]|[^\\s{_ALONE}]+")
+# Signs, which are put right before their number: "< 5", "-$5", "minus 5", and "- 5" as the whole answer.
+_COMPARING = "<>±\u2264\u2265"
+_CURRENCIES = "$\u00a2-\u00a5\u0e3f\u20a0-\u20c0"
+_LONG_SIGNS = re.compile(r"(\+/-|\+-(?=\.?\d))|(<=)|>=")
+_TAG = re.compile(r"</?([a-z]\w{0,20})>")
+_ONLY_MINUS = re.compile(r"\s*- +(?=\.?\d)")
+_SAID_MINUS = re.compile(r"(?<!\d )\b(?:minus|negative) (?=\.?\d)")
+_BARE_FRACTION = re.compile(r"(?<![\w.,'])\.(?=\d)")
+_COMPARED = re.compile(rf"([{_COMPARING}]) (?=-?\d)")
+_SIGN_OF_MONEY = re.compile(rf"(?<!\w)([-{_COMPARING}]) ?([{_CURRENCIES}]) ?(?=\d)")
+
+# Numbers: a run of digits and single separators is read as a whole, so that none is looked at twice.
+_RUN = re.compile(r"\d+(?:[.,' ]\d+)*")
+_BY_SPACES = re.compile(r"[1-9]\d{0,2}(?: \d{3})+(?:\.\d+|,\d{1,2})?")
+# Groups of three (of two in India), then maybe a fraction.
+_BY_COMMAS = re.compile(r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3}|[1-9]\d{0,2}(?:'\d{3})+)(?:\.\d+)?")
+_BY_DOTS = re.compile(r"[1-9]\d{0,2}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})")
+_DECIMAL_COMMA = re.compile(r"\d+,\d{1,2}|0,\d+")
+_DECIMAL = re.compile(r"\d+\.\d+")
+_NUMBER = re.compile(r"(?:(?<!\w)-)?\d+(?:\.\d+)?(?:e[-+]?\d{1,3})?")
+
+_TOKEN = re.compile(f"[{ALONE}]|[^\\s{ALONE}]+")
+_ODD = re.compile(r"[^\w\s]|_")
 
 # Accents, of Cyrillic too (but a short i is a letter of its own), and vowel signs.
-_MARKS = re.compile(
-    "[\u0301\u0308]|(?<!\u0438)[\u0300-\u036f]|[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7]"
-    "|[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed]"
-)
+_MARKS = re.compile(f"[\u0301\u0308]|(?<!\u0438)[\u0300-\u036f]|[{HEBREW_VOWELS}{ARABIC_VOWELS}]")
 _LETTERS = str.maketrans(
-    {"ø": "o", "ł": "l", "đ": "d", "ð": "d", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th", "ی": "ي", "ى": "ي", "ک": "ك"}
+    {"ø": "o", "ł": "l", "đ": "d", "ð": "d", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th", **ARABIC_LETTERS}
 )
 _BETWEEN_WORDS = re.compile(r"(?<!\d) | (?!\d)")
 
@@ -57,47 +80,85 @@ def tokens(text: str) -> Tokens:
 
     Empty only for text that is nothing but white space: what is nothing but signs stays as it is.
     """
-    text = unicodedata.normalize("NFKC", text.casefold()).translate(_APOSTROPHES).translate(_SIGNS).casefold()
-    text = "".join(_digit(character) for character in text)
-    text = _THOUSANDS_BY_DOTS.sub(lambda match: _plain_number(match[0].replace(".", "").replace(",", ".")), text)
-    text = _THOUSANDS.sub(lambda match: _plain_number(match[0].replace(",", "").replace("'", "")), text)
-    text = _DECIMAL_COMMA.sub(r"\1.\2", text)
-    words = _TOKEN.findall(_without_punctuation(_ELISION.sub("", text)))
+    text = _plain(text)
+    words = _TOKEN.findall(_ODD.sub(_kept, _ELISION.sub("", text)))
     if len("".join(words[1:])) > 1 and words[0] in _ARTICLES and not words[1][0].isdecimal():
         del words[0]
     folded = unicodedata.normalize("NFC", _MARKS.sub("", unicodedata.normalize("NFD", " ".join(words))))
     return tuple(folded.translate(_LETTERS).split()) or tuple(text.split())
 
 
-def _digit(character: str) -> str:
-    return str(unicodedata.decimal(character)) if character.isdecimal() else character
+def numbers(text: str) -> list[float]:
+    """The numbers in an answer, in order; a hyphen after a digit is none's sign."""
+    return [float(number) for number in _NUMBER.findall(_plain(text))]
 
 
-def _plain_number(text: str) -> str:
-    return text.replace(" ", "")
+def _plain(text: str) -> str:
+    """The text with one case, one kind of digits, and one way to write a number and its sign."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", _RAISED.sub("^", text).casefold())
+    text = text.casefold().translate(_ALIKE)
+    text = _PARTING_DASH.sub(" - ", text).translate(_DASHES)
+    text = _OTHER_DIGIT.sub(lambda match: str(unicodedata.decimal(match[0])), text)
+    text = _LONG_SIGNS.sub(lambda match: "±" if match[1] else "\u2264" if match[2] else "\u2265", text)
+    text = _TAG.sub(r" \1 ", text)
+    if "\n" not in text.strip():
+        text = _ONLY_MINUS.sub("-", text, 1) if _ONLY_MINUS.match(text) else text
+    text = _BARE_FRACTION.sub("0.", _SAID_MINUS.sub("-", text))
+    text = _SIGN_OF_MONEY.sub(r"\2\1", _COMPARED.sub(r"\1", text))
+    return _RUN.sub(_read_run, text)
 
 
-def _without_punctuation(text: str) -> str:
-    """Signs that carry a meaning are kept, percent and currencies as words of their own."""
-    kept = []
-    for before, character, after in zip(f" {text}", text, f"{text[1:]} ", strict=False):
-        category = unicodedata.category(character)
-        if character in "%°" or category == "Sc":
-            kept.append(f" {character} ")
-        elif (
-            character.isalnum()
-            or category[0] == "M"
-            or (character == "." and before.isdecimal() and after.isdecimal())
-            or (character == "-" and after.isdecimal() and not before.isalnum())
-            or (character in "+#" and (before.isalnum() or before == "+"))  # C++, C#, 18+
-            or (character == "&" and before.isalnum() and after.isalnum())  # AT&T
-        ):
-            kept.append(character)
-        elif character == "." and before.isalpha() and after.isalpha():  # U.S.A
-            pass
-        elif character != "'" and category != "Cf":  # an apostrophe; joiners and other marks that are not seen
-            kept.append(" ")
-    return "".join(kept)
+def _read_run(match: re.Match[str]) -> str:
+    """Numbers with single spaces between them, or one whose thousands are parted by spaces."""
+    run = match[0]
+    if _BY_SPACES.fullmatch(run):
+        run = run.replace(" ", "")
+    return " ".join(_read_number(part) for part in run.split(" "))
+
+
+def _read_number(text: str) -> str:
+    if text.isdecimal():
+        return text
+    if _BY_COMMAS.fullmatch(text):
+        text = text.replace(",", "").replace("'", "")
+    elif _BY_DOTS.fullmatch(text):
+        text = text.replace(".", "").replace(",", ".")
+    elif _DECIMAL_COMMA.fullmatch(text):
+        text = text.replace(",", ".")
+    return text.rstrip("0").rstrip(".") if _DECIMAL.fullmatch(text) else text
+
+
+def _kept(match: re.Match[str]) -> str:
+    """What is left of a character that is no letter, digit or space.
+
+    Signs that carry a meaning are kept, percent and currencies as words of their own.
+    """
+    character, text, place = match[0], match.string, match.start()
+    before, after = text[place - 1 : place] or " ", text[place + 1 : place + 2] or " "
+    category = unicodedata.category(character)
+    if character in "%‰°" or category == "Sc":
+        return f" {character} "
+    if category[0] == "M" or _is_sign(character, before, after):
+        return character
+    if character == "." and before.isalpha() and after.isalpha():  # U.S.A
+        return ""
+    if character == "'":  # 5'10 is not 510
+        return " " if before.isdecimal() and after.isdecimal() else ""
+    return "" if category == "Cf" else " "  # joiners and other marks that are not seen
+
+
+def _is_sign(character: str, before: str, after: str) -> bool:
+    in_word = before.isalnum()
+    if character == "-":  # of a number; or at the end of a word: A-, Cl-
+        return not after.isalnum() and after not in "->" if in_word else after.isdecimal()
+    if character in _COMPARING:
+        return (after.isdecimal() or after == "-") and before not in "-="  # an arrow's head is none
+    if character == ".":
+        return before.isdecimal() and after.isdecimal()
+    if character in "+#\u266d":  # C++, C#, 18+, B♭
+        return in_word or before == "+"
+    return character == "&" and in_word and after.isalnum()  # AT&T
 
 
 def exact(answer: Tokens, accepted: Tokens) -> bool:
@@ -113,13 +174,28 @@ def substring(answer: Tokens, accepted: Tokens, ratio: float) -> bool:
     """Whether the accepted answer stands in the answer, word for word, and that is not more than ``ratio`` times as
     long: an answer that lists everything contains everything.
     """
-    length = len(accepted)
-    if len(answer) > ratio * length:
+    if len(answer) > ratio * len(accepted):
         return False
-    return any(answer[start : start + length] == accepted for start in range(len(answer) - length + 1))
+    return f" {' '.join(accepted)} " in f" {' '.join(answer)} "  # no word holds a space
 
 
 def f1(answer: Tokens, accepted: Tokens) -> float:
     """Harmonic mean of precision and recall of the words, each counted as often as it occurs."""
     common = (Counter(answer) & Counter(accepted)).total()
     return 2 * common / (len(answer) + len(accepted)) if common else 0.0
+
+
+def in_range(answer: str, low: float, high: float) -> bool:
+    """Whether an answer is right by InfoSeek's rule: its number is in the range; where it has two, the first not the
+    larger, they are a range, which is in the other or overlaps with at least half of both together.
+    """
+    found = numbers(answer)[:2]
+    if not found:
+        return False
+    first, last = found[0], found[-1]
+    if first > last:
+        last = first
+    if low <= first and last <= high:
+        return True
+    overlap = min(last, high) - max(first, low)
+    return 2 * overlap >= max(last, high) - min(first, low) > 0

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from search_agent.rewards.answers import accepted_answers, read_reply
+from search_agent.rewards.answers import Range, accepted_answers, read_reply
 from search_agent.rewards.judge import MAX_ANSWER_CHARS, Judge, NoVerdict
-from search_agent.rewards.matching import Tokens, exact, f1, substring, tokens
+from search_agent.rewards.matching import Tokens, exact, f1, in_range, substring, tokens
 from search_agent.rewards.settings import RewardSettings
 from verl_tapo.records import RECORD_KEY, fault_of
+
+MAX_COMPARED_CHARS = 100_000
+"""Longer ones are no answers, unless an accepted one is as long: they are not read."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Reward:
         settings = self._settings
         accepted = accepted_answers(ground_truth)
         record = extra_info.get(RECORD_KEY)
-        calls: Sequence[Mapping[str, Any]] = record["steps"] if record else ()
+        calls: Sequence[Mapping[str, Any]] = record["steps"] if isinstance(record, Mapping) else ()
         reply = read_reply(solution, None if record is None else calls, think=settings.think)
         verdict = await self._compare(reply.answer, accepted, extra_info.get("question"))
         faults = [fault_of(call) for call in calls]
@@ -80,30 +83,34 @@ class Reward:
         if self._judge is not None:
             await self._judge.close()
 
-    async def _compare(self, answer: str | None, accepted: Sequence[str], question: Any) -> _Verdict:
+    async def _compare(self, answer: str | None, accepted: Sequence[str | Range], question: Any) -> _Verdict:
         if self._judge is not None:
             self._judge.require()
             if not isinstance(question, str) or not question:
                 raise ValueError(
                     "the judge needs the question: extra_info has none (search_agent.data.prepare adds it)"
                 )
-        if answer is None:
+        if answer is None or len(answer) > max(MAX_COMPARED_CHARS, 10 * max(len(str(text)) for text in accepted)):
             return _Verdict()
-        given, candidates = tokens(answer), [tokens(text) for text in accepted]
-        overlap = max(f1(given, candidate) for candidate in candidates)
+        given = tokens(answer)
+        candidates = [tokens(text) for text in accepted if isinstance(text, str)]
+        within = any(in_range(answer, *text) for text in accepted if isinstance(text, Range))
+        overlap = max([float(within), *(f1(given, candidate) for candidate in candidates)])
         match = self._settings.match
         right = (
-            ("exact" in match and any(exact(given, candidate) for candidate in candidates))
+            (within and match != ("judge",))
+            or ("exact" in match and any(exact(given, candidate) for candidate in candidates))
             or ("f1" in match and overlap >= self._settings.f1_threshold)
             or ("substring" in match and any(self._contains(given, candidate) for candidate in candidates))
         )
         if right or self._judge is None or len(answer) > MAX_ANSWER_CHARS:
             return _Verdict(right, overlap)
         try:
-            return _Verdict(await self._judge.is_right(str(question), accepted, answer), overlap, judge_used=True)
+            verdict = await self._judge.is_right(str(question), list(map(str, accepted)), answer)
         except NoVerdict:  # the rules have said no, unless there are none
-            stand_in = match == ("judge",) and any(exact(given, candidate) for candidate in candidates)
+            stand_in = match == ("judge",) and (within or any(exact(given, candidate) for candidate in candidates))
             return _Verdict(stand_in, overlap, judge_failed=True)
+        return _Verdict(verdict, overlap, judge_used=True)
 
     def _contains(self, given: Tokens, candidate: Tokens) -> bool:
         return substring(given, candidate, self._settings.substring_ratio)

@@ -55,7 +55,7 @@ class RewardSettings(Settings):
         tuple[Match, ...],
         Field(min_length=1),
         BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    ] = ("exact",)
+    ] = ("exact", "substring")
     """Each alone makes an answer right; the judge is only asked about answers that the rules do not find right."""
     f1_threshold: float = Field(0.8, gt=0, le=1)
     substring_ratio: float = Field(3.0, ge=1, le=100)
