@@ -91,6 +91,14 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def shown(value: Any) -> str:
+    """A value as a message has it, whatever it is."""
+    try:
+        return repr(value)[:80]
+    except Exception:  # a number of 5,000 digits, or a foreign object
+        return f"a {type(value).__name__}"
+
+
 @dataclass
 class TrajectoryRecord:
     """All tool calls of one trajectory, in the order they were made."""

@@ -57,14 +57,6 @@ def words(error: BaseException) -> str:
         return type(error).__name__
 
 
-def shown(value: Any) -> str:
-    """A value as a message has it, whatever it is."""
-    try:
-        return repr(value)[:80]
-    except Exception:  # a number of 5,000 digits, or a foreign object
-        return f"a {type(value).__name__}"
-
-
 def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {words(error)}"
 

@@ -34,13 +34,12 @@ from verl.tools.schemas import ToolResponse
 from verl_tapo.cpu import ROLLOUT_NAME
 from verl_tapo.images import content_hash
 from verl_tapo.parsing import NOT_EXECUTED_PREFIX, STOCK_ERRORS, FoundCall, answer_is_error
-from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryRecord, finite
+from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryRecord, finite, shown
 from verl_tapo.rollout.execution import (
     Execution,
     ToolFailed,
     give_tools_threads,
     leave_behind,
-    shown,
     tell_once,
     words,
 )

@@ -48,6 +48,8 @@ def find_problems(config: Any, settings: TapoSettings) -> list[str]:
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
     problems = []
+    if settings.rule.tools is not None and not settings.rule.tools:
+        problems.append("algorithm.tapo.tools names no tool, so that none takes part; null decides by name")
     base = settings.base_estimator
     known = set(ADV_ESTIMATOR_REGISTRY) - _NO_GROUP_ESTIMATORS - {"tapo"}
     if base not in known:
