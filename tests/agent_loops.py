@@ -41,14 +41,8 @@ def call(tool, **arguments):
     return f"<tool_call>\n{json.dumps({'name': tool, 'arguments': arguments})}\n</tool_call>"
 
 
-def run_scripted(cls, tokenizer, tools, script, settings=None, **limits):
-    """One trajectory of an agent loop: its output, and the model.
-
-    Args:
-        script: the assistant's turns.
-        settings: of the loop's constructor.
-        limits: of ``rollout`` or ``rollout.multi_turn``.
-    """
+def scripted(cls, tokenizer, tools, script, settings=None, **limits):
+    """An agent loop on a scripted model, as a coroutine function, and the model; see `run_scripted`."""
     rollout = {
         "prompt_length": 4000,
         "response_length": 4000,
@@ -81,5 +75,16 @@ def run_scripted(cls, tokenizer, tools, script, settings=None, **limits):
         )
         return await loop.run({}, raw_prompt=[{"role": "user", "content": "Where is Paris?"}])
 
-    output = asyncio.run(run())
-    return output, model
+    return run, model
+
+
+def run_scripted(cls, tokenizer, tools, script, settings=None, **limits):
+    """One trajectory of an agent loop: its output, and the model.
+
+    Args:
+        script: the assistant's turns.
+        settings: of the loop's constructor.
+        limits: of ``rollout`` or ``rollout.multi_turn``.
+    """
+    run, model = scripted(cls, tokenizer, tools, script, settings, **limits)
+    return asyncio.run(run()), model

@@ -42,10 +42,12 @@ def placeholders(name):
     return name.replace("<tool>/cache_hit", "<tool>/<number>")
 
 
-def logged(tokenizer, **tapo):
-    """The metrics of a training step of recorded rollouts whose tools return a number."""
+def logged(tokenizer, calls=True, **tapo):
+    """The metrics of a training step of recorded rollouts whose tools return a number; or of one without calls."""
     rows = fake_batch(tokenizer)
     for rollout, _, _ in rows:
+        if not calls:
+            rollout.record.steps.clear()
         for step in rollout.record.steps:
             step.metrics = {"cache_hit": True}
     data, metrics = data_proto(rows, tokenizer), {}
@@ -79,11 +81,12 @@ def test_what_the_text_names_stands_in_a_table():
     assert named - set(explained()) == set()
 
 
-def test_the_marked_ones_are_left_out_where_nothing_is_matched(qwen_like_tokenizer):
+def test_the_marked_ones_are_left_out_where_they_would_be_of_nothing(qwen_like_tokenizer):
     everything = logged(qwen_like_tokenizer)
-    nothing = logged(qwen_like_tokenizer, tools={"another_tool": {}})
-    missing = {placeholders(name) for name in everything.keys() - nothing.keys()}
+    others = [logged(qwen_like_tokenizer, tools={"another_tool": {}}), logged(qwen_like_tokenizer, calls=False)]
+    missing = {placeholders(name) for other in others for name in everything.keys() - other.keys()}
     assert missing == {name for name, (may_be_left_out, _) in explained().items() if may_be_left_out}
+    assert all(not value for name, value in others[1].items() if name.startswith(("tools/", "tapo/tool/")))
 
 
 def test_verl_averages_what_it_has_of_several_batches():

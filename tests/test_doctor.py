@@ -1,6 +1,8 @@
 """The doctor, in this process for configurations, in others for what is not installed or switched off."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -49,6 +51,9 @@ def test_a_good_configuration(capsys):
         (["+algorithm.tapo.base_estimator=gae"], "base_estimator=gae is no group estimator"),
         (["+algorithm.tapo.tool_format=nope"], "the tool format 'nope' is not known"),
         (["+algorithm.tapo.tools.search.query=fuzzy"], "unknown kernel 'fuzzy'"),
+        (["+algorithm.tapo.tools={}"], "algorithm.tapo.tools names no tool"),
+        (["+algorithm.tapo.record_dir=/dev/null"], "algorithm.tapo.record_dir=/dev/null cannot be written to"),
+        (["+algorithm.tapo.record_dir=/proc/no/where"], "algorithm.tapo.record_dir=/proc/no/where cannot be written"),
     ],
 )
 def test_bad_configurations(capsys, arguments, problem):
@@ -56,6 +61,237 @@ def test_bad_configurations(capsys, arguments, problem):
     assert code == 1
     assert problem in out.split("Problems:")[1]
     assert "TAPO would not run." in out
+
+
+def test_a_record_dir_with_files_of_others(capsys, tmp_path):
+    (tmp_path / "1.jsonl.gz").write_bytes(b"dumps")
+    code, out = doctor(capsys, f"+algorithm.tapo.record_dir={tmp_path}")
+    assert code == 1
+    assert f"record_dir={tmp_path} holds 1.jsonl.gz, " in out.split("Problems:")[1]
+    code, out = doctor(capsys, f"+algorithm.tapo.record_dir={tmp_path / 'new'}")
+    assert code == 0, out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.jsonl.gz"]  # looking leaves no trace
+
+
+def test_gspo_in_a_form_that_is_not_the_paper_s(capsys):
+    gspo = "actor_rollout_ref.actor.policy_loss.loss_mode=gspo"
+    code, out = doctor(capsys, gspo)
+    assert code == 0, out
+    assert "loss_mode=gspo with veRL's default loss_agg_mode=token-mean" in out.split("Warnings:")[1]
+    for arguments in ([gspo, "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"], []):
+        assert "paper's GSPO" not in doctor(capsys, *arguments)[1]
+
+
+TOOLS = """
+import sys
+from verl.tools.base_tool import BaseTool
+
+class Search(BaseTool):
+    def __init__(self, config, tool_schema):
+        if config.get("fail") == "raise":
+            raise ConnectionError("the index is not there")
+        if config.get("fail") == "exit":
+            sys.exit("no key")
+        super().__init__(config, tool_schema)
+
+class Own(BaseTool):
+    def get_openai_tool_schema(self):
+        from verl.tools.schemas import OpenAIFunctionToolSchema
+        properties = {"url": {"type": "string"}}
+        function = {"name": "fetch", "description": "f", "parameters": {"type": "object", "properties": properties}}
+        return OpenAIFunctionToolSchema.model_validate({"type": "function", "function": function})
+"""
+FUNCTIONS = '''
+from verl.tools.function_tool import function_tool
+
+@function_tool
+def python_{number}(code: str) -> str:
+    """Runs code.
+
+    Args:
+        code: what to run.
+    """
+    return code
+'''
+SCHEMA = """
+    tool_schema:
+      type: function
+      function:
+        name: search
+        description: searches
+        parameters:
+          type: object
+          properties:
+            query: {type: string, description: q}
+            n: {type: integer, description: how many}
+          required: [query]
+"""
+
+
+@pytest.fixture
+def tools_file(tmp_path, monkeypatch):
+    """Writes a file of tools; gives the override that names it. The tools' module is `tools_of_<number>`."""
+    made = []
+
+    def write(text):
+        number = f"{os.getpid()}_{id(made)}_{len(made)}"
+        (tmp_path / f"tools_of_{number}.py").write_text(TOOLS)
+        path = tmp_path / f"tools_{number}.yaml"
+        path.write_text(text.replace("MODULE", f"tools_of_{number}"))
+        made.append(path)
+        return f"actor_rollout_ref.rollout.multi_turn.tool_config_path={path}"
+
+    monkeypatch.syspath_prepend(tmp_path)
+    return write
+
+
+GOOD = "tools:\n  - class_name: MODULE.Search\n    config: {type: native}" + SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        # as veRL's documentation has it
+        (
+            "tools:\n  - class_name: MODULE.Search\n    config: {}" + SCHEMA,
+            "tools[0] (MODULE.Search) has no config.type",
+        ),
+        ("tools:\n  - class_name: MODULE.Search" + SCHEMA, "tools[0] (MODULE.Search) has no config.type"),
+        (GOOD.replace("native", "mcp"), "config.type='mcp' is not known; known: native"),
+        (GOOD.replace("MODULE", "nowhere_at_all"), "there is no module 'nowhere_at_all'; is its folder on PYTHONPATH?"),
+        (GOOD.replace("MODULE", "nowhere_at.all"), "there is no module 'nowhere_at.all'; is its folder on PYTHONPATH?"),
+        (GOOD.replace("MODULE.Search", "Search"), "there is no module 'Search'; is its folder on PYTHONPATH?"),
+        (GOOD.replace("MODULE.Search", "MODULE.Serach"), "veRL cannot load the tools of "),
+        (GOOD.replace("        name: search\n", ""), "tools[0] (MODULE.Search): its tool_schema is none: "),
+        (GOOD.replace("type: native", "type: native, fail: raise"), "ConnectionError: the index is not there"),
+        (GOOD.replace("type: native", "type: native, fail: exit"), "SystemExit: no key"),
+        ("tools:\n  - config: {type: native}", "tools[0] has no class_name"),
+        ("tools: search", "has no list `tools`"),
+        ("- tools", "has no list `tools`"),
+        ("tools: [", "cannot be read: "),
+    ],
+)
+def test_tools_that_verl_cannot_load(capsys, tools_file, text, problem):
+    code, out = doctor(capsys, tools_file(text))
+    assert code == 1, out
+    assert "Problems:" in out
+    told = out.split("Problems:")[1]
+    for part in problem.split("MODULE"):
+        assert part in told
+    assert told.count("  - ") == 1, told
+
+
+def test_a_file_of_tools_that_is_not_there(capsys):
+    code, out = doctor(capsys, "actor_rollout_ref.rollout.multi_turn.tool_config_path=nowhere.yaml")
+    assert code == 1
+    assert "tool_config_path=nowhere.yaml cannot be read: " in out.split("Problems:")[1]
+
+
+def test_which_tools_take_part(capsys, tools_file, tmp_path):
+    override = tools_file(GOOD + "  - class_name: MODULE.Own\n    config: {type: native}\n")
+    functions = tmp_path / "functions.py"
+    functions.write_text(FUNCTIONS.replace("{number}", "a"))
+    overrides = [override, f"actor_rollout_ref.rollout.multi_turn.function_tool_path={functions}"]
+    code, out = doctor(capsys, *overrides)
+    assert code == 0, out
+    shown = out.split("Tools:\n")[1].split("\n\n")[0].splitlines()
+    assert [line.split(maxsplit=1) for line in shown] == [
+        ["search", "takes part: query=text, n=exact"],
+        ["fetch", "takes part: url=exact"],
+        ["python_a", "left out: by its name it runs or makes things"],
+    ]
+    code, out = doctor(capsys, *overrides, "+algorithm.tapo.tools.search={n:{kernel:number,scale:4}}")
+    assert code == 0, out
+    shown = out.split("Tools:\n")[1].split("\n\n")[0].splitlines()
+    assert [line.split(maxsplit=1) for line in shown] == [
+        ["search", "takes part: query=exact, n=number"],
+        ["fetch", "left out: not in algorithm.tapo.tools"],
+        ["python_a", "left out: not in algorithm.tapo.tools"],
+    ]
+
+
+@pytest.mark.parametrize("with_code", [False, True])
+@pytest.mark.parametrize(
+    ("tool", "problem"),
+    [
+        ("search.querry", "algorithm.tapo.tools.search.querry: the tool has no such parameter; did you mean 'query'?"),
+        ("serach.query", "algorithm.tapo.tools.serach: no configured tool has that name; did you mean 'search'?"),
+        ("zoom.bbox", "algorithm.tapo.tools.zoom: no configured tool has that name; known: "),
+    ],
+)
+def test_tools_of_the_rule_that_are_none_of_the_run(capsys, tools_file, with_code, tool, problem):
+    """By the file alone, as the trainers' constructors look, or with tools whose schema only their class knows."""
+    from verl_tapo.trainer.check import check_run
+
+    override = tools_file(GOOD + ("  - class_name: MODULE.Own\n    config: {type: native}\n" if with_code else ""))
+    overrides = [override, f"+algorithm.tapo.tools.{tool}=text"]
+    code, out = doctor(capsys, *overrides)
+    assert code == 1
+    assert out.split("Problems:")[1].count(problem) == 1
+    if not with_code:
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            check_run(composed(overrides))
+
+
+def composed(overrides):
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=["algorithm.adv_estimator=tapo", *overrides])
+
+
+def test_tools_that_only_an_agent_loop_of_its_own_knows_are_not_judged(capsys):
+    code, out = doctor(capsys, "+algorithm.tapo.tools.anything.query=text")
+    assert code == 0, out
+    assert "Tools:" not in out
+
+
+def data_file(path, names):
+    """Rows of veRL's form; ``names``: of agent loops, None for rows without any."""
+    rows = [{"agent_name": name} for name in names] if names else [{}, {}]
+    rows = [{"prompt": [{"role": "user", "content": "?"}], **row} for row in rows]
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_rows_that_override_the_recording_loop(capsys, tmp_path, suffix):
+    recording = "actor_rollout_ref.rollout.agent.default_agent_loop=tapo_tool_agent"
+    warning = "rows name the agent loop 'single_turn_agent', 'tool_agent' in their column agent_name"
+    other = data_file(tmp_path / f"b{suffix}", ["single_turn_agent", "tool_agent", "tapo_tool_agent"])
+    plain = data_file(tmp_path / f"a{suffix}", None)
+    right = data_file(tmp_path / f"c{suffix}", ["tapo_tool_agent"])
+    for files, expected in ((other, True), (f"[{plain},{other}]", True), (plain, False), (right, False)):
+        code, out = doctor(capsys, recording, f"data.train_files={files}")
+        assert code == 0, out
+        assert (warning in out) == expected
+    _, out = doctor(capsys, f"data.train_files={other}")
+    assert "agent_name" not in out  # nothing is lost that was asked for
+    loops = tmp_path / "loops.yaml"
+    targets = "_target_: verl_tapo.rollout.tool_agent.TapoToolAgentLoop"
+    loops.write_text(f"- name: tool_agent\n  {targets}\n- name: single_turn_agent\n  {targets}\n")
+    given = f"actor_rollout_ref.rollout.agent.agent_loop_config_path={loops}"
+    _, out = doctor(capsys, recording, given, f"data.train_files={other}")
+    assert "agent_name" not in out
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PAR1", b"{", b'[{"agent_name": "tool_agent"}]', b"\xff\xfe{}", b'"text"\n3']
+)
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_data_files_that_are_none_are_not_the_doctor_s_affair(capsys, tmp_path, suffix, content):
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(content)
+    recording = "actor_rollout_ref.rollout.agent.default_agent_loop=tapo_tool_agent"
+    code, out = doctor(capsys, recording, f"data.train_files={path}", "actor_rollout_ref.rollout.n=4")
+    assert code == 0, out
+    assert "agent_name" not in out
 
 
 def test_files(capsys, tmp_path):

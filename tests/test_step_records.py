@@ -6,6 +6,8 @@ import dataclasses
 import gzip
 import json
 import logging
+import os
+import re
 import threading
 
 import numpy as np
@@ -199,6 +201,103 @@ def test_only_the_newest_steps_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
+def foreign(path, content):
+    """A file of somebody else's: compressed dumps, a shard of a data set, or what else may bear such a name."""
+    if content == "dumps":
+        path.write_bytes(gzip.compress(b'{"input": "a", "output": "b", "score": 1.0}\n'))
+    elif content == "shard":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"]}), path)
+    elif content == "folder":
+        path.mkdir()
+        (path / "part-0").write_text("rows")
+    elif content == "pipe":
+        os.mkfifo(path)
+    elif content == "nothing":
+        path.touch()
+    elif content == "text":
+        path.write_text("not compressed")
+    return path
+
+
+def contents(folder):
+    """Every plain file of a folder, byte by byte, and the names of all else."""
+    return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
+
+
+FOREIGN = [
+    ("1.jsonl.gz", "dumps"),
+    ("000001.jsonl.gz", "dumps"),
+    ("000001.jsonl.gz", "text"),
+    ("000001.jsonl.gz", "nothing"),
+    ("000001.jsonl.gz", "pipe"),
+    ("00001.parquet", "shard"),
+    ("000001.parquet", "shard"),
+    ("000001_1.parquet", "shard"),
+    ("000007.parquet", "folder"),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), FOREIGN)
+def test_a_folder_with_files_of_others_is_refused_at_the_start(tmp_path, name, content):
+    foreign(tmp_path / name, content)
+    before = contents(tmp_path)
+    for start in (check_folder, StepRecorder, lambda folder: check_folder(folder, make=False)):
+        with pytest.raises(ValueError, match=rf"record_dir=.* holds {re.escape(name)}, .*move it away"):
+            start(tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("record_format", FORMATS)
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize(("name", "content"), FOREIGN)
+def test_a_file_of_another_s_that_comes_later_is_never_touched(tmp_path, caplog, record_format, keep, name, content):
+    recorder = StepRecorder(tmp_path, record_format, keep)
+    path = foreign(tmp_path / name, content)
+    before = contents(tmp_path)
+    for step in (1, 2, 1, 7):
+        recorder.take(snapshot(step, step=step))
+        recorder.flush()
+    after = contents(tmp_path)
+    assert {name: after[name] for name in before} == before
+    in_the_way = {f"{step:06d}.{FORMATS[record_format]}" for step in (1, 7)} & {name}
+    assert (recorder.lost > 0) == bool(in_the_way)
+    if in_the_way:
+        assert f"{path} is there already and holds no step records" in caplog.text
+    last = f"000007.{FORMATS[record_format]}"
+    assert is_step_records(tmp_path / last) == (last not in in_the_way)
+
+
+def test_records_under_other_names_or_of_other_steps_are_not_our_own(tmp_path):
+    """Somebody's copies: `1.jsonl.gz` of step 1, and step 1 kept under the name of step 2."""
+    write(tmp_path / "kept", snapshot(1))
+    kept = (tmp_path / "kept" / "000001.jsonl.gz").read_bytes()
+    for name in ("1.jsonl.gz", "000002.jsonl.gz"):
+        folder = tmp_path / name.partition(".")[0]
+        recorder = StepRecorder(folder)
+        folder.mkdir()
+        (folder / name).write_bytes(kept)
+        for step in (1, 2):
+            recorder.take(snapshot(step, step=step))
+            recorder.flush()
+        assert (folder / name).read_bytes() == kept
+        with pytest.raises(ValueError, match="move it away"):
+            check_folder(folder)
+
+
+def test_a_run_that_was_killed_while_it_wrote_goes_on(tmp_path):
+    """Its own files are no others' files, and what it left half written is written anew."""
+    write(tmp_path, snapshot(1), snapshot(2, step=2))
+    (tmp_path / ".000003.jsonl.gz.partial").write_bytes(b"\x1f\x8b\x08half")
+    check_folder(tmp_path)
+    recorder = write(tmp_path, snapshot(4, step=2), snapshot(3, step=3))
+    assert recorder.lost == 0
+    assert sorted(contents(tmp_path)) == [f"00000{step}.jsonl.gz" for step in (1, 2, 3)]
+    assert len(read_step_records(tmp_path / "000002.jsonl.gz").rows) == len(snapshot(4).index)
+
+
 class TestTrouble:
     def test_a_folder_that_cannot_be_written_to_ends_nothing(self, tmp_path, caplog):
         (tmp_path / "file").write_text("in the way")
@@ -234,9 +333,14 @@ class TestTrouble:
     def test_the_folder_is_tried_before_the_run(self, tmp_path):
         check_folder(tmp_path / "deep" / "er")
         assert list((tmp_path / "deep" / "er").iterdir()) == []
+        check_folder(tmp_path / "not" / "made", make=False)
+        assert not (tmp_path / "not").exists()
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match=r"record_dir=.*file cannot be written to"):
             check_folder(tmp_path / "file")
+        for place in (tmp_path / "file" / "below", "/proc/nowhere", "/dev/null"):
+            with pytest.raises(ValueError, match=r"record_dir=.* cannot be written to"):
+                check_folder(place, make=False)
 
     def test_broken_lines_are_told(self, tmp_path):
         write(tmp_path, snapshot(1))

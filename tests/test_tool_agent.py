@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import logging
+import signal
 import threading
 import time
 
@@ -16,13 +18,14 @@ from verl_tapo.records import recorded_steps
 
 pytest.importorskip("verl.experimental.agent_loop")
 
-from agent_loops import call, run_scripted, schema
+from agent_loops import call, run_scripted, schema, scripted
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.tools.base_tool import BaseTool
 from verl.tools.function_tool import FunctionTool
 from verl.tools.schemas import ToolResponse
 
+from verl_tapo.rollout import execution
 from verl_tapo.rollout.tool_agent import TapoToolAgentLoop, strip_control_tokens
 
 CYCLE = {}
@@ -52,6 +55,10 @@ class Search(BaseTool):
         query = self.last = parameters["query"]
         if query == "cancel":
             raise asyncio.CancelledError
+        if query == "exit":
+            raise SystemExit(3)
+        if query == "interrupt":
+            raise KeyboardInterrupt
         if query == "own error":
             raise OwnError("of no known kind")
         if query == "no text":
@@ -73,6 +80,8 @@ class Search(BaseTool):
             return ToolResponse(text="look", image=["pixels"]), 0.0, {}
         if query == "odd metrics":
             return ToolResponse(text="found"), np.float32(0.5), {"lock": threading.Lock(), "n": np.float32(2)}
+        if query in ODD:
+            return ToolResponse(text="found"), *ODD[query]
         if query == "cyclic metrics":
             return ToolResponse(text="found"), True, CYCLE
         if query == "raise":
@@ -90,7 +99,42 @@ class Search(BaseTool):
         return ToolResponse(text=f"found {query}"), 0.5, {"hits": 1}
 
 
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+class Unwilling:
+    def __str__(self):
+        raise RuntimeError("no text")
+
+    def item(self):
+        raise RuntimeError("no number")
+
+
+# Reward and metrics, as a tool may return them.
+ODD = {
+    "huge": (10**400, {"n": 10**400, "m": 1}),
+    "beyond text": (10**5000, {"n": 10**5000, "m": 1}),
+    "nan": (float("nan"), {"n": float("nan"), "m": 1}),
+    "infinite": (float("-inf"), {"n": float("inf"), "m": 1}),
+    "complex": (1j, {"n": np.float32("nan"), "m": 1}),
+    "deep": ([], {"n": nested(100), "m": 1}),
+    "deeper": ("0.5", {"n": nested(900), "m": 1}),
+    "deepest": ({}, {"n": nested(100_000), "m": 1}),
+    "foreign": (Unwilling(), {"n": Unwilling(), "m": 1}),
+    "no mapping": (b"1", [("m", 1)]),
+    "none": (None, None),
+    "numbers of NumPy and torch": (torch.tensor(0.5), {"m": np.int64(1)}),
+}
+
+
 def add(a: int, b: int) -> str:
+    errors = {1: SystemExit(3), 2: KeyboardInterrupt(), 3: StopIteration(), 4: OwnError("of no known kind")}
+    if b == 0 and a in errors:
+        raise errors[a]
     return str(a + b)
 
 
@@ -226,6 +270,8 @@ def test_malformed_calls_are_answered_counted_and_limited(qwen_like_tokenizer):
         ("long error", "error", "Error executing tool 'search': word word"),
         ("int text", "error", "Error executing tool 'search':"),
         ("deaf", "timeout", "Error executing tool 'search': no answer within 0.2 s"),
+        ("exit", "error", "Error executing tool 'search': SystemExit: 3"),
+        ("interrupt", "error", "Error executing tool 'search': KeyboardInterrupt"),
     ],
 )
 def test_a_failing_tool_is_an_answer_not_a_crash(qwen_like_tokenizer, query, status, seen):
@@ -234,8 +280,206 @@ def test_a_failing_tool_is_an_answer_not_a_crash(qwen_like_tokenizer, query, sta
     (step,) = record_of(output)
     assert (step["status"], step["ok"]) == (status, False)
     assert step["latency_s"] < 1
+    assert step["abandoned"] == (query == "deaf")
     assert seen in qwen_like_tokenizer.decode(model.prompts[1])
     assert_parses_alike(qwen_like_tokenizer, output)
+
+
+@pytest.mark.parametrize(
+    ("a", "seen"), [(1, "SystemExit: 3"), (2, "KeyboardInterrupt"), (3, "Stop"), (4, "of no known")]
+)
+def test_whatever_a_plain_function_raises_is_an_answer(qwen_like_tokenizer, a, seen):
+    output, model = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, [call("add", a=a, b=0), "done"])
+    assert [step["status"] for step in record_of(output)] == ["error"]
+    assert f"Error executing tool 'add': {seen}" in qwen_like_tokenizer.decode(model.prompts[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_process_is_no_tool_s_failure(qwen_like_tokenizer, monkeypatch, number):
+    """Python raises its exception in the midst of the tool; a plain event loop, since `asyncio.run` handles SIGINT."""
+
+    class Interrupted(Search):
+        async def execute(self, instance_id, parameters, **kwargs):
+            signal.raise_signal(number)
+            return ToolResponse(text="found"), None, {}
+
+    def stop(*_):
+        raise SystemExit(143)
+
+    expected = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}[number]
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: stop}
+    before = {n: signal.signal(n, handler) for n, handler in handlers.items()}
+    tool = Interrupted({}, schema("search", query="string"))
+    run, model = scripted(TapoToolAgentLoop, qwen_like_tokenizer, [tool], [call("search", query="a"), "done"])
+    loop = asyncio.new_event_loop()
+    try:
+        with pytest.raises(expected):
+            loop.run_until_complete(run())
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        assert {n: signal.getsignal(n) for n in handlers} == handlers
+    finally:
+        loop.close()
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert len(model.prompts) == 1
+
+
+@pytest.fixture
+def told(monkeypatch, caplog):
+    """What is said once in a process has not been said yet."""
+    monkeypatch.setattr(execution, "_told", set())
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def test_tools_that_block_their_threads_stop_no_rollout(qwen_like_tokenizer, told):
+    """More of them than a default executor has threads; they would go on for half a minute."""
+    go, begun, ended = threading.Event(), [], []
+
+    def block(query: str) -> str:
+        begun.append(query)
+        go.wait(30)
+        ended.append(query)
+        return "too late"
+
+    tools = [FunctionTool("block", block, schema("block", query="string"))]
+    script = [call("block", query="a"), call("block", query="b"), "done"]
+
+    async def all_of_them():
+        runs = [
+            scripted(TapoToolAgentLoop, qwen_like_tokenizer, tools, script, {"tool_timeout_s": 0.2})[0]
+            for _ in range(12)
+        ]
+        return await asyncio.gather(*[run() for run in runs])
+
+    outputs = asyncio.run(all_of_them())
+    assert (len(begun), ended) == (24, [])
+    go.set()
+    for output in outputs:
+        steps = record_of(output)
+        assert [(step["status"], step["abandoned"]) for step in steps] == [("timeout", True)] * 2
+        assert all(step["latency_s"] < 10 for step in steps)
+    assert told.text.count("'block' did not stop at its timeout of 0.2 s and cannot be stopped") == 1
+
+
+def test_a_tool_that_fills_the_default_executor_stops_no_rollout(qwen_like_tokenizer):
+    """What veRL and the loop compute in threads, such as the merging of tokens, does not wait for it."""
+    go, begun, ended = threading.Event(), [], []
+
+    class Blocking(Search):
+        async def execute(self, instance_id, parameters, **kwargs):
+            await asyncio.to_thread(lambda: (begun.append(1), go.wait(30), ended.append(1)))
+
+    tools = [Blocking({}, schema("search", query="string"))]
+    script = [call("search", query="a"), "done"]
+
+    async def all_of_them():
+        runs = [
+            scripted(TapoToolAgentLoop, qwen_like_tokenizer, tools, script, {"tool_timeout_s": 0.2})[0]
+            for _ in range(40)
+        ]
+        outputs = await asyncio.gather(*[run() for run in runs])
+        assert begun
+        assert not ended
+        go.set()
+        return outputs
+
+    statuses = [step["status"] for output in asyncio.run(all_of_them()) for step in record_of(output)]
+    assert statuses == ["timeout"] * 40
+
+
+def test_plain_functions_see_the_context_and_their_arguments(qwen_like_tokenizer):
+    output, model = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, [call("add", a=20, b=22), "done"])
+    assert record_of(output)[0]["status"] == "ok"
+    assert "42" in qwen_like_tokenizer.decode(model.prompts[1])
+
+
+def test_a_tool_that_holds_the_event_loop_is_named_while_it_does(qwen_like_tokenizer, monkeypatch, told):
+    monkeypatch.setattr(execution, "_STALL_S", 0.05)
+
+    class Holding(Search):
+        async def execute(self, instance_id, parameters, **kwargs):
+            await asyncio.sleep(0)
+            start = time.monotonic()
+            while "held the event loop" not in told.text and time.monotonic() < start + 30:
+                time.sleep(0.01)
+            return ToolResponse(text="found"), None, {}
+
+    tools = [Holding({}, schema("search", query="string"))]
+    script = [call("search", query="a"), call("search", query="b"), "done"]
+    output, _ = run_scripted(TapoToolAgentLoop, qwen_like_tokenizer, tools, script, {"tool_timeout_s": 0.1})
+    assert all(step["latency_s"] < 30 for step in record_of(output))
+    assert told.text.count("the tool 'search' has held the event loop for") == 1
+    told.clear()
+    execution._told.clear()
+    run_loop(TapoToolAgentLoop, qwen_like_tokenizer, [call("search", query="hang"), "x"], {"tool_timeout_s": 0.3})
+    assert "held the event loop" not in told.text  # one that only waits does not
+
+
+@pytest.mark.parametrize("query", ODD)
+def test_odd_rewards_and_metrics_are_named_and_left_out(qwen_like_tokenizer, told, query):
+    script = [call("search", query=query), call("search", query=query), "done"]
+    output, _ = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, script)
+    for step in record_of(output):
+        assert step["status"] == "ok"
+        assert step["metrics"] == ({} if query in ("no mapping", "none") else {"m": 1})
+    fine = query == "numbers of NumPy and torch"
+    assert output.extra_fields["tool_rewards"] == ([0.5, 0.5] if fine else [])
+    named = query not in ("none", "numbers of NumPy and torch")
+    assert told.text.count("'search' returned a reward that is no finite number") == named
+    assert told.text.count("'search' returned metrics that cannot be recorded") == named
+
+
+@pytest.mark.parametrize("how", ["attributes", "contents", "nothing"])
+def test_what_a_tool_does_to_agent_data_does_not_bend_the_trajectory(qwen_like_tokenizer, how):
+    seen = []
+
+    class Meddling(Search):
+        async def execute(self, instance_id, parameters, agent_data, **kwargs):
+            seen.append((getattr(agent_data, "session", None), agent_data.extra_fields.get("mine")))
+            if how != "nothing":
+                agent_data.messages[0].clear()
+                for value in vars(agent_data).values():
+                    if isinstance(value, list | dict):
+                        value.clear()
+            if how == "attributes":
+                vars(agent_data).clear()
+            agent_data.session = f"session {len(seen)}"
+            if how != "attributes":
+                agent_data.extra_fields["mine"] = f"field {len(seen)}"
+            return ToolResponse(text=f"found {parameters['query']}"), 0.5, {}
+
+    tools = [Meddling({}, schema("search", query="string"))]
+    both = call("search", query="b") + call("search", query="c")
+    script = [call("search", query="a"), both, "done"]
+    output, model = run_scripted(TapoToolAgentLoop, qwen_like_tokenizer, tools, script, max_parallel_calls=2)
+    tools = [Search({}, schema("search", query="string"))]
+    tame, tame_model = run_scripted(TapoToolAgentLoop, qwen_like_tokenizer, tools, script, max_parallel_calls=2)
+    assert model.prompts == tame_model.prompts
+    assert (output.response_ids, output.response_mask) == (tame.response_ids, tame.response_mask)
+    assert [step["status"] for step in record_of(output)] == ["ok"] * 3
+    assert output.extra_fields["tool_rewards"] == [0.5] * 3
+    for name in ("min_global_steps", "max_global_steps"):
+        assert output.extra_fields[name] == 7
+    assert [session for session, _ in seen] == [None, "session 1", "session 2"]
+    if how == "nothing":
+        assert [mine for _, mine in seen] == [None, "field 1", "field 2"]
+        assert output.extra_fields["mine"] == "field 3"
+
+
+def test_what_cannot_be_sent_to_the_trainer_is_left_out(qwen_like_tokenizer, told):
+    class Storing(Search):
+        async def execute(self, instance_id, parameters, agent_data, **kwargs):
+            agent_data.extra_fields.update({"lock": threading.Lock(), 5: "a number", "mine": [1, 2]})
+            return ToolResponse(text="found"), None, {}
+
+    tools = [Storing({}, schema("search", query="string"))]
+    output, _ = run_scripted(TapoToolAgentLoop, qwen_like_tokenizer, tools, [call("search", query="a"), "done"])
+    assert output.extra_fields["mine"] == [1, 2]
+    assert not {"lock", 5} & set(output.extra_fields)
+    assert "stored in extra_fields as 'lock' cannot be sent" in told.text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Through veRL's own V0 path, ``compute_advantage(DataProto)``, as the asynchronous experiments use it."""
 
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -364,6 +366,151 @@ def test_what_is_reported_once(qwen_like_tokenizer, trainer, caplog):
     assert caplog.text.count("the tool 'image_serach' of algorithm.tapo.tools was never called in 6 batches") == 1
 
 
+def test_who_takes_part_and_what_became_of_each_step(qwen_like_tokenizer, trainer, caplog):
+    rows = fake_batch(qwen_like_tokenizer)
+    tools = {"text_search": {"query": "text"}, "zoom": {"bbox_2d": {"kernel": "iou"}, "image": "exact"}, "fetch": None}
+    for step in (11, 12):
+        trainer.global_steps = step
+        compute(data_proto(rows, qwen_like_tokenizer), tools=tools)
+    lines = [record.getMessage() for record in caplog.records if record.name == "verl_tapo"]
+    kernels = "text_search (query=text), zoom (bbox_2d=iou, image=exact), fetch"
+    assert lines == [
+        f"TAPO: tools that take part: {kernels}; parameters not named: exact",
+        "TAPO: step 11: 14 calls, 8 failing, 6 misassigned, 6 corrected",
+        "TAPO: step 12: 14 calls, 8 failing, 6 misassigned, 6 corrected",
+    ]
+    del trainer.global_steps
+    caplog.clear()
+    compute(data_proto(rows, qwen_like_tokenizer), tools=tools, alpha_min=0.5)
+    assert "TAPO: batch 3: 14 calls, 8 failing, 6 misassigned, 4 corrected" in caplog.text
+
+
+def test_the_console_shows_it_where_nothing_was_configured():
+    """As in veRL's Ray processes, in which no logger has a handler."""
+    code = """
+from verl_tapo import TapoConfig, transfer_credit
+from verl_tapo.trainer.watch import Watch
+import torch
+report = transfer_credit(torch.ones(1, 1), torch.ones(1, 1), ["u"], [True], [], TapoConfig())[1]
+watch = Watch()
+watch.sum_up(report, 7, 0)
+watch.sum_up(report, 7, 1)
+watch.tell("key", "a warning")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = [f"TAPO: step 7{part}: 0 calls, 0 failing, 0 misassigned, 0 corrected" for part in ("", ", batch 2")]
+    assert done.stderr.splitlines() == [*said, "TAPO: a warning"]
+
+
+def test_a_parameter_that_no_call_has_is_reported(qwen_like_tokenizer, trainer, caplog):
+    rows = fake_batch(qwen_like_tokenizer)
+    for _ in range(3):
+        compute(data_proto(rows, qwen_like_tokenizer), tools={"text_search": {"querry": "text"}}, patience=2)
+    message = (
+        "no call of 'text_search' in 2 batches had the parameter 'querry' of algorithm.tapo.tools; they had: query"
+    )
+    assert caplog.text.count(message) == 1
+
+
+def test_a_tool_that_is_called_no_more_leaves_no_gap(qwen_like_tokenizer, trainer):
+    rows = fake_batch(qwen_like_tokenizer)
+    before = step_metrics(compute(data_proto(rows, qwen_like_tokenizer)))
+    for rollout, _, _ in rows:
+        rollout.record.steps = [step for step in rollout.record.steps if step.tool != "zoom"]
+    after = step_metrics(compute(data_proto(rows, qwen_like_tokenizer)))
+    assert before["tapo/tool/zoom/steps_per_trajectory"] == pytest.approx(3 / 11)
+    assert before["tools/zoom/calls_per_trajectory"] == pytest.approx(3 / 11)
+    assert before["tapo/tool/zoom/corrected_steps"] > 0
+    zoom = {name.rpartition("/")[2]: value for name, value in after.items() if name.startswith("tapo/tool/zoom/")}
+    assert zoom == dict.fromkeys(["steps_per_trajectory", "failed_calls", "misassigned_steps", "corrected_steps"], 0.0)
+    assert after["tools/zoom/calls_per_trajectory"] == 0.0
+    assert after["tapo/tool/text_search/steps_per_trajectory"] == before["tapo/tool/text_search/steps_per_trajectory"]
+
+
+AGENT_LOOP = "actor_rollout_ref.rollout.agent.default_agent_loop=tapo_tool_agent"
+
+
+@pytest.mark.parametrize(
+    ("default", "column", "warning"),
+    [
+        (
+            "tapo_tool_agent",
+            "tool_agent",
+            "the data set's rows name the agent loop 'tool_agent' in their column agent_name",
+        ),
+        ("tapo_tool_agent", None, "is set, but another agent loop ran"),
+        ("tool_agent", "tool_agent", None),
+        (None, None, None),
+    ],
+)
+def test_a_recording_that_is_overridden_is_warned_of(qwen_like_tokenizer, trainer, caplog, default, column, warning):
+    trainer.config.actor_rollout_ref.rollout.agent = {"default_agent_loop": default}
+    rows = fake_batch(qwen_like_tokenizer)
+    columns = {} if column is None else {"agent_name": [column] * len(rows)}
+    recorded = data_proto(rows, qwen_like_tokenizer, **columns)
+    compute(recorded)
+    assert "without a record" not in caplog.text
+    for missing in (len(rows), 1):
+        caplog.clear()
+        estimator.WATCH = estimator.Watch()  # the fixture puts the old one back
+        for _ in range(2):
+            data = data_proto(rows, qwen_like_tokenizer, **columns)
+            data.non_tensor_batch["tapo_steps"][:missing] = None
+            compute(data)
+        if warning is None:
+            assert "without a record" not in caplog.text
+        else:
+            assert caplog.text.count(f"{missing} of 11 rollouts came without a record. {AGENT_LOOP}") == 1
+            assert warning in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("yes", "no"),
+    [
+        (True, False),
+        ("1.0", "0.0"),
+        ("True", "false"),
+        (" true ", "False"),
+        (np.float32(1), np.bool_(False)),
+        (np.array([1.0]), np.array(0)),
+        (torch.tensor(1), torch.tensor([0.0])),
+        (10**400, -(10**400)),
+        (float("inf"), float("-inf")),
+        (10**5000, "0"),
+    ],
+    ids=type,
+)
+def test_success_values_of_every_kind(qwen_like_tokenizer, trainer, yes, no):
+    rows = fake_batch(qwen_like_tokenizer)
+    expected = compute(data_proto(rows, qwen_like_tokenizer)).batch["advantages"]
+    data = compute(data_proto(rows, qwen_like_tokenizer, acc=[yes if ok else no for _, ok, _ in rows]))
+    assert torch.equal(data.batch["advantages"], expected)
+    metrics = step_metrics(data)
+    assert (metrics["tapo/success_rate"], metrics["tapo/success_unreadable"]) == (pytest.approx(4 / 11), 0.0)
+
+
+class Unwilling:
+    def __float__(self):
+        raise RuntimeError("no number")
+
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    "odd", ["maybe", "", b"x", {}, [1, 0], object(), Unwilling(), 1j, float("nan"), np.array([1.0, 2.0])], ids=type
+)
+def test_success_values_that_are_none_are_counted_and_named(qwen_like_tokenizer, trainer, caplog, odd):
+    rows = fake_batch(qwen_like_tokenizer)
+    base = compute(data_proto(rows, qwen_like_tokenizer), "grpo").batch["advantages"]
+    for _ in range(2):
+        data = compute(data_proto(rows, qwen_like_tokenizer, acc=[odd] * len(rows)))
+    assert torch.equal(data.batch["advantages"], base)  # nobody succeeds
+    metrics = step_metrics(data)
+    assert (metrics["tapo/success_rate"], metrics["tapo/success_unreadable"]) == (0.0, 1.0)
+    assert caplog.text.count("in 100% of the rollouts the reward's 'acc' is no number (") == 1
+
+
 def test_a_run_without_any_call_is_reported(qwen_like_tokenizer, trainer, caplog):
     rows = [row for row in fake_batch(qwen_like_tokenizer) if not row[0].record.steps]
     for _ in range(5):
@@ -378,9 +525,15 @@ def test_a_run_without_any_call_is_reported(qwen_like_tokenizer, trainer, caplog
         ({"theta": 2}, {}, "algorithm.tapo.theta must be a number in"),
         ({"base_estimator": "gae"}, {}, "base_estimator=gae is no group estimator; known: "),
         ({"tool_format": "hermez"}, {}, "the tool format 'hermez' is not known; known: "),
+        ({"record_dir": "/dev/null"}, {}, "algorithm.tapo.record_dir=/dev/null cannot be written to"),
+        ({"record_dir": "FOREIGN"}, {}, "holds 00001.parquet, .* move it away"),
+        ({"tools": {}}, {}, "algorithm.tapo.tools names no tool"),
     ],
 )
-def test_a_bad_configuration_stops_the_trainer_in_its_constructor(tapo, rollout, message):
+def test_a_bad_configuration_stops_the_trainer_in_its_constructor(tapo, rollout, message, tmp_path):
+    if tapo.get("record_dir") == "FOREIGN":
+        (tmp_path / "00001.parquet").write_bytes(b"rows")
+        tapo = {"record_dir": str(tmp_path)}
     config = OmegaConf.create(
         {
             "algorithm": algorithm(**tapo),

@@ -14,9 +14,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from verl_tapo import __version__
+
+if TYPE_CHECKING:
+    from verl_tapo.config import TapoConfig
 
 _PACKAGES = (
     "verl",
@@ -94,9 +97,10 @@ def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False) -> 
         with contextlib.nullcontext() if verbose else _quiet():
             composed = _compose(config, overrides, findings)
             seams = _examine_seams(composed, findings)
-            settings = [] if composed is None else _examine_config_safely(composed, findings)
+            settings, tools = ([], []) if composed is None else _examine_config_safely(composed, findings)
         _show("Seams", seams)
         _show("Configuration", settings)
+        _show("Tools", tools)
     for title, messages in (("Warnings", findings.warnings), ("Problems", findings.problems)):
         if messages:
             print(f"{title}:")
@@ -228,30 +232,33 @@ def _one_line(error: BaseException) -> str:
     return " ".join(lines) or type(error).__name__
 
 
-def _examine_config_safely(config: Any, findings: Findings) -> list[tuple[str, str]]:
+_Rows: TypeAlias = list[tuple[str, str]]
+
+
+def _examine_config_safely(config: Any, findings: Findings) -> tuple[_Rows, _Rows]:
     """A configuration may have any shape: whatever is raised over it is a problem of its own."""
     try:
         return _examine_config(config, findings)
     except Exception as error:
         findings.problems.append(f"the configuration cannot be used: {_one_line(error)}")
-        return []
+        return [], []
 
 
-def _examine_config(config: Any, findings: Findings) -> list[tuple[str, str]]:
-    """TAPO's settings in a configuration, and what is wrong there."""
+def _examine_config(config: Any, findings: Findings) -> tuple[_Rows, _Rows]:
+    """TAPO's settings in a configuration, the run's tools, and what is wrong there."""
     from verl_tapo.trainer.check import find_problems, find_warnings
     from verl_tapo.trainer.estimator import load_settings
 
     rows = [("algorithm.adv_estimator", str(config.algorithm.adv_estimator))]
     if config.algorithm.adv_estimator != "tapo":
         findings.problems.append(f"algorithm.adv_estimator={config.algorithm.adv_estimator}, not tapo")
-        return rows
+        return rows, []
     rollout = config.actor_rollout_ref.rollout
     try:
         settings = load_settings(config.algorithm)
     except ValueError as error:
         findings.problems.append(_one_line(error))
-        return rows
+        return rows, []
     findings.problems += find_problems(config, settings)
     findings.warnings += find_warnings(config)
     findings.warnings += _unlike_verls_own(config)
@@ -267,7 +274,24 @@ def _examine_config(config: Any, findings: Findings) -> list[tuple[str, str]]:
         ("rollout.n", str(rollout.n)),
         ("trainer", f"V1, {config.trainer.v1.trainer_mode}" if config.trainer.get("use_v1", False) else "V0"),
     ]
-    return rows
+    return rows, _examine_tools(config, settings.rule, findings)
+
+
+def _examine_tools(config: Any, rule: TapoConfig, findings: Findings) -> _Rows:
+    """The tools, loaded as veRL's agent loops load them, and which of them take part."""
+    from verl_tapo.trainer.tools_check import config_problems, load, participation, rule_problems
+
+    if config_problems(config)[0]:
+        return []  # told already
+    try:
+        tools = load(config)
+    except ValueError as error:
+        findings.problems.append(str(error))
+        return []
+    if tools is None:
+        return []
+    findings.problems += [problem for problem in rule_problems(rule, tools) if problem not in findings.problems]
+    return list(participation(rule, tools))
 
 
 def _unlike_verls_own(config: Any) -> Iterator[str]:

@@ -13,8 +13,10 @@ Spans are half-open, in response tokens, before the cut at ``response_length``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 from verl_tapo.images import resolve_images
@@ -54,6 +56,8 @@ class CallRecord:
     """What the tool's ``execute`` returned as its third value; its key ``fault`` is read by `fault_of`."""
     answer_tokens: int = 0
     """Response tokens of the answer; those of parallel calls are shared out evenly."""
+    abandoned: bool = False
+    """The tool was still running when the trajectory ended, although its time was up: nothing could stop it."""
 
     @property
     def ok(self) -> bool:
@@ -71,6 +75,28 @@ def fault_of(step: Mapping[str, Any]) -> Fault | None:
     if status == "error":
         return "model" if (step.get("metrics") or {}).get("fault") == "model" else "infrastructure"
     return "infrastructure" if status == "timeout" else None
+
+
+def finite(value: Any) -> float | None:
+    """A number that a tool or a reward function returned, as a float.
+
+    None where it is no number, complex, NaN, infinite or beyond what a float can hold.
+    """
+    try:
+        if hasattr(value, "item") and not isinstance(value, str | bytes | Mapping):
+            value = value.item()  # of NumPy, of torch, or an array of one number
+        number = float(value) if isinstance(value, Real) else math.nan
+    except Exception:  # 10**400, or whatever a foreign object raises
+        return None
+    return number if math.isfinite(number) else None
+
+
+def shown(value: Any) -> str:
+    """A value as a message has it, whatever it is."""
+    try:
+        return repr(value)[:80]
+    except Exception:  # a number of 5,000 digits, or a foreign object
+        return f"a {type(value).__name__}"
 
 
 @dataclass

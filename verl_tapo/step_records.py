@@ -18,7 +18,7 @@ call. ``status``, ``latency_s`` and ``fault`` are null for calls that were parse
 row for each of those lines, with ``arguments`` as JSON text, and the header in the schema's metadata.
 
 Writing goes on in the background. It neither slows nor fails a training step: what cannot be written is logged once,
-and counted.
+and counted. Only a step's own file, as its name and its header say, is ever replaced or removed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import logging
 import math
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,7 +53,8 @@ logger = logging.getLogger("verl_tapo")
 KIND = "tapo_step_records"
 VERSION = 1
 _WAITING = 2  # steps that may wait to be written; more would pile up their tensors
-_NAME = re.compile(r"(\d+)(?:_\d+)?\.(?:jsonl\.gz|parquet)")
+_SUFFIX: dict[RecordFormat, str] = {"jsonl": "jsonl.gz", "parquet": "parquet"}
+_NAME = re.compile(r"(\d+)(?:_(\d+))?\.(jsonl\.gz|parquet)")
 _HEAD = f'{{"kind": "{KIND}"'
 BROKEN = (OSError, EOFError, zlib.error)
 """What reading a file raises that is cut short or damaged."""
@@ -200,10 +202,16 @@ class StepRecorder:
         folder: made where it does not exist.
         record_format: ``jsonl`` (compressed) or ``parquet``.
         keep: how many of the newest steps' files stay; 0: all.
+
+    Raises:
+        ValueError: the folder holds a file that is named as one of ours and is none, see `refuse_foreign_files`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], record_format: RecordFormat = "jsonl", keep: int = 0) -> None:
         self._folder, self._format, self._keep = Path(folder), record_format, keep
+        # A folder that cannot be listed cannot be written to either: that is logged with the first step.
+        with contextlib.suppress(OSError):
+            refuse_foreign_files(self._folder)
         self._writer = ThreadPoolExecutor(1, "tapo-records")  # at the interpreter's normal end it is waited for
         self._waiting: list[Future[None]] = []
         self._taken = self._lost = 0
@@ -240,9 +248,7 @@ class StepRecorder:
             )
 
     def _write(self, snapshot: StepSnapshot) -> None:
-        suffix = "jsonl.gz" if self._format == "jsonl" else "parquet"
-        part = f"_{snapshot.part}" if snapshot.part else ""
-        path = self._folder / f"{snapshot.step:06d}{part}.{suffix}"
+        path = self._folder / _file_name(snapshot.step, snapshot.part, self._format)
         partial = path.with_name(f".{path.name}.partial")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -250,6 +256,11 @@ class StepRecorder:
                 _write_lines(partial, snapshot)
             else:
                 _write_parquet(partial, snapshot)
+            # On the disk before it gets its name: a machine that goes down leaves no empty file under it.
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            if os.path.lexists(path) and not _is_own(path):
+                raise FileExistsError(f"{path} is there already and holds no step records; move it away")
             os.replace(partial, path)
             self._tidy(snapshot, path)
         except Exception as error:  # a full disk, a value of a type never thought of: nothing here may end a run
@@ -259,17 +270,42 @@ class StepRecorder:
 
     def _tidy(self, snapshot: StepSnapshot, written: Path) -> None:
         """Removes what the step left when it was done before, and steps beyond those to keep, the oldest files first:
-        after a resumption these are not the lowest numbers."""
+        after a resumption these are not the lowest numbers. Files that are not our own stay."""
         files: dict[int, list[Path]] = {}
         for path in self._folder.iterdir():
-            if named := _NAME.fullmatch(path.name):
+            named = _NAME.fullmatch(path.name)
+            if named and (self._keep or int(named[1]) == snapshot.step) and _is_own(path):
                 files.setdefault(int(named[1]), []).append(path)
-        old = [path for path in files[snapshot.step] if path != written] if snapshot.part == 0 else []
+        old = [path for path in files.get(snapshot.step, []) if path != written] if snapshot.part == 0 else []
         if self._keep:
             newest = sorted(files, key=lambda step: max(path.stat().st_mtime_ns for path in files[step]))
             old += [path for step in newest[: -self._keep] for path in files[step]]
         for path in old:
             path.unlink(missing_ok=True)
+
+
+def _file_name(step: int, part: int, record_format: RecordFormat) -> str:
+    return f"{step:06d}{f'_{part}' if part else ''}.{_SUFFIX[record_format]}"
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is one that a `StepRecorder` wrote: its name and its header say so, and agree on the step."""
+    named = _NAME.fullmatch(path.name)
+    if not named or path.is_symlink() or not is_step_records(path):
+        return False
+    record_format: RecordFormat = "parquet" if named[3] == "parquet" else "jsonl"
+    if path.name != _file_name(int(named[1]), int(named[2] or 0), record_format):
+        return False
+    header = _parquet_header(path) if record_format == "parquet" else _first_line(path)
+    return isinstance(header, dict) and header.get("step") == int(named[1])
+
+
+def _first_line(path: Path) -> Any:
+    try:
+        with _open(path) as file:
+            return json.loads(file.readline())
+    except (*BROKEN, ValueError):
+        return None
 
 
 def _write_lines(path: Path, snapshot: StepSnapshot) -> None:
@@ -312,20 +348,46 @@ def _write_parquet(path: Path, snapshot: StepSnapshot) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
 
 
-def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes the folder, and tries to write to it.
+def check_folder(folder: str | os.PathLike[str], make: bool = True) -> None:
+    """Tries to write to the folder, and looks for files in it that would be in the way.
+
+    Args:
+        folder: ``algorithm.tapo.record_dir``.
+        make: make the folder; else a folder that is not there is one that could be made.
 
     Raises:
-        ValueError: it cannot be.
+        ValueError: it cannot be written to, or see `refuse_foreign_files`.
     """
     path = Path(folder)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
+        where = path
+        while not os.path.lexists(where):
+            where = where.parent
+        with tempfile.TemporaryFile(dir=where):
+            pass
+        refuse_foreign_files(path)
     except OSError as error:
         raise ValueError(f"algorithm.tapo.record_dir={path} cannot be written to: {error}") from None
+
+
+def refuse_foreign_files(folder: Path) -> None:
+    """Looks for files that are named as step records are and are none: compressed dumps, a data set's shards.
+
+    Raises:
+        ValueError: naming the first of them, and what to do.
+        OSError: the folder cannot be listed.
+    """
+    if not os.path.lexists(folder):
+        return
+    foreign = sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name) and not _is_own(path))
+    if foreign:
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        raise ValueError(
+            f"algorithm.tapo.record_dir={folder} holds {foreign[0]}{more}, named as a record of TAPO's is, but none, "
+            f"or a damaged one; it will not be replaced. Name a folder of its own for the records, or move it away"
+        )
 
 
 # --- Reading --------------------------------------------------------------------------------------------------------
@@ -342,6 +404,8 @@ class StepFile(NamedTuple):
 
 def is_step_records(path: Path) -> bool:
     """Whether a file holds step records, by its head; False for what cannot be read."""
+    if not path.is_file():
+        return False  # a named pipe would be waited for
     try:
         if path.suffix == ".parquet":
             return _parquet_header(path) is not None

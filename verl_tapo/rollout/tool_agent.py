@@ -1,14 +1,17 @@
 """``tapo_tool_agent``: veRL's tool agent loop, with a record of every tool call, and no call left unanswered.
 
 What it does differently from the stock loop: malformed calls and calls beyond ``max_parallel_calls`` are answered with
-a message, where the stock loop drops them silently; every tool has a timeout; whatever a tool raises or returns is an
-answer, never a crash; control tokens in a tool's text do not reach the prompt; and each call's exact token spans,
-parsed arguments, status, latency and images are written to ``extra_fields["tapo_steps"]`` (see `verl_tapo.records`).
+a message, where the stock loop drops them silently; every tool has a timeout, and plain functions a thread of their own
+(see `verl_tapo.rollout.execution`); whatever a tool raises or returns is an answer, never a crash; control tokens in a
+tool's text do not reach the prompt; and each call's exact token spans, parsed arguments, status, latency and images are
+written to ``extra_fields["tapo_steps"]`` (see `verl_tapo.records`).
+
+A tool is handed a copy of ``agent_data``. What it stores in ``extra_fields``, or as an attribute of its own, is there
+in the trajectory's next call, as in the stock loop; the trajectory's tokens, messages and calls are not its to change.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import math
@@ -17,11 +20,12 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
+from ray import cloudpickle
 from verl.experimental.agent_loop.agent_loop import register
 from verl.experimental.agent_loop.tool_agent_loop import AgentState, ToolAgentLoop
 from verl.experimental.agent_loop.tool_parser import FunctionCall
@@ -30,7 +34,16 @@ from verl.tools.schemas import ToolResponse
 from verl_tapo.cpu import ROLLOUT_NAME
 from verl_tapo.images import content_hash
 from verl_tapo.parsing import NOT_EXECUTED_PREFIX, STOCK_ERRORS, FoundCall, answer_is_error
-from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryRecord
+from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryRecord, finite, shown
+from verl_tapo.rollout.execution import (
+    Execution,
+    ToolFailed,
+    give_tools_threads,
+    leave_behind,
+    tell_once,
+    words,
+)
+from verl_tapo.steps import canonical
 from verl_tapo.trainer.estimator import load_settings
 from verl_tapo.trainer.verl_parser import cached_parser
 
@@ -45,16 +58,6 @@ _TOOL_MARKERS = tuple(
 ALL_TOOLS = "all"  # in max_calls
 _ERROR_CHARS = 256  # of an error's text are kept, whatever the limit for answers: it must still read as an error
 _ANSWER_CHARS = 4096  # of an answer are looked at, or as many as the limit allows and veRL's note that it was cut
-
-
-class _ToolFailed(Exception):
-    """A call without a usable answer."""
-
-    status: CallStatus = "error"
-
-
-class _NoAnswer(_ToolFailed):
-    status: CallStatus = "timeout"
 
 
 class RecordedCall(FunctionCall):  # type: ignore[misc]
@@ -98,33 +101,84 @@ def _count(images: Any) -> int:
     return 0 if images is None else len(images) if isinstance(images, list | tuple) else 1
 
 
-def _words(error: BaseException) -> str:
-    try:
-        return str(error) or type(error).__name__
-    except Exception:  # an error whose text fails
-        return type(error).__name__
-
-
 def _json_object(text: str) -> dict[str, Any] | None:
+    """The object in a JSON text; None where there is none, or one that no other process would read again."""
     try:
         value = json.loads(text)
+        canonical(value)  # refuses what is nested too deeply
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def _plain(metrics: Any) -> dict[str, Any]:
-    """A tool's metrics as JSON values, because the record crosses processes; empty where they are none."""
+def _plain(metrics: Any) -> tuple[dict[str, Any], list[str]]:
+    """A tool's metrics as JSON values, because the record crosses processes; and the names of those that are none."""
+    if not isinstance(metrics, Mapping):
+        return {}, [] if metrics is None else [f"all of them, a {type(metrics).__name__}"]
+    kept: dict[str, Any] = {}
+    lost = []
+    for name, value in metrics.items():
+        try:
+            text = json.dumps(
+                {name: value},
+                default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value),
+                ensure_ascii=False,
+            )
+            plain = _json_object(text.encode("utf-8", "replace").decode()) or {}
+        except Exception:  # a cycle, or whatever a foreign object's conversion raises
+            plain = {}
+        plain = {key: value for key, value in plain.items() if not isinstance(value, Real) or finite(value) is not None}
+        kept.update(plain)
+        if not plain:
+            lost.append(shown(name))
+    return kept, lost
+
+
+def _portable(value: Any) -> bool:
+    """Whether a value can be sent to another process."""
     try:
-        text = json.dumps(
-            metrics,
-            default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value),
-            skipkeys=True,
-            ensure_ascii=False,
-        )
-    except Exception:  # a cycle, or whatever a foreign object's conversion raises
-        return {}
-    return _json_object(text.encode("utf-8", "replace").decode()) or {}
+        cloudpickle.dumps(value)
+    except Exception:  # whatever a foreign object raises
+        return False
+    return True
+
+
+def _fresh(name: str, value: Any) -> Any:
+    if name == "messages":
+        return [dict(message) for message in value]
+    return value.copy() if isinstance(value, list | dict) and name != "extra_fields" else value
+
+
+def _tool_view(agent_data: Any, own: frozenset[str]) -> Any:
+    """The trajectory's data as a tool is handed it.
+
+    Of the loop's ``own`` attributes it holds copies, so that a tool cannot clear or bend what the loop goes on with;
+    ``extra_fields``, and attributes that tools add, are those of the trajectory.
+    """
+
+    class ToolView(type(agent_data)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.__dict__.update({name: _fresh(name, getattr(agent_data, name)) for name in own})
+
+        def __getattr__(self, name: str) -> Any:
+            return _fresh(name, getattr(agent_data, name))
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in own:
+                self.__dict__[name] = value
+            else:
+                setattr(agent_data, name, value)
+
+    return ToolView()
+
+
+class _Answer(NamedTuple):
+    """What a tool's call came to, fit for the prompt."""
+
+    response: ToolResponse
+    reward: float | None = None
+    status: CallStatus = "ok"
+    metrics: Mapping[str, Any] = {}
 
 
 @register("tapo_tool_agent")
@@ -133,7 +187,9 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
 
     Args:
         args: veRL's.
-        tool_timeout_s: seconds after which a tool's call counts as failed, > 0.
+        tool_timeout_s: seconds after which a tool's call counts as failed, > 0. A call that cannot be stopped (a plain
+            function, a coroutine that swallows its cancellation) is left behind; one that does not give the event loop
+            back is waited for, with the whole worker, and named in the log.
         max_malformed_turns: turns of nothing but malformed calls that are answered before the trajectory ends, >= 0
             (the stock loop ends it at the first).
         max_calls: how many calls of a tool a trajectory may make, by the tool's name, >= 0; under the name "all",
@@ -167,6 +223,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         if unknown:
             known = ", ".join([ALL_TOOLS, *self.tools])
             raise ValueError(f"tapo_tool_agent: max_calls names {sorted(unknown)[0]!r}; known: {known}")
+        give_tools_threads(self.loop)
         self.tool_timeout_s = float(timeout)
         self.max_malformed_turns = max_malformed_turns
         # The stock loop cuts the list of calls there, silently; `_call_tool` answers those beyond instead.
@@ -179,8 +236,11 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         self._record = TrajectoryRecord()
         self._malformed_turns = 0
         self._made: Counter[str] = Counter()  # calls by tool
-        self._answers: dict[int, tuple[ToolResponse, float | None]] = {}  # of tools, by position of the record
+        self._answers: dict[int, _Answer] = {}  # of tools, by position of the record
+        self._late: list[tuple[CallRecord, Execution]] = []  # calls without an answer in time
         self._agent_data: Any = None
+        self._attributes: frozenset[str] = frozenset()  # of agent_data, before tools add theirs
+        self._extra_fields: frozenset[str] = frozenset()  # those of the generation, likewise
 
     async def run(self, sampling_params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the stock loop, with the record in ``extra_fields["tapo_steps"]`` of the output."""
@@ -195,15 +255,32 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             images = list(images) if isinstance(images, list | tuple) else [images]
             hashes = await self.loop.run_in_executor(None, lambda: [content_hash(image) for image in images])
             self._record.images = hashes
+        for record, execution in self._late:
+            record.abandoned = leave_behind(execution)
+        self._drop_unportable(output.extra_fields)
         output.extra_fields[RECORD_KEY] = self._record.to_dict()
         return output
+
+    def _drop_unportable(self, extra_fields: dict[str, Any]) -> None:
+        """What a tool stored and no other process could read, a connection say: it would end the whole batch."""
+        for name in [name for name in extra_fields if name not in self._extra_fields]:
+            if not _portable(extra_fields[name]):
+                del extra_fields[name]
+                logger.warning(
+                    "tapo_tool_agent: what a tool stored in extra_fields as %.80r cannot be sent to the trainer, and "
+                    "is left out",
+                    name,
+                )
 
     async def _handle_generating_state(
         self, agent_data: Any, sampling_params: dict[str, Any], ignore_termination: bool = False
     ) -> AgentState:
-        self._agent_data = agent_data
+        if self._agent_data is None:
+            self._agent_data, self._attributes = agent_data, frozenset(vars(agent_data))
         agent_data.tool_calls = []
         state = await super()._handle_generating_state(agent_data, sampling_params, ignore_termination)
+        if agent_data.assistant_turns == 1:
+            self._extra_fields = frozenset(agent_data.extra_fields)
         end = len(agent_data.response_mask)
         start = end
         while start and agent_data.response_mask[start - 1] == 1:
@@ -295,6 +372,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         image = _count(agent_data.image_data)
         tokens = len(agent_data.response_mask)
         messages, rewards = len(agent_data.messages), len(agent_data.tool_rewards)
+        generated = {name: agent_data.extra_fields.get(name) for name in self._extra_fields}
         self._answers = {}
         try:
             state = await super()._handle_processing_tools_state(agent_data)
@@ -303,6 +381,9 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
                 raise
             del agent_data.messages[messages:], agent_data.tool_rewards[rewards:]
             state = await super()._handle_processing_tools_state(agent_data)
+        agent_data.extra_fields.update(generated)
+        for name in [name for name in agent_data.extra_fields if not isinstance(name, str)]:
+            del agent_data.extra_fields[name]  # veRL takes no others
         tokens = len(agent_data.response_mask) - tokens
         for number, call in enumerate(calls):
             record = self._record.steps[call.position]
@@ -310,7 +391,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             if state == AgentState.TERMINATED:  # the answers did not fit: the model never saw them
                 record.status = "malformed" if call.problem else "not_executed"
             elif call.position in self._answers:
-                produced = _count(self._answers[call.position][0].image)
+                produced = _count(self._answers[call.position].response.image)
                 record.produced = list(range(image, image + produced))
                 image += produced
         return state
@@ -319,42 +400,24 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         """Makes errors of the answers with images, which the processor refused: a crop one pixel wide, say."""
         withdrawn = False
         for call in calls:
-            response, _ = self._answers.get(call.position, (None, None))
-            if response is not None and response.image:
-                failure = _ToolFailed(f"its image cannot be used: {_words(error)}")
-                self._answers[call.position] = self._failed(call, failure), None
+            answer = self._answers.get(call.position)
+            if answer is not None and answer.response.image:
+                self._answers[call.position] = self._failed(
+                    call, ToolFailed(f"its image cannot be used: {words(error)}")
+                )
                 withdrawn = True
         return withdrawn
 
-    def _failed(self, call: RecordedCall, error: BaseException) -> ToolResponse:
+    def _failed(self, call: RecordedCall, error: ToolFailed) -> _Answer:
         """The answer to a call that failed; its status is recorded."""
-        self._record.steps[call.position].status = error.status if isinstance(error, _ToolFailed) else "error"
-        text = self._clean(f"Error executing tool '{call.name}': {_words(error)}")
+        self._record.steps[call.position].status = error.status
+        text = self._clean(f"Error executing tool '{call.name}': {words(error)}")
         logger.warning(text)
-        return ToolResponse(text=text[: max(self.max_tool_response_length, _ERROR_CHARS)])
+        return _Answer(ToolResponse(text=text[: max(self.max_tool_response_length, _ERROR_CHARS)]))
 
     def _clean(self, text: str) -> str:
         # veRL cuts what a tool returns, but no error; nested tokens in a long one would take forever to strip.
         return strip_control_tokens(text[: max(self.max_tool_response_length + 64, _ANSWER_CHARS)], self.tokenizer)
-
-    async def _in_time(self, call: Coroutine[Any, Any, Any]) -> Any:
-        """The result of a tool's call, or `_ToolFailed`."""
-        # In a task of its own, a tool's cancellation is not the trajectory's; and one that does not heed its own is
-        # left behind, where `wait_for` would wait for it.
-        task = asyncio.ensure_future(call)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, so that none is logged
-        try:
-            await asyncio.wait({task}, timeout=self.tool_timeout_s)
-        finally:
-            task.cancel()
-        if not task.done():
-            raise _NoAnswer(f"no answer within {self.tool_timeout_s:g} s")
-        if task.cancelled():
-            raise _ToolFailed("the tool was cancelled")
-        error = task.exception()
-        if error is None or isinstance(error, KeyboardInterrupt | SystemExit):
-            return task.result()
-        raise _ToolFailed(_words(error)) from error
 
     async def _call_tool(self, tool_call: Any, tools_kwargs: dict[str, Any], agent_data: Any) -> Any:
         if tool_call.problem:
@@ -365,32 +428,48 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             record.status = "over_limit"
             return ToolResponse(text=f"{NOT_EXECUTED_PREFIX} {tool_call.refusal}"), None, {}
         if tool_call.position not in self._answers:
+            view = _tool_view(agent_data, self._attributes)
             start = time.perf_counter()
-            response, reward = await self._run_tool(tool_call, super()._call_tool(tool_call, tools_kwargs, agent_data))
-            self._answers[tool_call.position] = response, reward
+            self._answers[tool_call.position] = await self._run_tool(tool_call, tools_kwargs, view)
             record.latency_s = time.perf_counter() - start
-        return *self._answers[tool_call.position], {}
+        answered = self._answers[tool_call.position]
+        return answered.response, answered.reward, {}
 
-    async def _run_tool(
-        self, call: RecordedCall, answer: Coroutine[Any, Any, Any]
-    ) -> tuple[ToolResponse, float | None]:
-        """A tool's answer, fit for the prompt, and its reward; status and metrics are recorded."""
+    async def _run_tool(self, call: RecordedCall, tools_kwargs: dict[str, Any], view: Any) -> _Answer:
+        """A tool's answer; status and metrics are recorded."""
         record = self._record.steps[call.position]
+        execution = Execution(call.name, self.tool_timeout_s)
         try:
-            response, reward, metrics = await self._in_time(answer)
-            text = self._clean(response.text or "")
-            images = [image for image in response.image or [] if image is not None]
-            if response.video:
-                raise _ToolFailed("video answers are not supported")
-            if images:
-                if not getattr(self.processor, "image_processor", None):
-                    raise _ToolFailed("it returned an image, and the model takes none")
-                self._assert_mm_supported(True)
-            record.status = _status(text, self.error_markers)
-            record.metrics = _plain(metrics)
-        except Exception as error:  # veRL answers a tool's own errors; this is what slips through there
-            return self._failed(call, error), None
-        if record.status == "error":
+            answered: _Answer = await execution.result(self._execute(call, tools_kwargs, view))
+        except ToolFailed as error:  # veRL answers a tool's own errors; this is what slips through there
+            if execution.running:
+                self._late.append((record, execution))
+            return self._failed(call, error)
+        record.status, record.metrics = answered.status, dict(answered.metrics)
+        return answered
+
+    async def _execute(self, call: RecordedCall, tools_kwargs: dict[str, Any], view: Any) -> _Answer:
+        """A tool's answer, fit for the prompt. Whatever is wrong with it is raised."""
+        response, reward, metrics = await super()._call_tool(call, tools_kwargs, view)
+        text = self._clean(response.text or "")
+        images = [image for image in response.image or [] if image is not None]
+        if response.video:
+            raise ToolFailed("video answers are not supported")
+        if images:
+            if not getattr(self.processor, "image_processor", None):
+                raise ToolFailed("it returned an image, and the model takes none")
+            self._assert_mm_supported(True)
+        status = _status(text, self.error_markers)
+        if status == "error":
             text = text[: max(self.max_tool_response_length, _ERROR_CHARS)]  # veRL does not cut those
-        number = float(reward) if type(reward) is not bool and isinstance(reward, Real) else None
-        return ToolResponse(text=text, **({"image": images} if images else {})), number
+        kept, lost = _plain(metrics)
+        if lost:
+            what = ", ".join(lost[:3])
+            tell_once("metrics", call.name, f"returned metrics that cannot be recorded and are left out: {what}.")
+        number = None if isinstance(reward, bool) else finite(reward)
+        if number is None and reward is not None:
+            tell_once(
+                "reward", call.name, f"returned a reward that is no finite number, {shown(reward)}; it is left out."
+            )
+        response = ToolResponse(text=text, **({"image": images} if images else {}))
+        return _Answer(response, number, status, kept)

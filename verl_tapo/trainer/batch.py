@@ -13,7 +13,7 @@ import torch
 from verl_tapo.config import TapoSettings
 from verl_tapo.records import RECORD_KEY
 from verl_tapo.steps import IntArray
-from verl_tapo.trainer.rollout import Rollout, Sessions, Tokens
+from verl_tapo.trainer.rollout import Rollout, Sessions, Tokens, agent_loop_of
 
 
 def rollout_from_batch(
@@ -35,7 +35,7 @@ def rollout_from_batch(
             columns, or one column ``reward_extra_info``), ``keys`` (veRL's ``{uid}_{session}_{output}``) and
             ``is_padding``.
         context: ``tokenizer``, ``config`` (the whole trainer configuration), ``step`` (its number) and dicts
-            ``metrics`` and ``fields`` to fill, where known.
+            ``metrics`` and ``fields`` to fill, where known; ``agent_names`` as in `Rollout`.
     """
     rewards, mask = batch["token_level_rewards"], batch["response_mask"]
     rows, length = mask.shape
@@ -71,6 +71,8 @@ def rollout_from_batch(
         tool_format=None if config is None else config.actor_rollout_ref.rollout.multi_turn.format,
         metrics=context.get("metrics", {}),
         fields=context.get("fields", {}),
+        agent_loop=None if config is None else agent_loop_of(config),
+        agent_names=lambda: columns["agent_name"] if "agent_name" in columns else context.get("agent_names", tuple)(),
     )
 
 

@@ -10,6 +10,7 @@ from verl_tapo.config import TapoSettings
 from verl_tapo.formats import NATIVE_FORMATS
 from verl_tapo.step_records import check_folder
 from verl_tapo.trainer.estimator import load_settings
+from verl_tapo.trainer.tools_check import config_problems, recording_warning, rule_problems
 
 logger = logging.getLogger("verl_tapo")
 
@@ -48,6 +49,8 @@ def find_problems(config: Any, settings: TapoSettings) -> list[str]:
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
     problems = []
+    if settings.rule.tools is not None and not settings.rule.tools:
+        problems.append("algorithm.tapo.tools names no tool, so that none takes part; null decides by name")
     base = settings.base_estimator
     known = set(ADV_ESTIMATOR_REGISTRY) - _NO_GROUP_ESTIMATORS - {"tapo"}
     if base not in known:
@@ -59,8 +62,17 @@ def find_problems(config: Any, settings: TapoSettings) -> list[str]:
     if settings.step_source != "recorded" and tool_format not in {*NATIVE_FORMATS, *ToolParser._registry}:
         formats = ", ".join(sorted({*NATIVE_FORMATS, *ToolParser._registry}))
         problems.append(f"the tool format {tool_format!r} is not known; known: {formats}")
-    if settings.record_dir is not None and settings.record_format == "parquet" and find_spec("pyarrow") is None:
-        problems.append("algorithm.tapo.record_format=parquet needs pyarrow: pip install 'verl-tapo[audit]'")
+    tool_problems, tools = config_problems(config)
+    problems += tool_problems
+    if tools is not None:
+        problems += rule_problems(settings.rule, tools)
+    if settings.record_dir is not None:
+        if settings.record_format == "parquet" and find_spec("pyarrow") is None:
+            problems.append("algorithm.tapo.record_format=parquet needs pyarrow: pip install 'verl-tapo[audit]'")
+        try:
+            check_folder(settings.record_dir, make=False)
+        except ValueError as error:
+            problems.append(str(error))
     return problems
 
 
@@ -76,5 +88,16 @@ def find_warnings(config: Any) -> list[str]:
         warnings.append(
             "the default agent loop, single_turn_agent, calls no tools: TAPO has something to do only where the data "
             "set names a tool agent, or actor_rollout_ref.rollout.agent.default_agent_loop=tapo_tool_agent"
+        )
+    overridden = recording_warning(config)
+    if overridden is not None:
+        warnings.append(overridden)
+    actor = config.actor_rollout_ref.get("actor", {})
+    loss = actor.get("policy_loss", {}).get("loss_mode", None)
+    if loss == "gspo" and actor.get("loss_agg_mode", None) == "token-mean":
+        warnings.append(
+            "actor_rollout_ref.actor.policy_loss.loss_mode=gspo with veRL's default loss_agg_mode=token-mean weighs "
+            "long rollouts more, which is not the paper's GSPO: "
+            "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean is"
         )
     return warnings

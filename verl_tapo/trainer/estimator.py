@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,70 +12,20 @@ import numpy.typing as npt
 import torch
 
 from verl_tapo.arrays import numbered
-from verl_tapo.config import TapoConfig, TapoSettings, acquires_information, default_kernel
+from verl_tapo.config import TapoSettings
 from verl_tapo.credit import CreditReport, transfer_credit
 from verl_tapo.parsing import ToolCallParser, parse_steps
 from verl_tapo.records import recorded_steps
 from verl_tapo.step_records import StepRecorder, StepSnapshot
 from verl_tapo.steps import ToolStep, build_tool_mask
 from verl_tapo.trainer.rollout import CURRENT, Rollout
-from verl_tapo.trainer.tool_metrics import check_outage, reward_metrics, tool_metrics
+from verl_tapo.trainer.tool_metrics import check_outage, executed_tools, odd_reward_parts, reward_metrics, tool_metrics
 from verl_tapo.trainer.verl_parser import cached_parser
+from verl_tapo.trainer.watch import Watch
 
 logger = logging.getLogger("verl_tapo")
 
 TOOL_MASK_FIELD = "tapo_tool_mask"
-STEPLESS_BATCHES = 3
-"""Batches without a single tool-use step after which that is reported: the run is plain base estimation then."""
-
-
-class Watch:
-    """Looks over a run's shoulder: says once what was decided by default, and what never occurred."""
-
-    def __init__(self) -> None:
-        self.batches = 0
-        self.seen: Counter[str] = Counter()
-        self._told: set[str] = set()
-
-    def _tell(self, key: str, message: str) -> None:
-        if key not in self._told:
-            self._told.add(key)
-            logger.warning("TAPO: %s", message)
-
-    def look(self, steps: Sequence[ToolStep], settings: TapoSettings) -> None:
-        """Takes note of one batch's steps."""
-        self.batches += 1
-        rule = settings.rule
-        if rule.tools is None:
-            self._explain_defaults(steps, rule)
-        self.seen.update(step.tool for step in steps)
-        if self.batches == STEPLESS_BATCHES and not self.seen:
-            self._tell(
-                "no steps",
-                f"not a single tool call was found in {self.batches} batches, so nothing is corrected. Check "
-                f"actor_rollout_ref.rollout.multi_turn.format, or algorithm.tapo.tool_format, and the rollouts.",
-            )
-        if rule.tools is not None and self.batches == settings.patience:
-            for tool in sorted(set(rule.tools) - set(self.seen)):
-                others = ", ".join(name for name, _ in self.seen.most_common(10)) or "none"
-                self._tell(
-                    f"unseen {tool}",
-                    f"the tool {tool!r} of algorithm.tapo.tools was never called in {self.batches} batches; "
-                    f"tools that were: {others}",
-                )
-
-    def _explain_defaults(self, steps: Sequence[ToolStep], rule: TapoConfig) -> None:
-        for step in steps:
-            if step.tool in self._told or not step.ok:
-                continue
-            if acquires_information(step.tool):
-                kernels = ", ".join(f"{p}={default_kernel(p)}" for p in step.arguments) or "no parameters"
-                decision = f"takes part, compared by {kernels} (others: exact)"
-            else:
-                decision = "is left out: its name says that it runs or makes things"
-            self._tell(step.tool, f"algorithm.tapo.tools is not set; by its name the tool {step.tool!r} {decision}")
-
-
 WATCH = Watch()
 
 
@@ -186,16 +135,32 @@ def watch(
     infos: Sequence[Mapping[str, Any]],
     padding: npt.NDArray[np.bool_],
     settings: TapoSettings,
+    agent_loop: str | None = None,
+    agent_names: Callable[[], Iterable[Any]] = tuple,
 ) -> dict[str, float]:
     """Metrics of the tools of B rows, from their records, and of the parts of their rewards.
+
+    Args:
+        records, infos, padding: (B,) as in `Rollout`.
+        settings: ``algorithm.tapo``.
+        agent_loop, agent_names: as in `Rollout`.
 
     Raises:
         ToolOutage: where too many calls failed.
     """
     real = np.flatnonzero(~padding).tolist()
-    metrics = tool_metrics([records[row] for row in real])
+    known, rewards = [records[row] for row in real], [infos[row] for row in real]
+    WATCH.check_records(known, agent_loop, agent_names)
+    WATCH.executed |= executed_tools(known)
+    metrics = tool_metrics(known, WATCH.executed)
     check_outage(metrics, settings.max_fault_rate)
-    return {**metrics, **reward_metrics([infos[row] for row in real])}
+    for name, (count, example) in odd_reward_parts(rewards).items():
+        WATCH.tell(
+            f"reward part {name}",
+            f"the reward's part {name!r} is no finite number in {count} of {len(real)} rollouts ({example}, say), "
+            f"which are left out of its mean",
+        )
+    return {**metrics, **reward_metrics(rewards)}
 
 
 def estimate(
@@ -241,6 +206,12 @@ def estimate(
         )
     based = time.perf_counter()
     success = rollout.success(settings) & ~dropped
+    if rollout.unreadable is not None:
+        WATCH.tell(
+            "unreadable success",
+            f"in {rollout.metrics['tapo/success_unreadable']:.0%} of the rollouts the reward's "
+            f"{settings.success_key!r} is no number ({rollout.unreadable}, say): these count as failures",
+        )
     if rollout.sessions is not None:
         success = success[rollout.sessions.final_row]
     steps = [step for step in find_steps(rollout, settings) if not dropped[step.row]]
@@ -261,7 +232,11 @@ def estimate(
     done = time.perf_counter()
     WATCH.look(steps, settings)
     rollout.metrics.update(report.metrics())
-    rollout.metrics.update(watch(rollout.records, rollout.reward_infos, rollout.padding, settings))
+    rollout.metrics.update(WATCH.silent_tools(steps, rollout.metrics))
+    rollout.metrics.update(
+        watch(rollout.records, rollout.reward_infos, rollout.padding, settings, rollout.agent_loop, rollout.agent_names)
+    )
+    WATCH.sum_up(report, rollout.step, rollout.part)
     final = np.arange(len(success)) if rollout.sessions is None else rollout.sessions.final_row
     ended = np.unique(final[~rollout.padding])
     rollout.metrics["tapo/success_rate"] = float(success[ended].mean()) if len(ended) else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -14,6 +14,7 @@ import torch
 
 from verl_tapo.arrays import span_positions
 from verl_tapo.config import TapoSettings
+from verl_tapo.records import shown
 from verl_tapo.steps import IntArray
 
 BaseEstimator: TypeAlias = Callable[[IntArray, torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
@@ -91,6 +92,12 @@ class Rollout:
     """Filled by the estimator, for the trainer's logger."""
     fields: dict[str, torch.Tensor] = field(default_factory=dict)
     """(B, L) tensors, filled by the estimator, to be written to the batch."""
+    agent_loop: str | None = None
+    """The default agent loop, where the trainer's configuration names one."""
+    agent_names: Callable[[], Iterable[Any]] = tuple
+    """What the data set's rows have in the column ``agent_name``, which overrides the default; asked for once."""
+    unreadable: str | None = None
+    """A success value that is no number, where `success` met one."""
 
     def success(self, settings: TapoSettings) -> npt.NDArray[np.bool_]:
         """(B,) success ``y``: the reward info's ``success_key``, else the score, at ``success_threshold`` or above.
@@ -99,31 +106,59 @@ class Rollout:
             ValueError: where a ``success_key`` that was set on purpose is in no row's reward info.
         """
         values = self.scores.copy()
-        known = 0
+        known = unreadable = 0
         for row, info in enumerate(self.reward_infos):
             value = info.get(settings.success_key)
-            if value is not None:
-                values[row] = _number(value)
-                known += 1
+            if value is None:
+                continue
+            known += 1
+            values[row] = _number(value)
+            if math.isnan(values[row]) and not self.padding[row]:
+                unreadable += 1
+                self.unreadable = shown(value)
         real = int((~self.padding).sum())
         if real and not known and settings.success_key != TapoSettings.success_key:
-            keys = sorted({key for info in self.reward_infos for key in info})
+            keys = sorted({str(key) for info in self.reward_infos for key in info})
             raise ValueError(
                 f"algorithm.tapo.success_key={settings.success_key!r} is in no row's reward info; "
                 f"the reward function returned: {', '.join(keys) or 'nothing besides the score'}"
             )
         self.metrics["tapo/success_from_score"] = 1.0 - known / max(len(values), 1)
+        self.metrics["tapo/success_unreadable"] = unreadable / max(real, 1)
         succeeded: npt.NDArray[np.bool_] = (values >= settings.success_threshold) & ~self.padding  # NaN: no success
         return succeeded
 
 
-def _number(value: Any) -> float:
-    """A success value as a number; what is none is no success."""
+def agent_loop_of(config: Any) -> str | None:
+    """The default agent loop of a trainer's whole configuration; None where it names none."""
+    agent = config.actor_rollout_ref.rollout.get("agent", None)
+    return None if agent is None else agent.get("default_agent_loop", None)
+
+
+def agent_names_of(trainer: Any) -> list[str]:
+    """What the first rows of a trainer's data set have in the column ``agent_name``; empty where that is not known."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        column = trainer.train_dataset.dataframe.select_columns("agent_name")  # without the rows' images
+        return sorted(set(map(str, column[:_ROWS_LOOKED_AT]["agent_name"])))
+    except Exception:  # no such column, or a data set of another kind
+        return []
+
+
+_ROWS_LOOKED_AT = 1000
+
+
+def _number(value: Any) -> float:
+    """A success value as a number; NaN for what is none, which is no success."""
+    try:
+        if isinstance(value, str):
+            value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
+        elif hasattr(value, "item"):
+            value = value.item()  # of NumPy, of torch, or an array of one number
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except Exception:  # no number, or whatever a foreign object raises
         return math.nan
-    return number
 
 
 CURRENT: ContextVar[Rollout | None] = ContextVar("tapo_rollout", default=None)

@@ -3,11 +3,11 @@
 Metrics (all shares are of calls; one set for each tool that was executed):
 
 - ``tools/calls_per_trajectory``, ``tools/malformed``, ``tools/unknown_tool``, ``tools/over_limit``
-- ``tools/infrastructure_faults``: of executed calls
+- ``tools/infrastructure_faults``, ``tools/abandoned``: of executed calls
 - ``reward/<part>``: the mean of every number that the reward function returns (veRL logs them in validation only)
 - ``tools/<tool>/``: ``calls_per_trajectory``, ``ok``, ``model_faults``, ``infrastructure_faults``, ``latency_s``,
   ``latency_p95_s``, ``answer_tokens``, and the mean of every number the tool itself returns as a metric (a cache hit,
-  say)
+  say); of a tool that was executed before and is not now the shares, which are 0, and no means
 
 Names that would make veRL's aggregator take a maximum, minimum or sum are written by `verl_tapo.credit.metric_word`.
 """
@@ -15,14 +15,15 @@ Names that would make veRL's aggregator take a maximum, minimum or sum are writt
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
 
 from verl_tapo.credit import metric_word
-from verl_tapo.records import fault_of
+from verl_tapo.records import Fault, fault_of, finite, shown
 
 _EXECUTED = ("ok", "error", "timeout")
 _LATENCY_QUANTILE = 0.95
@@ -57,41 +58,61 @@ def check_rollouts(sessions: int, prompts: int, each: int, max_fault_rate: float
         )
 
 
-def tool_metrics(records: Sequence[Any]) -> dict[str, float]:
-    """Metrics of B trajectories' records (their plain form; None where there is none); empty where no calls are.
+def executed_tools(records: Sequence[Any]) -> set[str]:
+    """The tools that were executed, by B trajectories' records (their plain form; None where there is none)."""
+    known = [record for record in records if isinstance(record, Mapping)]
+    return {step["tool"] for record in known for step in record["steps"] if step["status"] in _EXECUTED}
+
+
+def tool_metrics(records: Sequence[Any], tools: Collection[str] = ()) -> dict[str, float]:
+    """Metrics of B trajectories' records (their plain form; None where there is none); empty where no record is.
 
     Args:
         records: of real rows only, no padding.
+        tools: those that were executed in earlier batches: they have metrics where they are not called, too.
     """
     known = [record for record in records if isinstance(record, Mapping)]
-    steps = [step for record in known for step in record["steps"]]
-    if not steps:
+    if not known:
         return {}
-    statuses = Counter(step["status"] for step in steps)
-    metrics = {
-        f"tools/{status}": statuses[status] / len(steps) for status in ("malformed", "unknown_tool", "over_limit")
-    }
-    metrics["tools/calls_per_trajectory"] = len(steps) / len(known)
-    executed: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    steps = [step for record in known for step in record["steps"]]
+    executed: dict[str, list[Mapping[str, Any]]] = {tool: [] for tool in sorted({*tools, *executed_tools(known)})}
     for step in steps:
         if step["status"] in _EXECUTED:
             executed[step["tool"]].append(step)
+    metrics = {
+        f"tools/{status}": _share(sum(step["status"] == status for step in steps), steps)
+        for status in ("malformed", "unknown_tool", "over_limit")
+    }
+    metrics["tools/calls_per_trajectory"] = len(steps) / len(known)
     for tool, calls in executed.items():
         for name, value in _of_tool(calls).items():
             metrics[f"tools/{metric_word(tool)}/{metric_word(name)}"] = value
         metrics[f"tools/{metric_word(tool)}/calls_per_trajectory"] = len(calls) / len(known)
-    metrics["tools/infrastructure_faults"] = _fault_rate([call for calls in executed.values() for call in calls])
+    everything = [call for calls in executed.values() for call in calls]
+    metrics["tools/infrastructure_faults"] = _faults(everything, "infrastructure")
+    metrics["tools/abandoned"] = _share(sum(bool(call.get("abandoned")) for call in everything), everything)
     return metrics
 
 
 def reward_metrics(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of every number in B trajectories' ``reward_extra_info``; of real rows only."""
+    """The mean of every finite number in B trajectories' ``reward_extra_info``; of real rows only."""
     parts: dict[str, list[float]] = defaultdict(list)
     for info in infos:
         for name, value in info.items():
-            if isinstance(value, bool | int | float | np.number) and math.isfinite(value):
-                parts[f"reward/{metric_word(name)}"].append(float(value))
-    return {name: float(np.mean(values)) for name, values in parts.items()}
+            number = finite(value)
+            if number is not None:
+                parts[f"reward/{metric_word(str(name))}"].append(number)
+    return {name: _mean(values) for name, values in parts.items()}
+
+
+def odd_reward_parts(infos: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
+    """Of every part that is a number which is not finite, or beyond a float, somewhere: how often, and one of them."""
+    odd: dict[str, tuple[int, str]] = {}
+    for info in infos:
+        for name, value in info.items():
+            if isinstance(value, Number) and finite(value) is None:
+                odd[str(name)] = odd.get(str(name), (0, ""))[0] + 1, shown(value)
+    return odd
 
 
 def check_outage(metrics: Mapping[str, float], max_fault_rate: float | None) -> None:
@@ -114,23 +135,35 @@ def check_outage(metrics: Mapping[str, float], max_fault_rate: float | None) -> 
     )
 
 
-def _fault_rate(calls: Sequence[Mapping[str, Any]]) -> float:
-    return sum(fault_of(call) == "infrastructure" for call in calls) / max(len(calls), 1)
+def _share(part: int, whole: Sequence[Any]) -> float:
+    return part / max(len(whole), 1)
+
+
+def _mean(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:  # the sum of finite numbers need not be one
+        return math.fsum(value / len(values) for value in values)
+
+
+def _faults(calls: Sequence[Mapping[str, Any]], fault: Fault) -> float:
+    return _share(sum(fault_of(call) == fault for call in calls), calls)
 
 
 def _of_tool(calls: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     own: dict[str, list[float]] = defaultdict(list)
     for call in calls:
         for name, value in (call.get("metrics") or {}).items():
-            if isinstance(value, bool | int | float) and math.isfinite(value):
-                own[name].append(float(value))
-    latencies = [call["latency_s"] for call in calls]
-    return {
-        **{name: float(np.mean(values)) for name, values in own.items()},
-        "ok": sum(call["status"] == "ok" for call in calls) / len(calls),
-        "model_faults": sum(fault_of(call) == "model" for call in calls) / len(calls),
-        "infrastructure_faults": _fault_rate(calls),
-        "latency_s": float(np.mean(latencies)),
-        "latency_p95_s": float(np.quantile(latencies, _LATENCY_QUANTILE)),
-        "answer_tokens": float(np.mean([call.get("answer_tokens", 0) for call in calls])),
-    }
+            number = finite(value)
+            if number is not None:
+                own[name].append(number)
+    metrics = {name: _mean(values) for name, values in own.items()}
+    metrics["ok"] = _share(sum(call["status"] == "ok" for call in calls), calls)
+    metrics["model_faults"] = _faults(calls, "model")
+    metrics["infrastructure_faults"] = _faults(calls, "infrastructure")
+    if calls:
+        latencies = [call["latency_s"] for call in calls]
+        metrics["latency_s"] = float(np.mean(latencies))
+        metrics["latency_p95_s"] = float(np.quantile(latencies, _LATENCY_QUANTILE))
+        metrics["answer_tokens"] = float(np.mean([call.get("answer_tokens", 0) for call in calls]))
+    return metrics

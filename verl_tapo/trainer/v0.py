@@ -10,12 +10,13 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from verl_tapo.trainer.batch import rollout_from_batch
 from verl_tapo.trainer.check import check_run
 from verl_tapo.trainer.estimator import load_settings
-from verl_tapo.trainer.rollout import CURRENT
+from verl_tapo.trainer.rollout import CURRENT, agent_names_of
 
 _trainer: weakref.ref[Any] | None = None
 _pending: dict[str, float] = {}
@@ -43,6 +44,7 @@ def compute_advantage_hook(wrapped: Callable[..., Any], _: Any, args: Any, kwarg
     trainer = None if _trainer is None else _trainer()
     context = {name: getattr(trainer, name, None) for name in ("tokenizer", "config")}
     context["step"] = getattr(trainer, "global_steps", None)
+    context["agent_names"] = partial(agent_names_of, trainer)
     rollout = rollout_from_batch(
         load_settings(algorithm), algorithm, data.batch, data.non_tensor_batch, {**context, "metrics": {}, "fields": {}}
     )

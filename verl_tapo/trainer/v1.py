@@ -6,8 +6,8 @@ data besides and lays it ready for the estimator; the stock method then runs as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from verl_tapo.records import RECORD_KEY
 from verl_tapo.trainer.batch import base_advantages
 from verl_tapo.trainer.check import check_run
 from verl_tapo.trainer.estimator import load_settings, watch
-from verl_tapo.trainer.rollout import CURRENT, Rollout, Sessions, Tokens
+from verl_tapo.trainer.rollout import CURRENT, Rollout, Sessions, Tokens, agent_loop_of, agent_names_of
 from verl_tapo.trainer.tool_metrics import check_rollouts
 
 
@@ -46,8 +46,16 @@ def _add_metrics(trainer: Any, batch: Any, metrics: dict[str, Any]) -> None:
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
     extra = _extra_fields(data, len(batch))
     records = [fields.get(RECORD_KEY) for fields in extra]
-    infos = [fields.get("reward_extra_info") or {} for fields in extra]
-    metrics.update(watch(records, infos, _padding(batch), settings))
+    metrics.update(
+        watch(
+            records,
+            _reward_infos(extra),
+            _padding(batch),
+            settings,
+            agent_loop_of(trainer.config),
+            partial(agent_names_of, trainer),
+        )
+    )
 
 
 def _check_rollouts(trainer: Any, batch: Any, settings: TapoSettings) -> None:
@@ -63,6 +71,11 @@ def _check_rollouts(trainer: Any, batch: Any, settings: TapoSettings) -> None:
 def _extra_fields(data: Any, rows: int) -> list[dict[str, Any]]:
     stored = data.pop("extra_fields").tolist() if "extra_fields" in data else [None] * rows
     return [fields if isinstance(fields, dict) else {} for fields in stored]
+
+
+def _reward_infos(extra: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    infos = [fields.get("reward_extra_info") for fields in extra]
+    return [dict(info) if isinstance(info, Mapping) else {} for info in infos]
 
 
 def _padding(batch: Any) -> npt.NDArray[np.bool_]:
@@ -102,7 +115,7 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
     response_mask = data["response_mask"]
     offsets = response_mask.offsets().cpu().numpy().astype(np.int64)
     extra = _extra_fields(data, len(batch))
-    infos: list[dict[str, Any]] = [fields.get("reward_extra_info") or {} for fields in extra]
+    infos = _reward_infos(extra)
     if settings.success_key in data:  # a colocated reward model writes its extra info as fields of their own
         column = data.pop(settings.success_key).tolist()
         infos = [{settings.success_key: value, **info} for value, info in zip(column, infos, strict=True)]
@@ -139,5 +152,7 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
         part=getattr(trainer, "local_trigger_step", 0),
         tokenizer=trainer.tokenizer,
         tool_format=trainer.config.actor_rollout_ref.rollout.multi_turn.format,
+        agent_loop=agent_loop_of(trainer.config),
+        agent_names=partial(agent_names_of, trainer),
     )
     return rollout, response_mask

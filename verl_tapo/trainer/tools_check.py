@@ -1,0 +1,197 @@
+"""Checks of a run's tools: whether veRL can load them, and whether ``algorithm.tapo.tools`` speaks of them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from verl_tapo.config import TapoConfig, default_kernel
+from verl_tapo.trainer.watch import RECORDING_LOOP, shown_kernels, unrecorded
+
+Parameters = Mapping[str, Collection[str]]
+"""The parameters of each tool, by its schema."""
+
+_ROWS_LOOKED_AT = 100
+_LONGEST_ROW = 1 << 24  # characters
+
+
+def _paths(config: Any) -> tuple[str | None, str | None]:
+    multi_turn = config.actor_rollout_ref.rollout.multi_turn
+    return multi_turn.get("tool_config_path", None), multi_turn.get("function_tool_path", None)
+
+
+def config_problems(config: Any) -> tuple[list[str], Parameters | None]:
+    """What in the file ``multi_turn.tool_config_path`` would end the run, as far as one can tell without loading tools.
+
+    Returns:
+        The problems, and the tools' parameters where the files say all of them: None where some come from code.
+    """
+    path, functions = _paths(config)
+    if path is None:
+        return [], None
+    setting = f"actor_rollout_ref.rollout.multi_turn.tool_config_path={path}"
+    try:
+        entries = _read_yaml(path)
+        listed = entries["tools"] if isinstance(entries, Mapping) else None
+    except Exception as error:  # the file system's, YAML's, OmegaConf's
+        return [f"{setting} cannot be read: {_line(error)}"], None
+    if not isinstance(listed, list):
+        return [f"{setting} has no list `tools`"], None
+    problems = []
+    parameters: dict[str, Collection[str]] = {}
+    complete = functions is None
+    for number, entry in enumerate(listed):
+        problem = _entry_problem(entry)
+        if problem is not None:
+            problems.append(f"{setting}: tools[{number}] {problem}")
+            continue
+        function = (entry.get("tool_schema") or {}).get("function") or {}
+        properties = (function.get("parameters") or {}).get("properties") or {}
+        if isinstance(function.get("name"), str):
+            parameters[function["name"]] = list(properties)
+        else:
+            complete = False
+    return problems, parameters if complete and not problems else None
+
+
+def _read_yaml(path: str) -> Any:
+    from omegaconf import OmegaConf
+    from verl.utils.import_utils import resolve_config_path
+
+    return OmegaConf.to_container(OmegaConf.load(resolve_config_path(path)), resolve=True)
+
+
+def _entry_problem(entry: Any) -> str | None:
+    """What is wrong with one tool of the file, as veRL reads it."""
+    from verl.tools.schemas import OpenAIFunctionToolSchema
+    from verl.tools.tool_registry import ToolType
+
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("class_name"), str):
+        return "has no class_name"
+    name = entry["class_name"]
+    settings = entry.get("config")
+    types = ", ".join(kind.value for kind in ToolType)
+    if not isinstance(settings, Mapping) or "type" not in settings:
+        return f"({name}) has no config.type, which veRL asks for; known: {types}"
+    if settings["type"] not in {kind.value for kind in ToolType}:
+        return f"({name}): config.type={settings['type']!r} is not known; known: {types}"
+    module = name.rpartition(".")[0]
+    try:
+        found = bool(module) and find_spec(module) is not None
+    except Exception:  # a parent that cannot be imported
+        found = False
+    if not found:
+        return f"({name}): there is no module {module or name!r}; is its folder on PYTHONPATH?"
+    if entry.get("tool_schema") is not None:
+        try:
+            OpenAIFunctionToolSchema.model_validate(entry["tool_schema"])
+        except Exception as error:  # pydantic's
+            return f"({name}): its tool_schema is none: {_line(error)}"
+    return None
+
+
+def load(config: Any) -> Parameters | None:
+    """Loads the tools as veRL's agent loops do, with whatever their constructors do; None where none are configured.
+
+    Raises:
+        ValueError: veRL cannot load them.
+    """
+    from verl.tools.tool_registry import load_all_tools
+    from verl.utils.import_utils import resolve_config_path
+
+    path, functions = _paths(config)
+    if path is None and functions is None:
+        return None
+    try:
+        tools = load_all_tools(*(None if given is None else resolve_config_path(given) for given in (path, functions)))
+        return {tool.name: list(tool.tool_schema.function.parameters.properties) for tool in tools}
+    except (Exception, SystemExit) as error:  # whatever a tool's constructor raises
+        given = " and ".join(filter(None, (path, functions)))
+        raise ValueError(f"veRL cannot load the tools of {given}: {type(error).__name__}: {_line(error)}") from None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def rule_problems(rule: TapoConfig, tools: Parameters) -> Iterator[str]:
+    """Tools and parameters of ``algorithm.tapo.tools`` that no configured tool has."""
+    for tool, kernels in (rule.tools or {}).items():
+        if tool not in tools:
+            yield f"algorithm.tapo.tools.{tool}: no configured tool has that name{_hint(tool, tools)}"
+            continue
+        for parameter in kernels or {}:
+            if parameter not in tools[tool]:
+                hint = _hint(parameter, tools[tool])
+                yield f"algorithm.tapo.tools.{tool}.{parameter}: the tool has no such parameter{hint}"
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
+
+
+def participation(rule: TapoConfig, tools: Parameters) -> Iterator[tuple[str, str]]:
+    """Of each configured tool, whether it takes part in the rule, and with which kernels."""
+    for tool, parameters in tools.items():
+        if not rule.takes_part(tool):
+            why = "by its name it runs or makes things" if rule.tools is None else "not in algorithm.tapo.tools"
+            yield tool, f"left out: {why}"
+            continue
+        given = (rule.tools or {}).get(tool) or {}
+        kernels = {
+            name: given.get(name, "exact") if rule.tools is not None else default_kernel(name) for name in parameters
+        }
+        yield tool, "takes part: " + (shown_kernels({"": kernels}).strip(" ()") or "no parameters")
+
+
+def recording_warning(config: Any) -> str | None:
+    """What to say where the data set's rows override the recording agent loop, by their column ``agent_name``."""
+    agent = config.actor_rollout_ref.rollout.get("agent", None) or {}
+    if agent.get("default_agent_loop", None) != RECORDING_LOOP:
+        return None
+    files = config.get("data", {}).get("train_files", None) or []
+    named = {name for path in ([files] if isinstance(files, str) else files) for name in _agent_names(Path(path))}
+    others = sorted(named - {RECORDING_LOOP} - _redefined(agent.get("agent_loop_config_path", None)))
+    return unrecorded(others) if others else None
+
+
+def _redefined(path: str | None) -> set[str]:
+    """Names of agent loops that the run gives another loop to, which may record."""
+    try:
+        return set() if path is None else {entry["name"] for entry in _read_yaml(path)}
+    except Exception:  # veRL will complain
+        return set()
+
+
+def _agent_names(path: Path) -> set[str]:
+    """What the first rows of a data file have in the column ``agent_name``; empty where they cannot be read."""
+    path = path.expanduser()
+    if not path.is_file():
+        return set()
+    try:
+        rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+        return {str(row["agent_name"]) for row in rows if isinstance(row, dict) and row.get("agent_name") is not None}
+    except Exception:  # not such a file after all; veRL will complain
+        return set()
+
+
+def _parquet_rows(path: Path) -> Sequence[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        if "agent_name" not in file.schema_arrow.names:
+            return []
+        batch = next(file.iter_batches(_ROWS_LOOKED_AT, columns=["agent_name"]), None)
+        return [] if batch is None else list(batch.to_pylist())
+
+
+def _json_rows(path: Path) -> Sequence[Any]:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        lines = islice(iter(lambda: file.readline(_LONGEST_ROW), ""), _ROWS_LOOKED_AT)
+        return [json.loads(line) for line in lines if line.strip()]

@@ -1,0 +1,165 @@
+"""What the plug-in says in a run's console: a line in each training step, and once each what is decided by default, who
+takes part, what never occurred, and what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from verl_tapo.config import TapoConfig, TapoSettings, acquires_information, default_kernel
+from verl_tapo.credit import CreditReport, metric_word
+from verl_tapo.steps import ToolStep
+
+logger = logging.getLogger("verl_tapo")
+
+STEPLESS_BATCHES = 3
+"""Batches without a single tool-use step after which that is reported: the run is plain base estimation then."""
+_TOOL_SHARES = ("steps_per_trajectory", "failed_calls", "misassigned_steps", "corrected_steps")
+
+
+def _say(message: str) -> None:
+    """Logs at INFO, and sees to it that it is shown: in veRL's processes no handler shows what is no warning."""
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+    logger.info("TAPO: %s", message)
+
+
+class Watch:
+    """Looks over a run's shoulder, from its first batch on."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.seen: Counter[str] = Counter()
+        self.parameters: dict[str, set[str]] = {}
+        """Those that calls of the tools in ``algorithm.tapo.tools`` had."""
+        self.executed: set[str] = set()
+        """Tools that were, by their records."""
+        self._credited: set[str] = set()
+        self._told: set[str] = set()
+
+    def tell(self, key: str, message: str) -> None:
+        """Warns, once for each key."""
+        if key not in self._told:
+            self._told.add(key)
+            logger.warning("TAPO: %s", message)
+
+    def look(self, steps: Sequence[ToolStep], settings: TapoSettings) -> None:
+        """Takes note of one batch's steps."""
+        self.batches += 1
+        rule = settings.rule
+        if rule.tools is None:
+            self._explain_defaults(steps, rule)
+        elif self.batches == 1:
+            _say(f"tools that take part: {shown_kernels(rule.tools)}; parameters not named: exact")
+        self.seen.update(step.tool for step in steps)
+        if self.batches == STEPLESS_BATCHES and not self.seen:
+            self.tell(
+                "no steps",
+                f"not a single tool call was found in {self.batches} batches, so nothing is corrected. Check "
+                f"actor_rollout_ref.rollout.multi_turn.format, or algorithm.tapo.tool_format, and the rollouts.",
+            )
+        if rule.tools is None or not settings.patience or self.batches > settings.patience:
+            return
+        for step in steps:
+            if step.tool in rule.tools:
+                self.parameters.setdefault(step.tool, set()).update(map(str, step.arguments))
+        if self.batches == settings.patience:
+            self._report_unseen(rule.tools)
+
+    def _report_unseen(self, tools: Mapping[str, Any]) -> None:
+        for tool in sorted(set(tools) - set(self.seen)):
+            others = ", ".join(name for name, _ in self.seen.most_common(10)) or "none"
+            self.tell(
+                f"unseen {tool}",
+                f"the tool {tool!r} of algorithm.tapo.tools was never called in {self.batches} batches; "
+                f"tools that were: {others}",
+            )
+        for tool, present in sorted(self.parameters.items()):
+            for parameter in sorted(set(tools[tool] or {}) - present):
+                self.tell(
+                    f"unseen {tool} {parameter}",
+                    f"no call of {tool!r} in {self.batches} batches had the parameter {parameter!r} of "
+                    f"algorithm.tapo.tools; they had: {', '.join(sorted(present)[:10]) or 'none'}",
+                )
+
+    def _explain_defaults(self, steps: Sequence[ToolStep], rule: TapoConfig) -> None:
+        for step in steps:
+            if step.tool in self._told or not step.ok:
+                continue
+            if acquires_information(step.tool):
+                kernels = ", ".join(f"{p}={default_kernel(p)}" for p in step.arguments) or "no parameters"
+                decision = f"takes part, compared by {kernels} (others: exact)"
+            else:
+                decision = "is left out: its name says that it runs or makes things"
+            self.tell(step.tool, f"algorithm.tapo.tools is not set; by its name the tool {step.tool!r} {decision}")
+
+    def silent_tools(self, steps: Sequence[ToolStep], metrics: Mapping[str, float]) -> dict[str, float]:
+        """Zeros for tools that had metrics of the rule before and were not called in this batch: no gaps in curves."""
+        called = {step.tool for step in steps}
+        zeros = {
+            f"tapo/tool/{metric_word(tool)}/{name}": 0.0 for tool in self._credited - called for name in _TOOL_SHARES
+        }
+        self._credited |= {tool for tool in called if f"tapo/tool/{metric_word(tool)}/failed_calls" in metrics}
+        return {name: value for name, value in zeros.items() if name not in metrics}
+
+    def sum_up(self, report: CreditReport, step: int | None, part: int) -> None:
+        """Says what became of one batch's calls."""
+        gates = Counter(credit.gate for credit in report.steps if credit.role == "failing")
+        corrected, below_alpha = gates["corrected"], gates["below_alpha"]
+        where = f"batch {self.batches}" if step is None else f"step {step}" + (f", batch {part + 1}" if part else "")
+        _say(
+            f"{where}: {len(report.steps)} calls, {gates.total()} failing, {corrected + below_alpha} misassigned, "
+            f"{corrected} corrected"
+        )
+
+    def check_records(
+        self, records: Sequence[Any], agent_loop: str | None, agent_names: Callable[[], Iterable[Any]]
+    ) -> None:
+        """Warns where rollouts come without a record, although the recording agent loop is the default.
+
+        Args:
+            records: of real rows.
+            agent_loop: the default agent loop, where it is known.
+            agent_names: what the data set's rows have in the column ``agent_name``; none where there is none.
+        """
+        missing = sum(not isinstance(record, Mapping) for record in records)
+        if agent_loop != RECORDING_LOOP or not missing or "unrecorded" in self._told:
+            return
+        others = sorted({str(name) for name in agent_names()} - {RECORDING_LOOP})
+        self.tell("unrecorded", f"{missing} of {len(records)} rollouts came without a record. {unrecorded(others)}")
+
+
+RECORDING_LOOP = "tapo_tool_agent"
+
+
+def unrecorded(agent_names: Sequence[str]) -> str:
+    """Why rollouts would come without a record under the recording default, and what to do; ``agent_names``: what the
+    data set's rows name instead of the recording loop, none where that is not known."""
+    setting = f"actor_rollout_ref.rollout.agent.default_agent_loop={RECORDING_LOOP}"
+    if agent_names:
+        names = ", ".join(map(repr, agent_names[:5]))
+        why = f"{setting} is overridden: the data set's rows name the agent loop {names} in their column agent_name"
+    else:
+        why = f"{setting} is set, but another agent loop ran; look for a column agent_name in the data"
+    return (
+        f"{why}. Drop the column, or write {RECORDING_LOOP} in it, or give that name the recording loop by "
+        f"rollout.agent.agent_loop_config_path (see verl_tapo/conf/agent_loop.yaml). Without records the calls are "
+        f"parsed, with no timeout, no latency, no faults and no metrics under tools/"
+    )
+
+
+def shown_kernels(tools: Mapping[str, Any]) -> str:
+    """``algorithm.tapo.tools`` in words."""
+    shown = []
+    for tool, parameters in tools.items():
+        kernels = [
+            f"{name}={spec.get('kernel') if isinstance(spec, Mapping) else spec}"
+            for name, spec in (parameters or {}).items()
+        ]
+        shown.append(f"{tool} ({', '.join(kernels)})" if kernels else tool)
+    return ", ".join(shown) or "none"
