@@ -1,4 +1,4 @@
-"""Shares and lifts as people read them. The report's scripts do the same, in `page/text.js`."""
+"""Shares, lifts and sizes as people read them. The report's scripts do the same, in `page/text.js`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def points(lift: float | None) -> str:
     text = _rounded(value, 1 if value < 1 else 0)
     sign = "" if text == "0" else "+" if lift > 0 else "−"
     return f"{sign}{text} {'point' if text == '1' else 'points'}"
+
+
+def file_size(size: int) -> str:
+    """Bytes as ``826 kB`` or ``1.2 MB``."""
+    return f"{-(-size // 1000)} kB" if size < 1_000_000 else f"{size / 1e6:.1f} MB"
 
 
 def _rounded(value: float, digits: int) -> str:
