@@ -54,7 +54,9 @@ def audit_result(
                 for gate in ("corrected", "below_alpha", "below_theta")
             },
         },
-        "support_alpha": [[c["support"], c["similarity"], c["gate"]] for c in failing][:3000],
+        "support_alpha": [[c["support"], c["similarity"], c["gate"]] for c in failing if c["gate"] != "below_theta"][
+            :3000
+        ],
         "sweeps": [
             {
                 "beta": beta,
@@ -181,7 +183,7 @@ def _judge(call: dict[str, Any], holder: Any, siblings: list[Any], winners: list
         similarity=similarity, support=support, reference_advantage=reference, witness={"trajectory": t, "call": c}
     )
     if similarity < THETA:
-        call.update(gate="below_theta", support=0.0, reference_advantage=0.0, witness=None)
+        call.update(gate="below_theta", support=None, reference_advantage=None)  # its witness is the nearest call
         return
     call["alpha"] = similarity * support
     call["gate"] = "corrected" if call["alpha"] >= ALPHA_MIN else "below_alpha"

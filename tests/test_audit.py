@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +16,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from verl_tapo import TapoConfig, transfer_credit
-from verl_tapo.audit import ReadOptions, audit
+from verl_tapo.audit import ReadOptions, audit, terminal
 from verl_tapo.audit.analysis import Sweep, analyse, figures, star
 from verl_tapo.audit.batches import batch_from_dump
 from verl_tapo.audit.collect import Sample
@@ -521,6 +525,9 @@ class TestWarnings:
             lines += [line(search_then("a guess", "x"), float(k == 0), uid, k) for k in range(6)]
             lines += [line(search_then("what helps", "x"), 1.0, uid, k) for k in (6, 7)]
         assert self.codes(tmp_path, lines) == {"lucky_witnesses": "warning"}
+        (warned,) = audit(tmp_path / "1.jsonl").result["warnings"]
+        assert warned["text"].startswith("100 % of the matched failing calls have lucky witnesses")
+        assert "(mean lift: −21 points)" in warned["text"]
 
     @pytest.mark.parametrize(("wrong", "codes"), [("Cambohia", {"inexact_matches": "info"}), ("Cambodia", {})])
     def test_calls_that_are_only_similar(self, tmp_path, wrong, codes):
@@ -587,6 +594,84 @@ class TestCommand:
         assert "50.0%" in out
         assert "search" in out
 
+    @pytest.mark.parametrize("width", [45, 60, 80, 100, 140])
+    def test_no_table_is_cut(self, tmp_path, capsys, monkeypatch, width):
+        """As many columns as fit, whole; those left out are named."""
+        monkeypatch.setenv("COLUMNS", str(width))
+        long = "search_" + "x" * 50
+        lines = [entry for step in range(1, 12) for entry in two_of_four(step)]
+        lines += [
+            {**entry, "output": entry["output"].replace('"search"', f'"{long}"')} for entry in two_of_four(1, "q")
+        ]
+        code, out, _ = run_main(capsys, write_dump(tmp_path / "1.jsonl", lines))
+        assert code == 0
+        tables = out.split("Left out")[0]
+        assert "…" not in tables
+        assert max(map(len, tables.splitlines())) <= width
+        for title, names in (("By training step", ["step", "misassigned"]), ("By tool", ["tool", "misassigned"])):
+            table = tables.split(title)[1].split("└")[0]
+            header = table.splitlines()[2]
+            assert all(name in header for name in names)
+        said = " ".join(tables.split())  # a caption may be broken
+        every = "calls failed failing misassigned corrected lucky similarity support tokens success lift".split()
+        header = tables.split("By training step")[1].splitlines()[2]
+        missing = [name for name in every if name not in header]
+        assert bool(missing) == (width < 119)
+        assert not missing or "in a wider terminal: support" in said
+        caption = said.split("By training step")[1].split("By tool")[0]
+        assert all(name in caption.split("in a wider terminal:")[1] for name in missing)
+        row = next(line for line in tables.splitlines() if line.startswith("│ 11 "))
+        assert "50.0%" in row
+
+    def test_what_the_tables_say(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "140")
+        found = audit(write_dump(tmp_path / "1.jsonl", two_of_four()))
+        found.result["tools"]["search"]["lift"] = -0.042
+        terminal.show(found.result, Console(width=140))
+        out = capsys.readouterr().out
+        overview, rest = out.split("By training step")
+        by_step, by_tool = rest.split("By tool")
+        assert [line.split("│")[2].strip() for line in overview.splitlines() if "mean lift" in line] == ["+16.7"]
+        assert "+16.7" in by_step
+        assert "-4.2" in by_tool.split("With other settings")[0]
+
+    def test_in_a_pipe_and_in_any_encoding(self, tmp_path):
+        lines = [{**e, "output": e["output"].replace('"search"', '"suche_für_東京"')} for e in two_of_four()]
+        path = write_dump(tmp_path / "1.jsonl", lines)
+        code = "import sys; from verl_tapo.cli import main; sys.exit(main(sys.argv[1:]))"
+        environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+        for encoding in ("utf-8", "ascii"):
+            done = subprocess.run(
+                [sys.executable, "-c", code, "audit", path], capture_output=True, check=True,
+                env={**environment, "PYTHONIOENCODING": encoding},
+            )  # fmt: skip
+            out = done.stdout.decode(encoding)
+            assert "…" not in out
+            assert "misassigned" in out.split("By tool")[1]
+
+    def test_the_report_is_named_with_its_size(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "40")
+        path = write_dump(tmp_path / "1.jsonl", two_of_four())
+        report = tmp_path / ("a long name " * 5 + "[red].html")
+        _, out, _ = run_main(capsys, path, "--html", report)
+        assert out.splitlines()[-1] == f"Report: {report} ({-(-report.stat().st_size // 1000)} kB)"
+        _, out, err = run_main(capsys, path, "--html", report, "--json", "-")
+        assert json.loads(out)["version"] == 1
+        assert err.startswith("Report: ")
+        assert "Report" not in "".join(run_main(capsys, path, "--html", report, "--quiet")[1:])
+        assert "Report" not in run_main(capsys, path, "--html", "/dev/null")[1]
+
+    def test_names_of_files_are_harmless(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        evil = "\x1b[31m[bold]\u202e"
+        write_dump(tmp_path / f"1{evil}.jsonl", [*two_of_four(), "torn"])
+        write_dump(tmp_path / f"metrics{evil}.jsonl", [{"step": 1, "data": {}}])
+        code, out, err = run_main(capsys, tmp_path)
+        assert code == 0
+        assert not {"\x1b", "\u202e"} & set(out + err)
+        assert "Not read: 1 line " in out
+        assert out.count("[bold]") == 2
+
     def test_a_terminal_obeys_no_rollout(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
         evil = "\x1b[2J[bold red]boo[/]\u202e"
@@ -623,6 +708,23 @@ class TestCommand:
         assert (calls["gate"] == "corrected").sum() == 2
         run_main(capsys, tmp_path / "1.jsonl", "--quiet", "--csv", out / "csv")
         assert len(pandas.read_csv(out / "csv" / "calls.csv")) == 4  # a new audit, not an addition
+
+    def test_a_spreadsheet_runs_no_cell(self, tmp_path, capsys):
+        lines = []
+        for k, tool in enumerate(["=1+1", "+1", "-1", "@SUM(A1)", "search"]):
+            for session in range(4):
+                text = call_text(tool, query="=a") + answers("A") + "end"
+                lines.append(line(text, float(session < 2), f"=uid{k}", session))
+        path = write_dump(tmp_path / "1.jsonl", lines)
+        run_main(capsys, path, "--quiet", "--csv", tmp_path / "csv", "--parquet", tmp_path / "parquet")
+        for name in ("calls", "tools", "warnings"):
+            with (tmp_path / "csv" / f"{name}.csv").open(newline="") as file:
+                cells = [cell for row in csv.reader(file) for cell in row]
+            numbers = {cell for cell in cells if re.fullmatch(r"[+-]?[\d.]+(e-\d+)?", cell)}
+            assert not [cell for cell in cells if cell[:1] in set("=+-@\t\r\n") and cell not in numbers]
+        tools = pandas.read_csv(tmp_path / "csv" / "tools.csv")["tool"]
+        assert sorted(tools) == ["'+1", "'-1", "'=1+1", "'@SUM(A1)", "search"]
+        assert sorted(pandas.read_parquet(tmp_path / "parquet" / "tools.parquet")["tool"])[1] == "-1"
 
     def test_json_on_standard_output_alone(self, tmp_path):
         path = write_dump(tmp_path / "1.jsonl", two_of_four())
@@ -716,8 +818,14 @@ class TestFrames:
         made = [found.plot_steps(axes[0]), found.plot_similarity(axes[1]), found.plot_support(axes[2])]
         made += [found.plot_tools(axes[3]), found.plot_sweep("theta", axes[4]), found.plot_sweep("beta", axes[5])]
         assert [ax.get_xlabel() for ax in made] == [
-            "training step", "similarity to the best witness", "support", "calls", "theta", "beta",
+            "training step", "similarity to the best witness", "similarity", "calls", "theta", "beta",
         ]  # fmt: skip
+        assert made[2].get_ylabel() == "support"  # as on the page
+        assert made[2].collections[0].get_offsets().tolist() == [[1.0, 1.0]] * 6
+        curve = made[2].lines[0].get_xydata()
+        assert (curve[:, 0] * curve[:, 1]).tolist() == pytest.approx(
+            [found.result["settings"]["alpha_min"]] * len(curve)
+        )
         assert made[0].lines[1].get_ydata().tolist() == [0.5, 0.5, 0.5]
         assert sum(patch.get_height() for patch in made[1].patches) == 12
         plt.savefig(tmp_path / "plots.png")

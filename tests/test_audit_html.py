@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 
 from verl_tapo.audit import audit
 from verl_tapo.audit.html import write_report
+from verl_tapo.audit.units import percent, points
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -81,9 +84,19 @@ class Report:
         self.page.fill("#filter-text", words)
         self.until(lambda: self.page.locator("#group-list").inner_html() != before)
 
+    def unfold(self, summary: Any) -> None:
+        """Clicks and waits for the content, which is made when the browser tells that the part was opened."""
+        summary.click()
+        summary.locator("xpath=following-sibling::*").first.wait_for()
+
     def open_details(self) -> None:
         self.page.eval_on_selector_all("details", "all => all.forEach(one => { one.open = true })")
-        self.until(lambda: self.page.locator("#plots table").count() > 0)
+        empty = self.page.locator("details[open]:not(:has(> :not(summary)))")
+        self.until(lambda: empty.count() == 0)
+
+    def cards(self) -> list[str]:
+        """The ids of the calls on the page, from the left to the right and down."""
+        return self.page.eval_on_selector_all("#group .call", "all => all.map(one => one.id)")
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +142,21 @@ def first_call(result: dict[str, Any], **wanted: Any) -> tuple[str, dict[str, An
     return next((id, call) for id, call in calls_of(result) if all(call[key] == wanted[key] for key in wanted))
 
 
+def result_call(result: dict[str, Any], id: str) -> dict[str, Any]:
+    return dict(calls_of(result))[id]
+
+
 def groups_with(result: dict[str, Any], **wanted: Any) -> list[int]:
     """Positions of the groups that hold such a call, in order."""
     ids = [id for id, call in calls_of(result) if all(call[key] == wanted[key] for key in wanted)]
     return sorted({int(re.match(r"g(\d+)", id)[1]) for id in ids})  # type: ignore[index]
+
+
+def narrow_to(report: Report, result: dict[str, Any], **wanted: Any) -> None:
+    """Sets filters of calls and waits for the list of what matches."""
+    for name, value in wanted.items():
+        report.page.select_option(f"#filter-{name}", value)
+    report.until(lambda: report.listed() == groups_with(result, **wanted))
 
 
 def put_hostile_text_everywhere(result: dict[str, Any]) -> None:
@@ -202,14 +226,91 @@ def test_what_the_page_cannot_show_is_refused(tmp_path: Path) -> None:
         write_report(audit_result(title=float("nan")), tmp_path / "report.html")
 
 
+def test_a_report_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report(audit_result(groups=1), path)
+    before = path.read_bytes()
+    torn = audit_result(groups=3)
+    torn["groups"][2]["interest"] = float("nan")
+    with pytest.raises(ValueError, match="JSON"):
+        write_report(torn, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    link = tmp_path / "latest.html"
+    link.symlink_to(path)
+    write_report(audit_result(groups=2), link)
+    assert link.is_symlink()
+    assert len(path.read_bytes()) > len(before)
+
+
+def test_a_report_goes_down_a_pipe(tmp_path: Path) -> None:
+    result = audit_result(groups=2)
+    write_report(result, tmp_path / "report.html")
+    read, write = os.pipe()
+    with ThreadPoolExecutor(1) as pool, open(read, "rb") as end:
+        received = pool.submit(end.read)
+        write_report(result, Path(f"/dev/fd/{write}"))
+        os.close(write)
+        assert received.result() == (tmp_path / "report.html").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("value", "share", "lift"),
+    [
+        (0.0, "0 %", "0 points"),
+        (1.0, "100 %", "+100 points"),
+        (0.08, "8 %", "+8 points"),
+        (0.1, "10 %", "+10 points"),
+        (0.125, "13 %", "+13 points"),  # halves go up, as in JavaScript
+        (0.385, "39 %", "+39 points"),
+        (0.004, "0.4 %", "+0.4 points"),
+        (0.0097, "1 %", "+1 point"),
+        (0.00001, "<0.1 %", "0 points"),
+        (0.996, "99.6 %", "+100 points"),
+        (0.99999, ">99.9 %", "+100 points"),
+        (None, "–", "–"),
+    ],
+)
+def test_shares_are_in_percent_and_lifts_in_points(value: float | None, share: str, lift: str) -> None:
+    assert (percent(value), points(value)) == (share, lift)
+    if value:
+        assert points(-value) == lift.replace("+", "−")
+
+
 # The page
+
+
+@needs_browser
+def test_the_script_writes_figures_as_the_rest_of_the_report(open_report: Any) -> None:
+    page = open_report(audit_result()).page
+    values = [None, *(k / 1600 for k in range(1601)), 1e-7, 1 - 1e-7]
+    assert page.evaluate("all => all.map(percent)", values) == [percent(value) for value in values]
+    signed = [*values, *(-value for value in values if value)]
+    assert page.evaluate("all => all.map(points)", signed) == [points(value) for value in signed]
+
+
+@needs_browser
+def test_without_javascript_the_main_figures_are_there(open_report: Any) -> None:
+    result = audit_result()
+    put_hostile_text_everywhere(result)
+    page = open_report(result, java_script_enabled=False).page
+    figures = page.locator("#headline dd").all_inner_texts()
+    totals = result["totals"]
+    assert figures[5] == percent(totals["success_rate"])
+    assert figures[4] == points(totals["lift"])
+    assert page.locator("#title").inner_text().startswith("<script>window.pwned=1</script>")
+    assert page.locator("#warnings .notice").count() == 2
+    assert "JavaScript is off" in page.locator("noscript").inner_text()
+    headings = [heading.inner_text() for heading in page.locator("h1, h2, h3").all() if heading.is_visible()]
+    assert headings[1:] == ["At a glance"]  # none that nothing follows
+    assert page.locator("main > section:visible, footer:visible, .skip:visible").count() == 1
 
 
 @needs_browser
 def test_headline_warnings_plots_and_tables(open_report: Any) -> None:
     result = audit_result()
-    page = open_report(result).page
-    totals = result["totals"]
+    report = open_report(result)
+    page, totals = report.page, result["totals"]
     headline = page.locator("#headline dd").all_inner_texts()
     shares = ("correctable_trajectories", "failing_trajectories"), ("misassigned_steps", "failing_steps")
     assert headline[:2] == [f"{100 * totals[part] / totals[whole]:.0f} %" for part, whole in shares]
@@ -220,7 +321,7 @@ def test_headline_warnings_plots_and_tables(open_report: Any) -> None:
     assert page.locator("#tools tbody th").all_inner_texts() == sorted(
         result["tools"], key=lambda tool: -result["tools"][tool]["calls"]
     )
-    page.locator("#plots summary").first.click()
+    report.unfold(page.locator("#plots summary").first)
     rows = page.locator("#plots tbody tr")
     assert rows.count() == len(result["steps"])
     step = result["steps"][0]
@@ -232,7 +333,7 @@ def test_headline_warnings_plots_and_tables(open_report: Any) -> None:
     line = page.locator("#plots figure").nth(2).locator("line.gate")
     bars = page.locator("#plots figure").nth(2).locator("svg[role=img] rect.bar.corrected")
     assert all(float(bar.get_attribute("x")) > float(line.get_attribute("x1")) for bar in bars.all())
-    page.locator("#sweeps summary").click()
+    report.unfold(page.locator("#sweeps summary"))
     assert page.locator("#sweeps tbody tr").count() == len(result["sweeps"])
     assert "(in use)" in page.locator("#sweeps tr[aria-current]").inner_text()
     size = page.locator("#colophon").inner_text()
@@ -305,6 +406,110 @@ def test_a_call_says_what_the_rule_found(open_report: Any) -> None:
 
 
 @needs_browser
+def test_how_much_of_the_blame_is_taken_back(open_report: Any) -> None:
+    """All of it, a part, none; by a call that was made too, or by one that is only similar."""
+    result = audit_result()
+    ids = [id for id, call in calls_of(result) if id.startswith("g1t") and call["gate"] == "corrected"][:4]
+    calls = dict(calls_of(result))
+    for id, after, inexact in zip(ids, (0.0, -0.25, -0.999, -1.0), (False, True, False, False), strict=True):
+        calls[id].update(before=-1.0, after=after, inexact=inexact)
+    page = open_report(result, "#g1").page
+    texts = [page.locator(f"#{id} .why").first.inner_text() for id in ids]
+    assert texts == [
+        "A successful sibling made this call too: all of the blame is taken back.",
+        "A successful sibling made a similar call: 75 % of the blame is taken back.",
+        "A successful sibling made this call too: 0.1 % of the blame is taken back.",
+        "A successful sibling made this call too; its tokens stay as they are, since another call of the same turn "
+        "got no credit.",
+    ]
+
+
+@needs_browser
+def test_below_theta_there_is_a_nearest_call_and_no_witness(open_report: Any) -> None:
+    result = audit_result()
+    id, call = first_call(result, gate="below_theta")
+    nearest = f"{id.split('t')[0]}t{call['witness']['trajectory']}c{call['witness']['call']}"
+    report = open_report(result, f"#{id}")
+    page = report.page
+    text = page.locator(f"#{id}").inner_text()
+    assert page.locator(f"#{id} .witness-link a").inner_text().startswith("≠ The nearest call: rollout ")
+    assert "witness" not in text.lower()
+    assert "–" not in text  # no support, no alpha: not a word about them
+    assert page.locator(f"#{id} .figures").count() == 0
+    # in which parameters it differs, on the spot
+    other = page.locator(f"#{id} .witness-link .arguments").inner_text()
+    assert all(str(value) in other for value in result_call(result, nearest)["arguments"].values())
+    assert page.locator(".its-nearest").get_attribute("id") == nearest
+    assert page.locator(".its-witness").count() == 0
+    page.keyboard.press("w")
+    assert report.selected() == nearest
+    # what it speaks for are those at theta or above
+    group = id.split("t")[0]
+    heard = page.locator(f"#{nearest} .witness-link a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+    expected = [
+        f"#{other}"
+        for other, c in calls_of(result)
+        if other.startswith(f"{group}t") and c["gate"] == "corrected" and c["witness"] == call["witness"]
+    ]
+    assert heard == expected[:8]
+
+
+@needs_browser
+def test_one_success_in_a_group_tells_nothing_of_luck(open_report: Any) -> None:
+    result = audit_result()
+    for _, call in calls_of(result):
+        call["lift"] = 0.07 if call["gate"] == "corrected" else None
+    single, several = (
+        next(
+            id
+            for id, call in calls_of(result)
+            if call["gate"] == "corrected"
+            and (sum(t["success"] for t in result["groups"][int(id[1 : id.index("t")])]["trajectories"]) == 1) == one
+        )
+        for one in (True, False)
+    )
+    page = open_report(result, f"#{single}").page
+    assert "only one success in this group" in page.locator(f"#{single} .figures").inner_text()
+    assert "points" not in page.locator(f"#{single} .figures").inner_text()
+    assert "Only one success in this group" in page.locator("#group").inner_text()
+    page.evaluate("id => { location.hash = id }", several)
+    page.locator(f"#{several}").wait_for()
+    assert "+7 points" in page.locator(f"#{several} .figures").inner_text()
+    assert "success in this group" not in page.locator("#group").inner_text()
+
+
+@needs_browser
+def test_expected_answers_are_words(open_report: Any) -> None:
+    truths = [["Kinshasa"], ["a, b", "c", 3], {"target": ["x", "y"]}, [f"n{k}" for k in range(15)], [], None, "plain"]
+    result = audit_result(groups=len(truths))
+    for group, truth in zip(result["groups"], truths, strict=True):
+        group["ground_truth"] = truth
+    page = open_report(result).page
+    shown = []
+    for number in range(len(truths)):
+        page.click(f"#group-list a[href='#g{number}']")
+        shown.append(page.locator("#group .facts", has_text="Expected").all_inner_texts())
+    many = " or ".join(f"n{k}" for k in range(12)) + " or one of 3 more"
+    assert shown == [
+        ["Expected: Kinshasa"], ["Expected: a, b or c or 3"], ["Expected: target: x or y"], [f"Expected: {many}"],
+        [], [], ["Expected: plain"],
+    ]  # fmt: skip
+
+
+@needs_browser
+def test_values_are_shown_as_they_are(open_report: Any) -> None:
+    result = audit_result(groups=1)
+    result["groups"][0]["trajectories"][0]["calls"][0]["arguments"] = {
+        "a": ["x,y", "[ 1\n ]"],
+        "b": {"c": [1, 2]},
+        "d": [],
+    }
+    page = open_report(result, "#g0t0c0").page
+    values = page.locator("#g0t0c0 .arguments dd").all_inner_texts()
+    assert values[:3] == ['["x,y", "[ 1\\n ]"]', '{"c": [1, 2]}', "[]"]
+
+
+@needs_browser
 def test_the_tint_follows_the_advantage(open_report: Any) -> None:
     """Blame and praise differ in hue; a correction to 0 takes the tint away and leaves the edge."""
     result = audit_result()
@@ -352,6 +557,107 @@ def test_filters(open_report: Any) -> None:
     report.until(lambda: len(report.listed()) == 0)
     assert report.found() == "No prompt group matches these filters."
     assert page.locator("#group *").count() == 0
+
+
+@needs_browser
+@pytest.mark.parametrize("gate", ["corrected", "below_theta"])
+def test_what_matches_comes_first_with_its_witness_in_view(open_report: Any, gate: str) -> None:
+    result = audit_result()
+    for group in result["groups"]:  # the witnesses far to the right, the failing calls late
+        for trajectory in group["trajectories"]:
+            trajectory["calls"].sort(key=lambda call: call["gate"] == gate)
+    rejudge(result)
+    report = open_report(result, viewport={"width": 1366, "height": 768})
+    page = report.page
+    narrow_to(report, result, gate=gate)
+    page.evaluate("document.getElementById('filters').scrollIntoView()")
+    for g in groups_with(result, gate=gate):
+        page.locator(f"#group-list a[href='#g{g}']").click()
+        matching = [id for id, call in calls_of(result) if id.startswith(f"g{g}t") and call["gate"] == gate]
+        first, call = matching[0], dict(calls_of(result))[matching[0]]
+        witness = f"g{g}t{call['witness']['trajectory']}c{call['witness']['call']}"
+        headings = page.locator(".rollout h4").evaluate_all("all => all.map(one => one.id)")
+        assert headings[:2] == [id.split("c")[0] for id in (first, witness)]
+        for id in (first, witness):
+            box = page.locator(f"#{id}").bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 1366
+            assert box["y"] + 150 < 768  # its name, what became of it, its parameters
+        # then the others that match, and only then those that do not
+        rollouts = [f"g{g}t{t}" for t in range(8)]
+        held = {id.split("c")[0] for id in matching}
+        partners = {
+            f"g{g}t{c['witness']['trajectory']}" for id, c in calls_of(result) if id in matching and c["witness"]
+        }
+        assert set(headings[: len(held | partners)]) == held | partners
+        assert sorted(headings) == rollouts
+        beside = page.locator(".rollout.beside h4").evaluate_all("all => all.map(one => one.id)")
+        assert beside == [id for id in rollouts if id not in held | partners]
+        assert set(matching) <= set(report.cards())
+
+
+def rejudge(result: dict[str, Any]) -> None:
+    """Corrects the numbers of witnesses after their calls were moved."""
+    for group in result["groups"]:
+        for trajectory in group["trajectories"]:
+            for call in trajectory["calls"]:
+                if call["witness"]:
+                    holder = group["trajectories"][call["witness"]["trajectory"]]
+                    tools = [other["tool"] for other in holder["calls"]]
+                    call["witness"] = {**call["witness"], "call": tools.index(call["tool"])}
+
+
+@needs_browser
+def test_calls_that_do_not_match_are_folded_and_one_click_away(open_report: Any) -> None:
+    result = audit_result()
+    report = open_report(result)
+    page = report.page
+    narrow_to(report, result, tool="text_search", gate="corrected")
+    matching = [
+        id for id, call in calls_of(result)
+        if id.startswith("g0t") and (call["tool"], call["gate"]) == ("text_search", "corrected")
+    ]  # fmt: skip
+    every = dict(calls_of(result))
+    witnesses = {f"g0t{every[id]['witness']['trajectory']}c{every[id]['witness']['call']}" for id in matching}
+    assert set(report.cards()) == {*matching, *witnesses}
+    folded = page.locator(".rollout").first.locator("summary", has_text="image_search ▲ corrected").first
+    assert folded.inner_text().startswith("Call 1")
+    report.unfold(folded)
+    hidden = f"{matching[0].split('c')[0]}c0"
+    assert hidden in report.cards()
+    # a link leads to a call that is folded away
+    away = next(id for id, _ in calls_of(result) if id.startswith("g0t") and id not in report.cards())
+    page.evaluate("id => { location.hash = id }", away)
+    report.until(lambda: report.selected() == away)
+    # and n goes through those that match as they stand
+    page.click("#group-list a[href='#g0']")
+    visited = []
+    for _ in matching:
+        page.keyboard.press("n")
+        visited.append(report.selected())
+    assert visited == [id for id in report.cards() if id in matching]
+    page.click("#filters button[type=reset]")
+    report.until(lambda: len(report.cards()) == sum(id.startswith("g0t") for id in every))
+
+
+@needs_browser
+def test_a_match_among_thousands_of_calls_is_drawn(open_report: Any) -> None:
+    """In one turn, and in as many turns as calls."""
+    result = audit_result()
+    for t, apart in ((0, False), (1, True)):
+        trajectory = result["groups"][0]["trajectories"][t]
+        call = {**trajectory["calls"][0], "gate": "no_witness", "role": "failing", "witness": None}
+        spans = [[k, k + 1] if apart else call["span"] for k in range(3000)]
+        trajectory["calls"] = [{**call, "span": span, "call_span": span} for span in spans]
+        trajectory["text"] += "x" * 3000
+        trajectory["calls"][2500] = {**trajectory["calls"][2500], "gate": "corrected", "lucky": True}
+    report = open_report(result)
+    report.page.select_option("#filter-gate", "lucky")
+    report.until(lambda: report.listed() == [0])
+    assert report.cards() == ["g0t0c2500", "g0t1c2500"]
+    assert report.page.evaluate("document.querySelectorAll('*').length") < 3000
+    report.page.evaluate("location.hash = '#g0t0c7'")
+    report.until(lambda: report.selected() == "g0t0c7")
 
 
 @needs_browser
@@ -431,8 +737,8 @@ def test_the_next_call_is_one_that_matches(open_report: Any) -> None:
     report = open_report(result)
     report.page.select_option("#filter-gate", "corrected")
     expected = [id for id, call in calls_of(result) if id.startswith("g0t") and call["gate"] == "corrected"]
+    report.until(lambda: report.listed() == groups_with(result, gate="corrected"))
     report.page.locator("#g0").focus()
-    report.page.wait_for_timeout(50)
     for id in expected:
         report.page.keyboard.press("n")
         assert report.selected() == id
@@ -478,6 +784,117 @@ def test_a_link_to_nowhere_breaks_nothing(open_report: Any) -> None:
         assert report.selected() is None
 
 
+# Figures
+
+
+@needs_browser
+def test_lift_is_in_points_with_its_sign_everywhere(open_report: Any) -> None:
+    result = audit_result()
+    for figures in (result["totals"], *result["steps"], *result["tools"].values()):
+        figures["lift"] = 0.313
+    result["tools"]["zoom"]["lift"] = -0.04
+    report = open_report(result)
+    page = report.page
+    assert page.locator("#headline dd").nth(4).inner_text() == "+31 points"
+    tools = page.locator("#tools tbody tr").all()
+    lifts = {row.locator("th").inner_text(): row.locator("td").last.inner_text() for row in tools}
+    assert lifts == {"image_search": "+31 points", "text_search": "+31 points", "zoom": "−4 points"}
+    outcome = page.locator("#plots figure").nth(1)
+    ticks = outcome.locator("svg[role=img] .tick").all_text_contents()
+    assert not any("%" in tick for tick in ticks)
+    assert outcome.locator("svg[role=img] .label").all_text_contents()[1] == "success in percent, lift in points"
+    report.unfold(outcome.locator("summary"))
+    assert outcome.locator("tbody tr").first.locator("td").last.inner_text() == "+31 points"
+
+
+@needs_browser
+def test_ticks_have_as_many_decimals_as_they_need(open_report: Any) -> None:
+    result = audit_result()
+    for top, expected in ((0.1, ["0 %", "2 %", "4 %"]), (0.01, ["0.0 %", "0.2 %", "0.4 %"]), (1.0, ["0 %", "20 %"])):
+        for figures in result["steps"]:
+            figures.update(failing_steps=1000, misassigned_steps=1000 * top, corrected_steps=0)
+            figures.update(failing_trajectories=1, correctable_trajectories=0)
+        page = open_report(result).page
+        ticks = page.locator("#plots figure").first.locator("svg[role=img] .tick[text-anchor=end]").all_text_contents()
+        assert ticks[: len(expected)] == expected
+        assert len(set(ticks)) == len(ticks)
+
+
+@needs_browser
+def test_two_lines_that_are_one_are_both_seen(open_report: Any) -> None:
+    result = audit_result()
+    assert all(figures["misassigned_steps"] == figures["corrected_steps"] for figures in result["steps"])
+    page = open_report(result).page
+    plot = page.locator("#plots figure").first
+    lines = plot.locator("svg[role=img] path.line")
+    paths = [line.get_attribute("d") for line in lines.all()]
+    assert paths[0] == paths[1]
+    style = "all => all.map(one => parseFloat(getComputedStyle(one).strokeWidth))"
+    lower, upper = lines.evaluate_all(style)[:2]
+    assert lower > 2 * upper  # the one beneath looks out on both sides
+    assert "Here they are the same" in plot.locator("figcaption").inner_text()
+    result["steps"][0]["corrected_steps"] -= 1
+    assert "the same" not in open_report(result).page.locator("#plots figcaption").first.inner_text()
+
+
+@needs_browser
+def test_plots_with_nothing_to_show_say_so(open_report: Any) -> None:
+    result = audit_result()
+    result["support_alpha"] = []
+    for sweep in result["sweeps"]:
+        sweep.update(corrected_steps=0, mean_lifted_advantage=None)
+    for figures in result["steps"]:
+        figures.update(failing_steps=0, misassigned_steps=0, corrected_steps=0, failing_trajectories=0)
+    for gate in ("corrected", "below_alpha", "below_theta"):
+        result["similarity_histogram"][gate] = [0] * 20
+    page = open_report(result).page
+    assert page.locator("#plots svg .empty").all_text_contents() == [
+        "no failing calls",
+        "no failing call has a witness of its tool",
+        "no failing call matches a witness",
+    ]
+    assert page.locator("#sweep-plots figure").count() == 0
+    assert page.locator("#sweep-plots").inner_text() == "No call is corrected under any of the settings tried."
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 800, 1024, 1366, 1920])
+def test_no_card_stands_beside_a_hole(open_report: Any, width: int) -> None:
+    result = audit_result()
+    in_use = next(sweep for sweep in result["sweeps"] if (sweep["beta"], sweep["theta"]) == (0.8, 0.8))
+    result["sweeps"] += [{**in_use, "alpha_min": value} for value in (0.0, 0.4, 0.6)]
+    page = open_report(result, viewport={"width": width, "height": 900}).page
+    for place in ("#plots", "#sweep-plots"):
+        boxes = [figure.bounding_box() for figure in page.locator(f"{place} figure").all()]
+        assert len(boxes) == {"#plots": 4, "#sweep-plots": 3}[place]
+        across = page.locator(place).bounding_box()
+        for top in {round(box["y"]) for box in boxes}:
+            row = [box for box in boxes if round(box["y"]) == top]
+            assert max(box["x"] + box["width"] for box in row) == pytest.approx(across["x"] + across["width"], abs=1)
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [320, 390, 1024, 1366])
+def test_a_list_entry_breaks_between_its_facts_only(open_report: Any, width: int) -> None:
+    page = open_report(audit_result(), viewport={"width": width, "height": 900}).page
+    facts = page.locator("#group-list .facts > span")
+    assert facts.first.inner_text() == "Step 1 · 1 of 8 right"
+    assert re.fullmatch(r"\d+ of \d+ failing calls corrected", facts.nth(1).inner_text())
+    lines = facts.evaluate_all("all => all.map(one => one.getBoundingClientRect().height)")
+    assert max(lines) < 1.5 * min(lines)
+    assert len(lines) == 24
+
+
+@needs_browser
+def test_a_table_that_is_cut_off_says_so(open_report: Any) -> None:
+    for width, cut in ((390, True), (1366, False)):
+        page = open_report(audit_result(), viewport={"width": width, "height": 800}).page
+        hint = page.locator("#tools .more-columns")
+        hint.wait_for(state="visible" if cut else "hidden")
+        table = page.locator("#tools .scroll")
+        assert table.evaluate("box => box.scrollWidth > box.clientWidth") == cut
+
+
 # Untrusted text
 
 
@@ -494,6 +911,11 @@ def test_a_hostile_rollout_does_nothing(open_report: Any) -> None:
     report.open_details()
     report.search("<script>")
     page.locator("#group mark").first.wait_for()
+    assert page.evaluate("window.pwned") is None
+    assert [page.evaluate(what) for what in (scripts, elements)] == before
+    page.select_option("#filter-gate", "corrected")  # calls that do not match are folded away by their names
+    page.locator("#group summary", has_text=re.compile(r"^Calls? \d.*: <script>")).first.wait_for()
+    report.open_details()
     assert page.evaluate("window.pwned") is None
     assert [page.evaluate(what) for what in (scripts, elements)] == before
     marks = set(page.locator("#group .invisible").all_inner_texts())
@@ -690,6 +1112,9 @@ def test_contrast(open_report: Any, scheme: str) -> None:
     assert page.evaluate(CONTRAST) == []
     report.search("flag")
     page.click("#group-list a[href='#g0']")
+    assert page.evaluate(CONTRAST) == []
+    page.select_option("#filter-gate", "below_theta")
+    page.locator("#group summary", has_text=re.compile("^Call")).first.wait_for()
     assert page.evaluate(CONTRAST) == []
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from verl_tapo.audit.analysis import Counts
+from verl_tapo.audit.units import percent, points
 from verl_tapo.config import TapoSettings
 
 Level: TypeAlias = Literal["info", "warning", "error"]
@@ -70,7 +71,7 @@ def _about_data(totals: Counts, tally: Tally, skipped: int) -> Iterator[Warned]:
         yield Warned(
             "skipped_lines",
             "warning",
-            f"{skipped:,} lines could not be read and are in no figure.",
+            f"{skipped:,} {'line' if skipped == 1 else 'lines'} could not be read; the figures leave them out.",
             "They are listed under what could not be read. Groups that lost rollouts have other advantages than in "
             "training.",
         )
@@ -103,7 +104,7 @@ def _about_data(totals: Counts, tally: Tally, skipped: int) -> Iterator[Warned]:
     ):
         share = _share(totals[f"{name}_calls"], totals["calls"])
         if share > 0.1:
-            yield Warned(f"{name}_calls", "warning", f"{share:.0%} of the calls {what}.", advice)
+            yield Warned(f"{name}_calls", "warning", f"{percent(share)} of the calls {what}.", advice)
     if tally.told_by_history:
         yield Warned(
             "images_from_text",
@@ -121,7 +122,7 @@ def _about_groups(totals: Counts) -> Iterator[Warned]:
         yield Warned(
             "single_rollouts",
             "error",
-            f"{single:.0%} of the prompt groups have one rollout: there are no siblings to learn from.",
+            f"{percent(single)} of the prompt groups have one rollout: there are no siblings to learn from.",
             "Is this a validation dump, or is rollout.n 1? Dumps without uid are grouped by equal prompt and ground "
             "truth, which must then be equal to the letter.",
         )
@@ -130,8 +131,8 @@ def _about_groups(totals: Counts) -> Iterator[Warned]:
         yield Warned(
             "one_sided_groups",
             "warning",
-            f"{wrong:.0%} of the prompt groups are all wrong and {right:.0%} all right: nothing can be transferred "
-            f"there, and GRPO learns nothing from them either.",
+            f"{percent(wrong)} of the prompt groups are all wrong and {percent(right)} all right: nothing can be "
+            f"transferred there, and GRPO learns nothing from them either.",
             "Easier or harder prompts, more rollouts for each, or filtering such groups (DAPO) give more to learn "
             "from than any setting of TAPO.",
         )
@@ -148,7 +149,7 @@ def _about_tools(totals: Counts, tools: Mapping[str, Counts], settings: TapoSett
             yield Warned(
                 "failing_tool",
                 "warning",
-                f"{failed:.0%} of the {int(calls):,} calls of {tool} failed.",
+                f"{percent(failed)} of the {int(calls):,} calls of {tool} failed.",
                 "Look at the answers: a back end that is down teaches the policy to do without the tool.",
             )
         if not settings.rule.takes_part(tool):
@@ -177,8 +178,9 @@ def _about_transfer(totals: Counts, tally: Tally, settings: TapoSettings) -> Ite
             yield Warned(
                 "lucky_witnesses",
                 "warning",
-                f"{lucky:.0%} of the matched failing calls have lucky witnesses: rollouts that hold the call succeed "
-                f"no more often than their prompt group, whose other rollouts do without it (mean lift {lift:+.2f}).",
+                f"{percent(lucky)} of the matched failing calls have lucky witnesses: rollouts that hold the call "
+                f"succeed no more often than their prompt group, whose other rollouts do without it (mean lift: "
+                f"{points(lift)}).",
                 "TAPO can lift wrong calls there, most of all where successes come from guessing. Look at such groups, "
                 "reward the use of evidence, watch tapo/lift in training, and compare with a run without TAPO.",
             )
@@ -189,7 +191,7 @@ def _about_transfer(totals: Counts, tally: Tally, settings: TapoSettings) -> Ite
         yield Warned(
             "near_theta",
             "info",
-            f"{near:.0%} of the failing calls are less than 0.1 below theta = {settings.rule.theta:g}.",
+            f"{percent(near)} of the failing calls are less than 0.1 below theta = {settings.rule.theta:g}.",
             "Read some, sorted by similarity, before theta is changed: a smaller theta also equates different calls.",
         )
     if not matched:
@@ -206,7 +208,7 @@ def _about_transfer(totals: Counts, tally: Tally, settings: TapoSettings) -> Ite
         yield Warned(
             "below_alpha",
             "info",
-            f"{below:.0%} of the matched failing calls stay below alpha_min = {settings.rule.alpha_min:g}.",
+            f"{percent(below)} of the matched failing calls stay below alpha_min = {settings.rule.alpha_min:g}.",
             "Few of the successful rollouts made these calls. The sweep shows what another alpha_min would do.",
         )
 
@@ -219,7 +221,8 @@ def _about_similarity(tools: Mapping[str, Counts], settings: TapoSettings) -> It
             yield Warned(
                 "inexact_matches",
                 "info",
-                f"{inexact:.0%} of the matched failing calls of {tool} are similar to a witness and equal to none.",
+                f"{percent(inexact)} of the matched failing calls of {tool} are similar to a witness and equal to "
+                f"none.",
                 f"Read them (filter 'only similar'). Where a letter or a digit makes another action of them, as in "
                 f"names, codes and years, raise theta = {settings.rule.theta:g}, or give the parameter the kernel "
                 f"exact in algorithm.tapo.tools, which then has to name all tools.",

@@ -132,6 +132,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         _write_json(found if arguments.browse else Audit({**found.result, "groups": []}, None), arguments.json)
     if not arguments.quiet and arguments.json != "-":
         terminal.show(found.result, console)
+    if not arguments.quiet and arguments.html:
+        terminal.tell_written(arguments.html, console)
     levels = [LEVELS.index(warned["level"]) for warned in found.result["warnings"]]
     limit = len(LEVELS) if arguments.fail_on == "never" else LEVELS.index(arguments.fail_on)
     return int(max(levels, default=-1) >= limit)

@@ -135,21 +135,21 @@ class Audit:
         return ax
 
     def plot_support(self, ax: Axes | None = None) -> Axes:
-        """Support and similarity of matched failing calls, with the gate at ``alpha_min``."""
+        """Similarity and support of matched failing calls, with the gate at ``alpha_min``."""
         ax, settings = _axes(ax), self.result["settings"]
         for gate, marker in (("corrected", "o"), ("below_alpha", "x")):
-            points = [(support, alike) for support, alike, of in self.result["support_alpha"] if of == gate]
+            points = [(alike, support) for support, alike, of in self.result["support_alpha"] if of == gate]
             if points:
-                support, alike = zip(*points, strict=True)
-                ax.scatter(support, alike, s=14, c=_COLOURS[gate], marker=marker, alpha=0.5, label=GATE_NAMES[gate])
-        supports = [number / 100 for number in range(1, 101)]
+                alike, support = zip(*points, strict=True)
+                ax.scatter(alike, support, s=14, c=_COLOURS[gate], marker=marker, alpha=0.5, label=GATE_NAMES[gate])
+        similarities = [number / 100 for number in range(1, 101)]
         ax.plot(
-            supports,
-            [settings["alpha_min"] / support for support in supports],
+            similarities,
+            [settings["alpha_min"] / similarity for similarity in similarities],
             "k--",
             label=f"alpha_min = {settings['alpha_min']:g}",
         )
-        ax.set(xlabel="support", ylabel="similarity", xlim=(0, 1.05), ylim=(min(settings["theta"], 0.95) - 0.05, 1.02))
+        ax.set(xlabel="similarity", ylabel="support", xlim=(min(settings["theta"], 0.95) - 0.05, 1.02), ylim=(0, 1.05))
         ax.legend()
         return ax
 

@@ -23,6 +23,9 @@ _CALL_TYPES = {
 }
 
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
 class TableWriter:
     """Writes ``steps``, ``tools``, ``sweeps``, ``warnings`` and ``calls`` into a folder.
 
@@ -45,7 +48,7 @@ class TableWriter:
             if kind == "string":
                 frame[name] = frame[name].map(lambda text: text.encode("utf-8", "replace").decode())
         if self._format == "csv":
-            frame.to_csv(self._calls, mode="a", header=not self._calls.exists(), index=False)
+            _quoted(frame).to_csv(self._calls, mode="a", header=not self._calls.exists(), index=False)
             return
         import pyarrow
         import pyarrow.parquet
@@ -68,6 +71,16 @@ class TableWriter:
         for name, frame in frames.items():
             path = self._folder / f"{name}.{self._format}"
             if self._format == "csv":
-                frame.to_csv(path, index=False)
+                _quoted(frame).to_csv(path, index=False)
             else:
                 frame.to_parquet(path, index=False)
+
+
+def _quoted(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """Text that a spreadsheet would take for a formula gets a quote in front, by which it stays text."""
+    texts = [name for name in frame.columns if not pandas.api.types.is_numeric_dtype(frame[name])]
+    return frame.assign(**{name: frame[name].map(_as_text) for name in texts})
+
+
+def _as_text(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell

@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, TypeAlias
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from verl_tapo.audit.units import file_size
+
 Figures: TypeAlias = Mapping[str, Any]
 
 _STEPS_SHOWN = 20
 _PROBLEMS_SHOWN = 10
+_NOTES_FROM = 72
+"""Columns of a terminal from which the overview says what its figures mean."""
+_SPARED = (
+    "support",
+    "similarity",
+    "tokens",
+    "their advantage",
+    "lucky",
+    "failed",
+    "calls",
+    "success",
+    "lift",
+    "failing",
+)
+"""Columns that a narrow terminal does without, the first first."""
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
     """Prints an audit's result."""
+    if isinstance(console.file, TextIOWrapper):
+        console.file.reconfigure(errors="replace")  # what the output's encoding lacks, as in a tool's name
     totals = result["totals"]
-    console.print(_overview(result, totals))
-    console.print(_by_step(result["steps"]))
-    console.print(_by_tool(result["tools"]))
-    console.print(_sweeps(result["sweeps"], result["settings"], totals["failing_steps"]))
+    console.print(_overview(result, totals, console.width))
+    console.print(_by_step(result["steps"], console.width))
+    console.print(_by_tool(result["tools"], console.width))
+    console.print(_sweeps(result["sweeps"], result["settings"], totals["failing_steps"], console.width))
     if result["problems"] or result["skipped"]:
         console.print(_problems(result["problems"], result["skipped"]))
     if result["left_out"]:
-        names = ", ".join(result["left_out"][:6])
+        names = _plain(", ".join(result["left_out"][:6]))
         more = f" and {len(result['left_out']) - 6} more" if len(result["left_out"]) > 6 else ""
         console.print(f"Left out (name one to audit it): {names}{more}", style="dim", markup=False, highlight=False)
     for warned in result["warnings"]:
@@ -35,6 +57,13 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             Text.assemble((f"{warned['level']}: ", _STYLES[warned["level"]]), _plain(warned["text"])), highlight=False
         )
         console.print(Text(f"  {warned['advice']}", style="dim"), highlight=False)
+
+
+def tell_written(path: str, console: Console) -> None:
+    """Says where a report lies and how large it is; nothing of what went down a pipe."""
+    if Path(path).is_file():
+        size = file_size(Path(path).stat().st_size)
+        console.print(f"Report: {_plain(path)} ({size})", markup=False, highlight=False, soft_wrap=True)
 
 
 def _plain(text: str) -> str:
@@ -50,7 +79,11 @@ def _number(value: float | None, form: str = ".3f") -> str:
     return "–" if value is None else format(value, form)
 
 
-def _overview(result: Mapping[str, Any], totals: Figures) -> Table:
+def _points(lift: float | None) -> str:
+    return "–" if lift is None else f"{100 * lift:+.1f}"
+
+
+def _overview(result: Mapping[str, Any], totals: Figures, width: int) -> Table:
     settings = result["settings"]
     recorded, steps = settings["recorded_steps"], len(result["steps"])
     how = "from records" if recorded == steps else "from text" if not recorded else f"{recorded} of {steps} recorded"
@@ -59,8 +92,9 @@ def _overview(result: Mapping[str, Any], totals: Figures) -> Table:
         title=escape(_plain(result["title"])), caption=f"{used}; {how}", show_header=False, title_style="bold"
     )
     table.add_column()
-    table.add_column(justify="right")
-    table.add_column(style="dim")
+    table.add_column(justify="right", no_wrap=True)
+    if width >= _NOTES_FROM:
+        table.add_column(style="dim")
     failing, rollouts = totals["failing_steps"], totals["trajectories"]
     wrong, matched = totals["failing_trajectories"], totals["misassigned_steps"]
     groups = totals["prompts"]
@@ -72,7 +106,7 @@ def _overview(result: Mapping[str, Any], totals: Figures) -> Table:
         (
             "  with a misassigned call",
             _percent(totals["misassigned_trajectories"], wrong),
-            "a successful sibling made it too",
+            "matches a call of a successful sibling",
         ),
         ("  with a corrected call", _percent(totals["correctable_trajectories"], wrong), "TAPO lifts its advantage"),
         ("failing calls", f"{failing:,}", "calls that worked, in failing rollouts"),
@@ -88,8 +122,8 @@ def _overview(result: Mapping[str, Any], totals: Figures) -> Table:
         ),
         (
             "mean lift",
-            _number(totals["lift"], "+.3f"),
-            "of the reference groups; above 0: they mark what leads to success",
+            _points(totals["lift"]),
+            "points; above 0: the witnesses mark what leads to success",
         ),
         ("mean similarity", _number(totals["similarity"]), "of misassigned calls to their best witness"),
         ("  only similar", _percent(totals["inexact_steps"], matched), "of misassigned calls; equal to no witness"),
@@ -103,88 +137,114 @@ def _overview(result: Mapping[str, Any], totals: Figures) -> Table:
             f"{_percent(totals['all_right_groups'], groups)} all right",
         ),
     ):
-        table.add_row(name, value, note)
+        table.add_row(name, value, *([note] if width >= _NOTES_FROM else []))
     return table
 
 
-_COLUMNS: tuple[tuple[str, str], ...] = (
-    ("calls", "calls"),
-    ("failed", "failed_calls"),
-    ("failing", "failing_steps"),
-    ("misassigned", "misassigned_steps"),
-    ("corrected", "corrected_steps"),
-    ("lucky", "lucky_steps"),
-)
+def _fitted(
+    title: str, rows: Sequence[Mapping[str, str]], width: int, *, bold: int | None = None, caption: str = ""
+) -> Table:
+    """A table of as many columns as fit; what is left out is said below it.
 
+    Args:
+        title: printed above it.
+        rows: cells by column, the same columns in each; the first column is never left out.
+        width: of the terminal.
+        bold: number of the row to stress.
+        caption: printed below it.
+    """
+    names = list(rows[0]) if rows else []
+    first = max(16, width // 3)  # the names of tools may be long, and are folded
 
-def _figures_table(title: str, first: str) -> Table:
-    table = Table(title=title)
-    table.add_column(first)
-    for name, _ in _COLUMNS:
-        table.add_column(name, justify="right")
-    for name in ("similarity", "support", "tokens"):
-        table.add_column(name, justify="right")
+    def needed() -> int:
+        cells = [max(cell_len(text) for text in (name, *(row[name] for row in rows))) for name in names]
+        return sum(min(cell, first) for cell in cells[:1]) + sum(cells[1:]) + 3 * len(cells) + 1
+
+    left_out = []
+    for name in _SPARED:
+        if name in names[1:] and needed() > width:
+            names.remove(name)
+            left_out.append(name)
+    if left_out:
+        caption = "; ".join(filter(None, (caption, f"in a wider terminal: {', '.join(left_out)}")))
+    table = Table(title=title, caption=caption or None)
+    for name in names:
+        if name == names[0]:
+            table.add_column(name, overflow="fold", max_width=first)
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    for number, row in enumerate(rows):
+        table.add_row(*(row[name] for name in names), style="bold" if number == bold else "")
     return table
 
 
-def _cells(figures: Figures) -> list[str]:
-    whole = {"failed_calls": "calls", "failing_steps": "", "calls": "", "lucky_steps": "misassigned_steps"}
-    cells = []
-    for _, key in _COLUMNS:
-        of = whole.get(key, "failing_steps")
-        cells.append(_percent(figures[key], figures[of]) if of else f"{figures[key]:,}")
-    return [*cells, _number(figures["similarity"]), _number(figures["support"]), _percent(figures["token_share"])]
+def _cells(figures: Figures) -> dict[str, str]:
+    """What is said of a training step and of a tool."""
+    failing, matched = figures["failing_steps"], figures["misassigned_steps"]
+    return {
+        "calls": f"{figures['calls']:,}",
+        "failed": _percent(figures["failed_calls"], figures["calls"]),
+        "failing": f"{failing:,}",
+        "misassigned": _percent(matched, failing),
+        "corrected": _percent(figures["corrected_steps"], failing),
+        "lucky": _percent(figures["lucky_steps"], matched),
+        "similarity": _number(figures["similarity"]),
+        "support": _number(figures["support"]),
+        "tokens": _percent(figures["token_share"]),
+    }
 
 
-def _by_step(steps: Sequence[Figures]) -> Table:
+def _by_step(steps: Sequence[Figures], width: int) -> Table:
     shown: Sequence[Figures] = steps
     title = "By training step"
     if len(steps) > _STEPS_SHOWN:
         chosen = sorted({round(k * (len(steps) - 1) / (_STEPS_SHOWN - 1)) for k in range(_STEPS_SHOWN)})
         shown = [steps[k] for k in chosen]
         title = f"By training step ({len(shown)} of {len(steps)})"
-    table = _figures_table(title, "step")
-    table.add_column("success", justify="right")
-    table.add_column("lift", justify="right")
-    for figures in shown:
-        table.add_row(
-            str(figures["step"]), *_cells(figures), _percent(figures["success_rate"]), _number(figures["lift"], "+.2f")
-        )
-    return table
+    rows = [
+        {
+            "step": str(of["step"]),
+            **_cells(of),
+            "success": _percent(of["success_rate"]),
+            "lift": _points(of["lift"]),
+        }
+        for of in shown
+    ]
+    return _fitted(title, rows, width)
 
 
-def _by_tool(tools: Mapping[str, Figures]) -> Table:
-    table = _figures_table("By tool", "tool")
-    for tool, figures in list(tools.items())[:_STEPS_SHOWN]:
-        table.add_row(escape(_plain(tool[:60])), *_cells(figures))
-    if len(tools) > _STEPS_SHOWN:
-        table.caption = f"and {len(tools) - _STEPS_SHOWN:,} more"
-    return table
+def _by_tool(tools: Mapping[str, Figures], width: int) -> Table:
+    rows = [
+        {"tool": escape(_plain(tool[:60])), **_cells(of), "lift": _points(of["lift"])}
+        for tool, of in list(tools.items())[:_STEPS_SHOWN]
+    ]
+    more = f"and {len(tools) - _STEPS_SHOWN:,} more" if len(tools) > _STEPS_SHOWN else ""
+    return _fitted("By tool", rows, width, caption=more)
 
 
-def _sweeps(sweeps: Sequence[Figures], settings: Figures, failing: int) -> Table:
-    table = Table(title="With other settings")
-    for name in ("theta", "alpha_min", "beta", "corrected", "tokens", "their advantage"):
-        table.add_column(name, justify="right")
-    for row in sweeps:
-        used = all(row[name] == settings[name] for name in ("theta", "alpha_min", "beta"))
-        table.add_row(
-            *(f"{row[name]:g}" for name in ("theta", "alpha_min", "beta")),
-            _percent(row["corrected_steps"], failing),
-            _percent(row["token_share"]),
-            _number(row["mean_lifted_advantage"]),
-            style="bold" if used else "",
-        )
-    return table
+def _sweeps(sweeps: Sequence[Figures], settings: Figures, failing: int, width: int) -> Table:
+    names = ("theta", "alpha_min", "beta")
+    rows = [
+        {
+            **{name: f"{row[name]:g}" for name in names},
+            "corrected": _percent(row["corrected_steps"], failing),
+            "tokens": _percent(row["token_share"]),
+            "their advantage": _number(row["mean_lifted_advantage"]),
+        }
+        for row in sweeps
+    ]
+    used = [all(row[name] == settings[name] for name in names) for row in sweeps]
+    return _fitted("With other settings", rows, width, bold=used.index(True) if True in used else None)
 
 
 def _problems(problems: Sequence[Mapping[str, Any]], skipped: int) -> Table:
-    table = Table(title=f"Not read: {skipped:,} lines")
+    table = Table(title=f"Not read: {skipped:,} line{'s' * (skipped != 1)}")
     for name in ("file", "line", "why"):
         table.add_column(name, overflow="fold")
     for problem in problems[:_PROBLEMS_SHOWN]:
         line = problem["line"]
-        table.add_row(escape(problem["file"]), "" if line is None else str(line), escape(_plain(problem["reason"])))
+        where = ("" if line is None else str(line), escape(_plain(problem["reason"])))
+        table.add_row(escape(_plain(problem["file"])), *where)
     if len(problems) > _PROBLEMS_SHOWN:
         table.caption = f"and {len(problems) - _PROBLEMS_SHOWN:,} more; --json lists them"
     return table

@@ -24,11 +24,13 @@
  * @property {number} after
  * @property {[number, number] | null} span of the turn, in characters of the trajectory's text
  * @property {[number, number] | null} call_span
- * @property {{ trajectory: number, call: number } | null} witness
+ * @property {{ trajectory: number, call: number } | null} witness of a matched call, and below theta the nearest call
  *
  * @typedef {{ name: string, score: number, success: boolean, advantage: number, text: string, calls: Call[] }} Trajectory
  * @typedef {{ step: number, uid: string, prompt: string, ground_truth: unknown, interest: number, trajectories: Trajectory[] }} Group
  * @typedef {{ group: number, trajectory: number | null, call: number | null }} Place
+ *
+ * @typedef {{ calls: { call: Call, c: number }[], said: string, draw: () => Child[] }} Folded Calls that do not match.
  *
  * @typedef {object} Filter
  * @property {RegExp | null} search
@@ -58,8 +60,22 @@ const MOST_ARGUMENTS = 40; // of one call; "As written" has them all
 /** @param {unknown} value */
 function plain(value) {
   if (typeof value === "string") return value;
-  const line = JSON.stringify(value) ?? "";
-  return line.length < 60 ? line.replaceAll(",", ", ") : JSON.stringify(value, null, 1);
+  const spread = JSON.stringify(value, null, 1) ?? "";
+  const line = spread.replace(/(?<=[[{])\n *|\n *(?=[\]}])/g, "").replace(/\n */g, " "); // strings hold no bare line ends
+  return line.length < 80 ? line : spread;
+}
+
+const MOST_ACCEPTED = 12;
+
+/**
+ * Accepted answers as a reader says them: several with "or", named ones with their name.
+ * @param {unknown} truth
+ * @returns {string[]}
+ */
+function accepted(truth) {
+  if (Array.isArray(truth)) return truth.flatMap(accepted);
+  if (truth === null || typeof truth !== "object") return [plain(truth)];
+  return Object.entries(truth).map(([name, value]) => `${name}: ${accepted(value).join(" or ")}`);
 }
 
 /**
@@ -115,6 +131,22 @@ function callMatches(call, { tool, gate, role }) {
   return (!tool || call.tool === tool) && (!gate || passed) && (!role || call.role === role);
 }
 
+/** @param {Call} call whether it has an equivalent call in a successful rollout */
+function isMatched({ gate }) {
+  return gate === "corrected" || gate === "below_alpha";
+}
+
+/** @param {Call} call */
+function stateOf({ role, gate }) {
+  if (role === "failing") return `${GATE_SIGNS[gate]} ${GATES[gate] ?? "failing"}`;
+  return role === "witness" ? "★ witness" : ROLES[role];
+}
+
+/** @param {Filter} filter whether it asks for calls */
+function asksForCalls({ tool, gate, role }) {
+  return Boolean(tool || gate || role);
+}
+
 /**
  * The trajectories of a group that match, none where the group does not.
  * @param {Group} group
@@ -123,7 +155,7 @@ function callMatches(call, { tool, gate, role }) {
 function matching(group, filter) {
   if (filter.step && String(group.step) !== filter.step) return [];
   const { search, success } = filter;
-  const byCall = filter.tool || filter.gate || filter.role;
+  const byCall = asksForCalls(filter);
   const inPrompt = search?.test(group.prompt) || search?.test(plain(group.ground_truth));
   return group.trajectories.filter(
     ({ success: right, calls, text }) =>
@@ -187,8 +219,16 @@ class Browser {
     this.page = 0;
     /** @type {Place | null} */
     this.place = null;
-    /** How much of the open group is drawn; `calls` of each rollout. */
+    /** How much of the open group is drawn; `calls` of each rollout, besides those folded away. */
     this.drawn = { rollouts: ROLLOUTS_AT_ONCE, calls: CALLS_AT_ONCE };
+    /** The open group's trajectories in the order in which they stand. @type {number[]} */
+    this.order = [];
+    /** Those of them that match the filters. @type {Set<number>} */
+    this.matched = new Set();
+    /** Those that hold a witness of a call that matches, or the call nearest to it. @type {Set<number>} */
+    this.companions = new Set();
+    /** Where calls are asked for, those that are not folded away; null: all are open. @type {Set<string> | null} */
+    this.unfolded = null;
     /** For each call of the open group that is a witness, the calls it speaks for. @type {Map<string, Place[]>} */
     this.speaksFor = new Map();
     byId("page-before").addEventListener("click", () => this.showPage(this.page - 1));
@@ -255,7 +295,8 @@ class Browser {
         html(
           "span",
           { class: "facts" },
-          `Step ${count(group.step)} · ${right} of ${group.trajectories.length} right · ${counted(failing, "failing call")}, ${count(corrected)} corrected`,
+          html("span", {}, `Step ${count(group.step)} · ${right} of ${group.trajectories.length} right`),
+          html("span", {}, failing ? `${count(corrected)} of ${counted(failing, "failing call")} corrected` : "no failing calls"),
         ),
       ),
     );
@@ -279,12 +320,20 @@ class Browser {
     if (!group) return;
     const box = byId("group");
     const { trajectory, call } = place;
-    if (this.place?.group !== place.group) this.drawn = { rollouts: ROLLOUTS_AT_ONCE, calls: CALLS_AT_ONCE };
+    const id = linkTo(place).slice(1);
+    const isOpen = this.place?.group === place.group;
+    if (!isOpen) {
+      this.drawn = { rollouts: ROLLOUTS_AT_ONCE, calls: CALLS_AT_ONCE };
+      this.arrange(group, place.group);
+    }
+    const witness = trajectory === null || call === null ? null : group.trajectories[trajectory]?.calls[call]?.witness;
+    if (call !== null) this.unfolded?.add(id);
+    if (witness) this.unfolded?.add(linkTo({ group: place.group, ...witness }).slice(1));
     const { rollouts, calls } = this.drawn;
-    this.drawn = { rollouts: Math.max(rollouts, (trajectory ?? 0) + 1), calls: Math.max(calls, (call ?? 0) + 1) };
-    const isDrawn = this.place?.group === place.group && this.drawn.rollouts === rollouts && this.drawn.calls === calls;
+    const rank = trajectory === null ? 0 : this.order.indexOf(trajectory);
+    this.drawn = { rollouts: Math.max(rollouts, rank + 1), calls: Math.max(calls, (call ?? 0) + 1) };
     this.place = place;
-    if (!isDrawn) this.render();
+    if (!isOpen || !byId(id)) this.render();
     const position = this.listed.indexOf(place.group);
     if (position >= 0) this.showPage(Math.floor(position / GROUPS_PER_PAGE));
     const current = document.querySelector("#group-list [aria-current]");
@@ -294,25 +343,63 @@ class Browser {
       if (top < list.scrollTop || top + current.offsetHeight > list.scrollTop + list.clientHeight) list.scrollTop = top - 40;
     }
 
-    for (const marked of box.querySelectorAll(".selected, .its-witness")) {
-      marked.classList.remove("selected", "its-witness");
+    for (const marked of box.querySelectorAll(".selected, .its-witness, .its-nearest")) {
+      marked.classList.remove("selected", "its-witness", "its-nearest");
       marked.removeAttribute("aria-current");
     }
     let target = byId(linkTo({ ...place, call: null }).slice(1)) ?? box.querySelector("h3");
-    if (trajectory !== null && call !== null) {
-      const card = byId(linkTo(place).slice(1));
-      const witness = group.trajectories[trajectory]?.calls[call]?.witness;
-      if (card) {
-        card.classList.add("selected");
-        card.setAttribute("aria-current", "true");
-        target = card;
-      }
-      if (witness) byId(linkTo({ group: place.group, ...witness }).slice(1))?.classList.add("its-witness");
+    const card = call === null ? null : byId(id);
+    if (card && trajectory !== null && call !== null) {
+      card.classList.add("selected");
+      card.setAttribute("aria-current", "true");
+      target = card;
+      const kind = isMatched(group.trajectories[trajectory].calls[call]) ? "its-witness" : "its-nearest";
+      if (witness) byId(linkTo({ group: place.group, ...witness }).slice(1))?.classList.add(kind);
     }
     if (focus && target instanceof HTMLElement) {
       target.focus({ preventScroll: true });
       target.scrollIntoView({ block: trajectory === null ? "start" : "nearest", inline: "nearest" });
     }
+  }
+
+  /** Opens the group again that was open, or else the first of the list: what is highlighted has changed. */
+  reopen() {
+    const { place } = this;
+    this.place = null;
+    byId("group").replaceChildren();
+    const group = place && this.listed.includes(place.group) ? place.group : this.listed[0];
+    if (group === undefined) return;
+    const call = place?.group === group && this.groups[group].trajectories[place.trajectory ?? -1]?.calls[place.call ?? -1];
+    this.open(place && call && callMatches(call, this.filter) ? place : { group, trajectory: null, call: null }, false);
+  }
+
+  /**
+   * Orders the siblings. With filters set those that match come first, each with the rollouts that hold its calls'
+   * witnesses at its side, so that the two can be compared.
+   * @param {Group} group
+   * @param {number} index
+   */
+  arrange(group, index) {
+    const all = group.trajectories;
+    const byCall = asksForCalls(this.filter);
+    const found = new Set(matching(group, this.filter));
+    this.matched = new Set([...all.keys()].filter((t) => found.has(all[t])));
+    this.companions = new Set();
+    this.unfolded = byCall ? new Set() : null;
+    /** @type {Set<number>} */
+    const order = new Set();
+    for (const t of this.matched) {
+      order.add(t);
+      all[t].calls.forEach((call, c) => {
+        if (!byCall || !callMatches(call, this.filter)) return;
+        this.unfolded?.add(linkTo({ group: index, trajectory: t, call: c }).slice(1));
+        if (!call.witness) return;
+        this.unfolded?.add(linkTo({ group: index, ...call.witness }).slice(1));
+        order.add(call.witness.trajectory);
+        this.companions.add(call.witness.trajectory);
+      });
+    }
+    this.order = [...new Set([...order, ...all.keys()])];
   }
 
   /** Draws the open group. */
@@ -321,9 +408,9 @@ class Browser {
     const group = this.groups[index];
     this.speaksFor.clear();
     group.trajectories.forEach(({ calls }, trajectory) =>
-      calls.forEach(({ witness }, call) => {
-        if (!witness) return;
-        const key = linkTo({ group: index, ...witness });
+      calls.forEach((given, call) => {
+        if (!given.witness || !isMatched(given)) return;
+        const key = linkTo({ group: index, ...given.witness });
         if (!this.speaksFor.has(key)) this.speaksFor.set(key, []);
         this.speaksFor.get(key)?.push({ group: index, trajectory, call });
       }),
@@ -331,7 +418,7 @@ class Browser {
     const asked = question(group.prompt);
     const right = group.trajectories.filter(({ success }) => success).length;
     const box = byId("group");
-    box.replaceChildren(
+    const parts = present([
       html("h3", { id: `g${index}`, tabindex: -1, dir: "auto" }, shown(cut(asked, 300), this.filter.search)),
       html(
         "p",
@@ -339,10 +426,29 @@ class Browser {
         `Training step ${count(group.step)} · ${right} of ${counted(group.trajectories.length, "rollout")} right · group ${index + 1} `,
         html("span", { class: "uid" }, shown(cut(group.uid, 200))),
       ),
-      ...(group.ground_truth === null ? [] : [html("p", { class: "facts" }, "Expected: ", html("b", { dir: "auto" }, shown(cut(plain(group.ground_truth), 300), this.filter.search)))]),
+      this.onlySuccess(group) && html("p", { class: "facts" }, "Only one success in this group: nothing tells whether it is luck."),
+      this.expected(group.ground_truth),
       folded("Whole prompt", () => longText(group.prompt, { limit: 4000, search: this.filter.search, label: "prompt" })),
       this.rolloutsOf(group, index),
-    );
+    ]);
+    box.replaceChildren(...parts);
+  }
+
+  /**
+   * Whether one success is all that a group has. Its lift is never below 0 then, whatever the success is worth.
+   * @param {Group} group
+   */
+  onlySuccess({ trajectories }) {
+    return this.settings.scope !== "batch" && trajectories.filter(({ success }) => success).length === 1;
+  }
+
+  /** @param {unknown} truth */
+  expected(truth) {
+    const answers = truth === null ? [] : accepted(truth);
+    if (!answers.length) return null;
+    const named = answers.slice(0, MOST_ACCEPTED).map((answer) => html("b", { dir: "auto" }, shown(cut(answer, 300), this.filter.search)));
+    const more = answers.length - named.length;
+    return html("p", { class: "facts" }, "Expected: ", ...named.flatMap((answer, k) => (k ? [" or ", answer] : [answer])), more > 0 && ` or one of ${count(more)} more`);
   }
 
   /**
@@ -351,12 +457,11 @@ class Browser {
    * @param {number} index
    */
   rolloutsOf(group, index) {
-    const matched = new Set(matching(group, this.filter));
     const row = html("div", { class: "siblings", tabindex: 0, role: "region", "aria-label": "Rollouts of this prompt, side by side" });
-    const drawn = group.trajectories.slice(0, this.drawn.rollouts);
-    row.append(...drawn.map((trajectory, t) => this.rollout(trajectory, index, t, matched.has(trajectory))));
-    const left = group.trajectories.length - drawn.length;
-    return html("div", {}, row, left > 0 && this.more(counted(left, "rollout"), { group: index, trajectory: drawn.length, call: null }));
+    const drawn = this.order.slice(0, this.drawn.rollouts);
+    row.append(...drawn.map((t) => this.rollout(group.trajectories[t], index, t)));
+    const left = this.order.length - drawn.length;
+    return html("div", {}, row, left > 0 && this.more(counted(left, "rollout"), { group: index, trajectory: this.order[drawn.length], call: null }));
   }
 
   /**
@@ -379,23 +484,31 @@ class Browser {
    * @param {Trajectory} trajectory
    * @param {number} group
    * @param {number} t
-   * @param {boolean} matches
    */
-  rollout(trajectory, group, t, matches) {
+  rollout(trajectory, group, t) {
     const { text, calls, success } = trajectory;
+    const [isMatch, companion] = [this.matched.has(t), this.companions.has(t)];
     const { search } = this.filter;
     const id = `g${group}t${t}`;
     const body = html("div", { class: "turns" });
     const position = characterPositions(text);
+    const isOpen = (/** @type {number} */ c) => !this.unfolded || this.unfolded.has(linkTo({ group, trajectory: t, call: c }).slice(1));
+    let drawn = 0;
+    for (let open = 0; drawn < calls.length && open < this.drawn.calls; drawn++) open += Number(isOpen(drawn));
+    const row = this.row(body);
     let at = 0;
-    for (const turn of this.turns(calls.slice(0, this.drawn.calls))) {
+    for (const turn of this.turns(calls.slice(0, drawn))) {
       const [start, end] = (turn[0].call.span ?? [0, 0]).map(position);
-      if (start > at) body.append(this.between(text.slice(at, start)));
-      body.append(this.turn(trajectory, turn, { group, t, start: Math.max(start, at), end, position }));
+      const between = text.slice(at, start);
+      const where = { group, t, start: Math.max(start, at), end, position };
+      const draw = (/** @type {boolean} */ whole) => [between ? this.between(between) : null, this.turn(trajectory, turn, { ...where, isOpen: whole ? () => true : isOpen })];
+      if (turn.some(({ c }) => isOpen(c))) row.add(...draw(false));
+      else row.fold({ calls: turn, said: between + text.slice(where.start, end), draw: () => draw(true) });
       at = Math.max(at, end);
     }
-    const left = calls.length - this.drawn.calls;
-    if (left > 0) body.append(this.more(counted(left, "call"), { group, trajectory: t, call: this.drawn.calls }));
+    row.add();
+    const left = calls.length - drawn;
+    if (left > 0) body.append(this.more(counted(left, "call"), { group, trajectory: t, call: drawn }));
     const rest = text.slice(at);
     const spoken = at ? rest.lastIndexOf("assistant\n") : -1;
     const answer = spoken < 0 ? rest : rest.slice(spoken + "assistant\n".length);
@@ -407,12 +520,13 @@ class Browser {
     }
     return html(
       "article",
-      { class: matches ? "rollout" : "rollout beside", "aria-labelledby": id },
+      { class: isMatch || companion ? "rollout" : "rollout beside", "aria-labelledby": id },
       html(
         "header",
         {},
         html("h4", { id, tabindex: -1 }, `Rollout ${t + 1}`, html("span", { class: success ? "verdict right" : "verdict wrong" }, success ? "✓ right" : "✗ wrong")),
-        html("p", { class: "facts" }, `score ${decimal(trajectory.score)} · `, advantage(trajectory.advantage, trajectory.advantage), matches ? null : " · does not match the filters"),
+        html("p", { class: "facts" }, `score ${decimal(trajectory.score)} · `, advantage(trajectory.advantage, trajectory.advantage), !isMatch && companion && " · to compare"),
+        !isMatch && !companion && html("p", { class: "facts" }, "does not match the filters"),
         html("p", { class: "uid" }, shown(cut(trajectory.name, 200))),
       ),
       body,
@@ -448,27 +562,74 @@ class Browser {
   }
 
   /**
+   * Fills a box from top to bottom; what does not match the filters is folded away, in a few parts.
+   * @param {HTMLElement} box
+   */
+  row(box) {
+    /** @type {Folded[]} */
+    let passed = [];
+    const close = () => {
+      if (passed.length) box.append(this.passed(passed));
+      passed = [];
+    };
+    return {
+      /** @param {Child[]} parts */
+      add: (...parts) => {
+        close();
+        box.append(...present(parts));
+      },
+      /** @param {Folded} part */
+      fold: (part) => {
+        if (passed.reduce((sum, { calls }) => sum + calls.length, 0) >= CALLS_AT_ONCE) close();
+        passed.push(part);
+      },
+    };
+  }
+
+  /**
+   * Calls that do not match the filters, with what is said around them.
+   * @param {Folded[]} parts
+   */
+  passed(parts) {
+    const { search } = this.filter;
+    const calls = parts.flatMap((part) => part.calls);
+    const [first, last] = [calls[0].c + 1, calls[calls.length - 1].c + 1];
+    const names = calls.slice(0, 3).map(({ call }) => `${cut(spelled(call.tool), 40)} ${stateOf(call)}`);
+    const more = calls.length > 3 ? ` and ${count(calls.length - 3)} more` : "";
+    const hit = search && (parts.some(({ said }) => search.test(said)) || calls.some(({ call }) => callHas(call, search)));
+    const summary = `${first === last ? `Call ${first}` : `Calls ${first} to ${last}`}: ${names.join(", ")}${more}${hit ? ", a match" : ""}`;
+    const part = folded(summary, () => html("div", { class: "turns" }, ...parts.flatMap(({ draw }) => draw())));
+    part.classList.add("between");
+    return part;
+  }
+
+  /**
    * A turn with calls: what the model wrote, with a card in place of each call.
    * @param {Trajectory} trajectory
    * @param {{ call: Call, c: number }[]} calls
-   * @param {{ group: number, t: number, start: number, end: number, position: (position: number) => number }} where
+   * @param {{ group: number, t: number, start: number, end: number, position: (position: number) => number, isOpen: (c: number) => boolean }} where
    */
-  turn(trajectory, calls, { group, t, start, end, position }) {
+  turn(trajectory, calls, { group, t, start, end, position, isOpen }) {
     const { before, after } = calls[0].call;
     const block = html("div", { class: "turn" });
+    const row = this.row(block);
     let at = start;
     /** @param {number} until */
     const prose = (until) => {
       const said = trajectory.text.slice(at, until).replace(/^\s*<\/tool_call>|<tool_call>\s*$/g, "").trim();
-      if (said) block.append(longText(said, { search: this.filter.search, label: "turn" }));
+      if (said) row.add(longText(said, { search: this.filter.search, label: "turn" }));
       at = Math.max(at, until);
     };
     for (const { call, c } of calls) {
       const [from, to] = (call.call_span ?? [at, at]).map(position);
       prose(from);
-      block.append(this.card(call, { group, trajectory: t, call: c }, trajectory.text.slice(from, to)));
+      const said = trajectory.text.slice(from, to);
+      const draw = () => [this.card(call, { group, trajectory: t, call: c }, said)];
+      if (isOpen(c)) row.add(...draw());
+      else row.fold({ calls: [{ call, c }], said, draw });
       at = Math.max(at, to);
     }
+    row.add();
     prose(end);
     return tint(block, before, this.settings.token_scope === "call" ? before : after);
   }
@@ -497,22 +658,16 @@ class Browser {
       html(
         "p",
         { class: "state" },
-        html("span", { class: "badge" }, call.role === "failing" ? `${GATE_SIGNS[call.gate]} ${GATES[call.gate] ?? "failing"}` : call.role === "witness" ? "★ witness" : ROLES[call.role]),
+        html("span", { class: "badge" }, stateOf(call)),
         call.lucky && html("span", { class: "badge broken" }, "⚠ lucky witness"),
         call.inexact && html("span", { class: "badge" }, "≈ only similar"),
         !call.ok && html("span", { class: "badge broken" }, "✗ ", spelled(cut(call.status, 80).replaceAll("_", " "))),
         advantage(call.before, call.after),
       ),
-      html(
-        "dl",
-        { class: "arguments" },
-        ...given.slice(0, MOST_ARGUMENTS).map(([name, value]) =>
-          html("div", {}, html("dt", {}, shown(cut(name, 80), search)), html("dd", {}, longText(plain(value), { limit: 300, search, label: "argument" }))),
-        ),
-      ),
+      this.parameters(given),
       given.length > MOST_ARGUMENTS && html("p", { class: "why" }, `and ${count(given.length - MOST_ARGUMENTS)} more arguments`),
       html("p", { class: "why" }, this.why(call)),
-      this.figures(call),
+      this.figures(call, place),
       this.witnessOf(call, place),
       this.heardBy(place),
       call.result !== null && call.result !== "" && html("div", { class: "result" }, html("h6", {}, "Result"), longText(call.result, { limit: 220, search, label: "result" })),
@@ -521,45 +676,74 @@ class Browser {
     return tint(card, call.before, call.after);
   }
 
+  /** @param {[string, unknown][]} given */
+  parameters(given) {
+    const { search } = this.filter;
+    return html(
+      "dl",
+      { class: "arguments" },
+      ...given.slice(0, MOST_ARGUMENTS).map(([name, value]) =>
+        html("div", {}, html("dt", {}, shown(cut(name, 80), search)), html("dd", {}, longText(plain(value), { limit: 300, search, label: "argument" }))),
+      ),
+    );
+  }
+
   /**
    * Why a call was corrected or was not.
    * @param {Call} call
    */
-  why({ role, gate, similarity, alpha, before, after, ok }) {
+  why({ role, gate, similarity, alpha, before, after, ok, inexact }) {
     const { theta, alpha_min } = this.settings;
     if (role === "witness") return "In a rollout that succeeded with a positive advantage: it can speak for its like.";
     if (role === "none") return ok ? "No part in the rule: its tool or its rollout does not count." : "Calls that did not run give and receive no credit.";
+    const made = inexact ? "A successful sibling made a similar call" : "A successful sibling made this call too";
     if (gate === "corrected") {
-      return before === after
-        ? "Passed both gates; its tokens stay as they are, since another call of the same turn got no credit."
-        : "A successful sibling made this call too: part of the blame is taken back.";
+      if (before === after) return `${made}; its tokens stay as they are, since another call of the same turn got no credit.`;
+      return `${made}: ${after < 0 ? percent((before - after) / before) : "all"} of the blame is taken back.`;
     }
-    if (gate === "below_alpha") return `Matched, but confidence ${decimal(alpha)} is below alpha_min ${alpha_min}: too few successes made this call.`;
+    if (gate === "below_alpha") return `${made}, but confidence ${decimal(alpha)} is below alpha_min ${alpha_min}: too few successes hold it.`;
     if (gate === "below_theta") return `The nearest call of a success has similarity ${decimal(similarity)}, below theta ${theta}.`;
     return "No successful sibling used this tool.";
   }
 
-  /** @param {Call} call */
-  figures({ role, similarity, support, alpha, lift, reference_advantage, transfer }) {
-    if (role !== "failing") return null;
-    /** @type {[string, string][]} */
+  /**
+   * What the rule found for a call that matches a witness.
+   * @param {Call} call
+   * @param {Place} place
+   */
+  figures(call, { group }) {
+    if (!isMatched(call)) return null;
+    const { similarity, support, alpha, lift, reference_advantage, transfer } = call;
+    const single = this.onlySuccess(this.groups[group]);
+    /** @type {[string, string | null][]} */
     const figures = [
       ["similarity", decimal(similarity)],
       ["support", decimal(support)],
       ["alpha", decimal(alpha)],
-      ["lift", signed(lift ?? null)],
+      ["lift", single ? "only one success in this group" : isNumber(lift) ? points(lift) : null],
       ["reference advantage", signed(reference_advantage)],
-      ["transfer", signed(transfer)],
+      ["transfer", call.gate === "corrected" ? signed(transfer) : null],
     ];
-    return html("dl", { class: "figures" }, ...figures.map(([name, value]) => html("div", {}, html("dt", {}, name), html("dd", {}, value))));
+    return html("dl", { class: "figures" }, ...figures.map(([name, value]) => value !== null && html("div", {}, html("dt", {}, name), html("dd", {}, value))));
   }
 
   /**
+   * A link to a call's witness, or to the nearest call, and the parameters in which the two differ.
    * @param {Call} call
    * @param {Place} place
    */
-  witnessOf({ witness }, { group }) {
-    return witness && html("p", { class: "witness-link" }, html("a", { href: linkTo({ group, ...witness }) }, `★ Its witness: ${this.nameOf(witness)}`));
+  witnessOf(call, { group }) {
+    const { witness } = call;
+    if (!witness) return isMatched(call) && html("p", { class: "why" }, "Its witness is of another prompt.");
+    const other = this.groups[group].trajectories[witness.trajectory].calls[witness.call].arguments;
+    const name = isMatched(call) ? "★ Its witness" : "≠ The nearest call";
+    const differing = Object.entries(other).filter(([key, value]) => plain(value) !== plain(call.arguments[key]));
+    return html(
+      "div",
+      { class: "witness-link" },
+      html("a", { href: linkTo({ group, ...witness }) }, `${name}: ${this.nameOf(witness)}`),
+      differing.length > 0 && this.parameters(differing),
+    );
   }
 
   /** @param {Place} place */
@@ -598,22 +782,16 @@ class Browser {
   moveCall(direction) {
     if (!this.place) return;
     const index = this.place.group;
-    const group = this.groups[index];
-    const matched = new Set(matching(group, this.filter));
-    /** @type {Place[]} */
-    let places = [];
-    group.trajectories.forEach((trajectory, t) => trajectory.calls.forEach((_, c) => places.push({ group: index, trajectory: t, call: c })));
-    const wanted = places.filter(({ trajectory, call }) => {
-      const holder = group.trajectories[/** @type {number} */ (trajectory)];
-      return matched.has(holder) && callMatches(holder.calls[/** @type {number} */ (call)], this.filter);
-    });
-    if (wanted.length) places = wanted;
+    const { trajectories } = this.groups[index];
+    const all = this.order.flatMap((t, rank) => trajectories[t].calls.map((call, c) => ({ t, rank, call, c })));
+    const wanted = all.filter(({ t, call }) => this.matched.has(t) && callMatches(call, this.filter));
+    const calls = wanted.length ? wanted : all;
     const { trajectory, call } = this.place;
-    /** @type {(place: Place) => number} */
-    const order = (place) => (place.trajectory ?? 0) * 1e6 + (place.call ?? (place.trajectory === null ? -1 : -0.5));
-    const here = order({ group: index, trajectory: trajectory ?? null, call });
-    const next = direction > 0 ? places.find((place) => order(place) > here) : places.reverse().find((place) => order(place) < here);
-    if (next) this.go(next);
+    const here = trajectory === null ? [-1, 0] : [this.order.indexOf(trajectory), call ?? -0.5];
+    /** @type {(one: { rank: number, c: number }) => number} */
+    const from = ({ rank, c }) => rank - here[0] || c - here[1];
+    const next = direction > 0 ? calls.find((one) => from(one) > 0) : calls.reverse().find((one) => from(one) < 0);
+    if (next) this.go({ group: index, trajectory: next.t, call: next.c });
   }
 
   /** From the selected call to its witness. */

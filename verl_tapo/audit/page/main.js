@@ -13,44 +13,13 @@ function takeData(kind) {
   });
 }
 
-/** @param {Summary} summary */
-function drawHeadline({ totals }) {
-  /** @type {[string, string, string][]} */
-  const figures = [
-    [percent(share(totals.correctable_trajectories, totals.failing_trajectories)), "of failing rollouts", "have a call that TAPO corrects"],
-    [percent(share(totals.misassigned_steps, totals.failing_steps)), "of failing calls", "were made by a successful sibling too"],
-    [percent(share(totals.corrected_steps, totals.failing_steps)), "of failing calls", "pass both gates and are corrected"],
-    [percent(totals.token_share), "of the policy's tokens", "get another advantage"],
-    [signed(totals.lift), "lift of the witnesses", "above 0, they mark what leads to success"],
-    [percent(totals.success_rate), "success rate", `${counted(totals.trajectories, "rollout")} of ${counted(totals.prompts, "prompt")}`],
-  ];
-  byId("headline").append(...figures.map(([value, of, what]) => html("div", {}, html("dt", {}, of, html("span", {}, what)), html("dd", {}, value))));
-}
-
-/** @param {Summary} summary */
-function drawWarnings({ warnings }) {
-  const order = ["error", "warning", "info"];
-  const names = { error: "✗ Error", warning: "⚠ Warning", info: "ℹ Note" };
-  const sorted = [...warnings].sort((a, b) => order.indexOf(a.level) - order.indexOf(b.level));
-  byId("warnings").append(
-    ...sorted.map(({ level, text, advice }) =>
-      html("div", { class: `notice ${level}` }, html("p", {}, html("b", {}, names[level], ": "), shown(text)), html("p", { class: "advice" }, shown(advice))),
-    ),
-  );
-}
-
 /**
  * @param {Summary} summary
  * @param {Group[]} groups
  * @param {number} bytes
  */
 function drawFrame(summary, groups, bytes) {
-  const { title, created, sources, settings, problems, skipped, totals } = summary;
-  document.title = `${spelled(title)} · TAPO audit`;
-  byId("title").append(shown(title));
-  const when = created.slice(0, 16).replace("T", " ");
-  const from = sources.length > 3 ? [...sources.slice(0, 3), `${count(sources.length - 3)} more`] : sources;
-  byId("provenance").append(shown(`${when} · from ${from.join(", ")}`));
+  const { settings, problems, skipped, totals } = summary;
   byId("settings").append(table("Settings", ["Setting", "Value"], Object.entries(settings).map(([name, value]) => [name, spelled(plain(value))])));
   const box = byId("problems");
   box.hidden = !problems.length && !skipped;
@@ -98,11 +67,7 @@ function connectFilters(browser, groups) {
       role: value("filter-role"),
       success: value("filter-success"),
     });
-    const { place } = browser;
-    const group = place && browser.listed.includes(place.group) ? place.group : browser.listed[0];
-    browser.place = null; // draw it anew: what is highlighted has changed
-    byId("group").replaceChildren();
-    if (group !== undefined) browser.open(place?.group === group ? place : { group, trajectory: null, call: null }, false);
+    browser.reopen();
   };
   let waiting = 0;
   form.addEventListener("input", ({ target }) => {
@@ -157,9 +122,8 @@ function connectKeyboard(browser) {
   const summary = takeData("summary")[0];
   /** @type {Group[]} */
   const groups = takeData("group");
+  for (const part of document.querySelectorAll("[data-scripted]")) part.removeAttribute("hidden");
   drawFrame(summary, groups, takeData("bytes")[0]);
-  drawHeadline(summary);
-  drawWarnings(summary);
   drawPlots(summary);
   drawTools(summary);
   drawSweeps(summary);

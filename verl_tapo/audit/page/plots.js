@@ -27,23 +27,25 @@
  *   mean_lifted_advantage: number | null }} Sweep
  * @typedef {"corrected" | "below_alpha" | "below_theta"} PlottedGate
  *
- * @typedef {object} Summary
- * @property {string} title
- * @property {string} created
- * @property {string[]} sources
- * @property {Record<string, unknown> & { beta: number, theta: number, alpha_min: number, token_scope: string }} settings
+ * @typedef {object} Summary What is not drawn as HTML already.
+ * @property {Record<string, unknown> & { beta: number, theta: number, alpha_min: number, token_scope: string, scope?: string }} settings
  * @property {Figures[]} steps
  * @property {Figures} totals
  * @property {Record<string, Figures>} tools
  * @property {{ edges: number[] } & Record<PlottedGate, number[]>} similarity_histogram
  * @property {[number, number, string][]} support_alpha support, similarity, gate
  * @property {Sweep[]} sweeps
- * @property {{ code: string, level: "info" | "warning" | "error", text: string, advice: string }[]} warnings
  * @property {{ file: string, line: number | null, reason: string }[]} problems
  * @property {number} skipped
  */
 
-/** @typedef {{ name: string, style: string, points: [number, number | null][] }} Series style: a class, `s1` to `s3`. */
+/**
+ * @typedef {object} Series
+ * @property {string} name
+ * @property {string} style classes: a colour, `s1` to `s3`, and `wide` for a line that another may lie on
+ * @property {[number, number | null][]} points
+ * @property {(value: number | null) => string} format
+ */
 
 /** @type {[PlottedGate, string][]} */
 const PLOTTED_GATES = [
@@ -52,9 +54,10 @@ const PLOTTED_GATES = [
   ["below_theta", "below theta"],
 ];
 
-const WIDTH = innerWidth < 640 ? 360 : 560; // so that the labels keep their size
+const NARROW = 360;
+const WIDTH = innerWidth < 640 ? NARROW : 560; // so that the labels keep their size
 const HEIGHT = 270;
-const INNER = { left: 46, right: WIDTH - 12, top: 28, bottom: HEIGHT - 40 };
+const INNER = { left: 46, top: 28, bottom: HEIGHT - 40 };
 const UNIT = [0, 0.2, 0.4, 0.6, 0.8, 1];
 
 /**
@@ -85,17 +88,30 @@ function scale(low, high, from, to) {
 }
 
 /**
- * The frame of a plot: grid, axes and their labels.
- * @param {{ x: number[], span?: [number, number], y: number[], xLabel: string, yLabel: string,
- *   format: (value: number) => string, about: string }} axes x, y: ticks; span: the ends of x, where they are no ticks
+ * What stands at ticks: as many decimals as tell them apart.
+ * @param {number[]} values
+ * @param {number} factor
+ * @param {string} unit
  */
-function frame({ x, span = [x[0], x[x.length - 1]], y, xLabel, yLabel, format, about }) {
-  const toX = scale(...span, INNER.left, INNER.right);
+function tickText(values, factor, unit) {
+  const digits = Math.max(0, -Math.floor(Math.log10((values[1] - values[0]) * factor) + 1e-9));
+  return (/** @type {number} */ value) => decimal(value * factor, digits) + unit;
+}
+
+/**
+ * The frame of a plot: grid, axes and their labels.
+ * @param {{ x: number[], span?: [number, number], y: number[], xLabel: string, yLabel: string, width?: number,
+ *   format: (value: number) => string, about: string, empty?: string }} axes
+ *   x, y: ticks; span: the ends of x, where they are no ticks; format: of y; empty: why there is nothing to see
+ */
+function frame({ x, span = [x[0], x[x.length - 1]], y, xLabel, yLabel, width = WIDTH, format, about, empty = "" }) {
+  const right = width - 12;
+  const toX = scale(...span, INNER.left, right);
   const toY = scale(y[0], y[y.length - 1], INNER.bottom, INNER.top);
-  const node = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": about });
+  const node = svg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": empty ? `${about} ${empty}.` : about });
   for (const value of y) {
     node.append(
-      svg("line", { class: value === 0 ? "axis" : "grid", x1: INNER.left, x2: INNER.right, y1: toY(value), y2: toY(value) }),
+      svg("line", { class: value === 0 ? "axis" : "grid", x1: INNER.left, x2: right, y1: toY(value), y2: toY(value) }),
       svg("text", { class: "tick", x: INNER.left - 7, y: toY(value) + 4, "text-anchor": "end" }, format(value)),
     );
   }
@@ -104,9 +120,10 @@ function frame({ x, span = [x[0], x[x.length - 1]], y, xLabel, yLabel, format, a
     node.append(svg("text", { class: "tick", x: toX(value), y: INNER.bottom + 17, "text-anchor": "middle" }, text));
   }
   node.append(
-    svg("text", { class: "label", x: (INNER.left + INNER.right) / 2, y: HEIGHT - 5, "text-anchor": "middle" }, xLabel),
+    svg("text", { class: "label", x: (INNER.left + right) / 2, y: HEIGHT - 5, "text-anchor": "middle" }, xLabel),
     svg("text", { class: "label", x: 2, y: 12 }, yLabel),
   );
+  if (empty) node.append(svg("text", { class: "empty", x: (INNER.left + right) / 2, y: INNER.bottom - 14, "text-anchor": "middle" }, empty));
   return { node, toX, toY };
 }
 
@@ -143,12 +160,12 @@ function legendEntry(style, name, kind) {
 }
 
 /**
- * Lines over `x`; a gap where a series has no value.
+ * Lines over `x`; a gap where a series has no value. Later series lie on earlier ones.
  * @param {Series[]} series
- * @param {{ xLabel: string, yLabel: string, format: (value: number) => string, about: string, current?: number }} options
- *   current: the value of x in use
+ * @param {{ xLabel: string, yLabel: string, unit?: [number, string], about: string, empty?: string, current?: number, width?: number }} options
+ *   unit: what a value is multiplied by on the axis, and its sign there; current: the value of x in use
  */
-function linePlot(series, { xLabel, yLabel, format, about, current }) {
+function linePlot(series, { xLabel, yLabel, unit = [100, " %"], about, empty, current, width }) {
   const points = series.flatMap((one) => one.points);
   const xs = points.map(([x]) => x);
   const ys = /** @type {number[]} */ (points.map(([, y]) => y).filter(isNumber));
@@ -156,11 +173,14 @@ function linePlot(series, { xLabel, yLabel, format, about, current }) {
   const high = xs.reduce((a, b) => Math.max(a, b), -Infinity);
   const x = ticks(low, high, xs.every(Number.isInteger) ? 1 : 0).filter((value) => value >= low && value <= high);
   const y = ticks(ys.reduce((a, b) => Math.min(a, b), 0), ys.reduce((a, b) => Math.max(a, b), 0));
-  const { node, toX, toY } = frame({ x, span: [low, high], y, xLabel, yLabel, format, about });
+  /** @type {[number, number]} one point stands in the middle */
+  const span = low === high ? [low - 1, high + 1] : [low, high];
+  const format = tickText(y, ...unit);
+  const { node, toX, toY } = frame({ x, span, y, xLabel, yLabel, width, format, about, empty: ys.length ? "" : empty });
   if (current !== undefined && current >= low && current <= high) {
     node.append(svg("line", { class: "gate", x1: toX(current), x2: toX(current), y1: INNER.top, y2: INNER.bottom }));
   }
-  for (const { name, style, points } of series) {
+  for (const { name, style, points, format } of series) {
     let path = "";
     let broken = true;
     const dots = svg("g", {});
@@ -174,8 +194,8 @@ function linePlot(series, { xLabel, yLabel, format, about, current }) {
       broken = false;
       if (points.length <= 40) {
         const [cx, cy] = at.split(" ");
-        const value = format(/** @type {number} */ (py));
-        dots.append(svg("circle", { class: `point ${style}`, cx, cy, r: 3 }, svg("title", {}, `${name}, ${xLabel} ${px}: ${value}`)));
+        const r = style.includes("wide") ? 5.5 : 3;
+        dots.append(svg("circle", { class: `point ${style}`, cx, cy, r }, svg("title", {}, `${name}, ${xLabel} ${px}: ${format(py)}`)));
       }
     }
     node.append(svg("path", { class: `line ${style}`, d: path }), dots);
@@ -198,6 +218,7 @@ function histogramPlot(histogram, theta) {
     yLabel: "failing calls",
     format: count,
     about: `Histogram of the similarity of failing calls to their best witness; theta is ${theta}.`,
+    empty: sums.some(Boolean) ? "" : "no failing call has a witness of its tool",
   });
   for (let bin = 0; bin < bins; bin++) {
     let base = 0;
@@ -236,32 +257,41 @@ function dot(gate, x, y, r) {
   return `M${f(x - r)} ${f(y - r)}L${f(x + r)} ${f(y + r)}M${f(x - r)} ${f(y + r)}L${f(x + r)} ${f(y - r)}`;
 }
 
+const GRID = 50;
+
 /**
- * Calls near each other are one mark, whose area is their number.
+ * Calls near each other, counted together.
  * @param {[number, number, string][]} calls support, similarity, gate
- * @param {{ theta: number, alpha_min: number }} settings
+ * @returns {{ gate: string, similarity: number, support: number, calls: number }[]} the most calls first
  */
-function gatePlot(calls, { theta, alpha_min }) {
-  const about = `Support of the matched reference group against similarity. Calls right of theta ${theta} and above the curve similarity times support = ${alpha_min} are corrected.`;
-  const { node, toX, toY } = frame({ x: UNIT, y: UNIT, xLabel: "similarity", yLabel: "support", format: String, about });
-  const GRID = 50;
-  /** @type {Map<string, number>} */
+function cellsOf(calls) {
+  /** @type {Map<string, { gate: string, similarity: number, support: number, calls: number }>} */
   const cells = new Map();
   for (const [support, similarity, gate] of calls) {
-    const key = `${gate} ${Math.round(similarity * GRID)} ${Math.round(support * GRID)}`;
-    cells.set(key, (cells.get(key) ?? 0) + 1);
+    const [x, y] = [Math.round(similarity * GRID), Math.round(support * GRID)];
+    const key = `${gate} ${x} ${y}`;
+    const cell = cells.get(key) ?? { gate, similarity: x / GRID, support: y / GRID, calls: 0 };
+    cells.set(key, { ...cell, calls: cell.calls + 1 });
   }
-  const most = Math.max(1, ...cells.values());
+  return [...cells.values()].sort((a, b) => b.calls - a.calls);
+}
+
+/**
+ * One mark for each cell, whose area is the number of its calls.
+ * @param {ReturnType<typeof cellsOf>} cells
+ * @param {{ theta: number, alpha_min: number }} settings
+ */
+function gatePlot(cells, { theta, alpha_min }) {
+  const about = `Support of the matched reference group against similarity. Calls right of theta ${theta} and above the curve similarity times support = ${alpha_min} are corrected.`;
+  const { node, toX, toY } = frame({ x: UNIT, y: UNIT, xLabel: "similarity", yLabel: "support", format: String, about, empty: cells.length ? "" : "no failing call matches a witness" });
+  const most = cells[0]?.calls ?? 1;
   const curve = [];
   for (let s = Math.max(alpha_min, 0.01); s <= 1.0001; s += 0.01) curve.push(`${toX(Math.min(s, 1)).toFixed(1)} ${toY(Math.min(1, alpha_min / s)).toFixed(1)}`);
   node.append(svg("path", { class: "gate", d: `M${curve.join("L")}` }));
   node.append(svg("line", { class: "gate", x1: toX(theta), x2: toX(theta), y1: INNER.top, y2: INNER.bottom }));
   for (const [gate] of PLOTTED_GATES) {
-    let path = "";
-    for (const [key, number] of cells) {
-      const [kind, x, y] = key.split(" ");
-      if (kind === gate) path += dot(gate, toX(Number(x) / GRID), toY(Number(y) / GRID), 3 + 7 * Math.sqrt(number / most));
-    }
+    const marks = cells.filter((cell) => cell.gate === gate);
+    const path = marks.map(({ similarity, support, calls }) => dot(gate, toX(similarity), toY(support), 3 + 7 * Math.sqrt(calls / most))).join("");
     node.append(svg("path", { class: `dot ${gate}`, d: path }));
   }
   node.append(
@@ -274,20 +304,21 @@ function gatePlot(calls, { theta, alpha_min }) {
 /** @param {Summary} summary */
 function drawPlots({ steps, settings, similarity_histogram: histogram, support_alpha: calls }) {
   const place = byId("plots");
-  /** @type {(style: string, name: string, value: (figures: Figures) => number | null) => Series} */
-  const series = (style, name, value) => ({ style, name, points: steps.map((figures) => [figures.step ?? 0, value(figures)]) });
+  /** @type {(style: string, name: string, value: (figures: Figures) => number | null, format?: Series["format"]) => Series} */
+  const series = (style, name, value, format = percent) => ({ style, name, format, points: steps.map((figures) => [figures.step ?? 0, value(figures)]) });
   const credit = [
-    series("s1", "misassigned", (f) => share(f.misassigned_steps, f.failing_steps)),
+    series("s1 wide", "misassigned", (f) => share(f.misassigned_steps, f.failing_steps)),
     series("s2", "corrected", (f) => share(f.corrected_steps, f.failing_steps)),
     series("s3", "failing rollouts with a correctable call", (f) => share(f.correctable_trajectories, f.failing_trajectories)),
   ];
-  const outcome = [series("s1", "success rate", (f) => f.success_rate), series("s2", "lift of the witnesses", (f) => f.lift)];
+  const same = steps.some((f) => f.misassigned_steps) && steps.every((f) => f.misassigned_steps === f.corrected_steps);
+  const outcome = [series("s1", "success rate", (f) => f.success_rate), series("s2", "lift of the witnesses", (f) => f.lift, points)];
   /** @type {(caption: string, all: Series[]) => () => Node} */
   const asTable = (caption, all) => () =>
     table(
       caption,
       ["Training step", ...all.map(({ name }) => name)],
-      steps.map((figures, row) => [figures.step ?? 0, ...all.map(({ points }) => percent(points[row][1]))]),
+      steps.map((figures, row) => [figures.step ?? 0, ...all.map(({ points, format }) => format(points[row][1]))]),
     );
   /** @type {(all: Series[]) => Node[]} */
   const lines = (all) => all.map(({ style, name }) => legendEntry(style, name, "line"));
@@ -296,20 +327,23 @@ function drawPlots({ steps, settings, similarity_histogram: histogram, support_a
     place.append(
       figure(
         "Misassigned and corrected",
-        "Of the failing calls: those a successful sibling made as well, and those TAPO lifts.",
-        linePlot(credit, { xLabel, yLabel: "share", format: percent, about: "Share of failing calls that are misassigned and that are corrected, over training steps. The table has the figures." }),
+        `Of the failing calls: those that match a call of a successful sibling, and those TAPO corrects.${same ? " Here they are the same: alpha_min stops none." : ""}`,
+        linePlot(credit, { xLabel, yLabel: "share", empty: "no failing calls", about: "Share of failing calls that are misassigned and that are corrected, over training steps. The table has the figures." }),
         lines(credit),
         asTable("Misassigned and corrected over training", credit),
       ),
       figure(
         "Success and lift",
         "Lift: how much more often rollouts that hold a witness succeed than their prompt group. At or below 0 the witnesses are lucky, and TAPO may lift wrong calls.",
-        linePlot(outcome, { xLabel, yLabel: "share", format: percent, about: "Success rate and lift of the witnesses over training steps. The table has the figures." }),
+        linePlot(outcome, { xLabel, yLabel: "success in percent, lift in points", unit: [100, ""], empty: "no rollouts", about: "Success rate and lift of the witnesses over training steps. The table has the figures." }),
         lines(outcome),
         asTable("Success and lift over training", outcome),
       ),
     );
   }
+  const cells = cellsOf(calls);
+  const names = new Map(/** @type {[string, string][]} */ (PLOTTED_GATES));
+  const drawn = PLOTTED_GATES.filter(([gate]) => cells.some((cell) => cell.gate === gate));
   place.append(
     figure(
       "Similarity",
@@ -329,8 +363,14 @@ function drawPlots({ steps, settings, similarity_histogram: histogram, support_a
     figure(
       "The two gates",
       `A call is corrected right of theta and above the curve, where similarity × support reaches alpha_min. The larger the mark, the more calls; ${counted(calls.length, "call")} drawn.`,
-      gatePlot(calls, settings),
-      PLOTTED_GATES.map(([gate, name]) => legendEntry(gate, name, "dot")),
+      gatePlot(cells, settings),
+      drawn.map(([gate, name]) => legendEntry(gate, name, "dot")),
+      () =>
+        table(
+          "Matched failing calls, the most frequent first",
+          ["Similarity", "Support", "Outcome", "Calls"],
+          cells.map((cell) => [decimal(cell.similarity), decimal(cell.support), names.get(cell.gate) ?? "", count(cell.calls)]),
+        ),
     ),
   );
 }
@@ -339,7 +379,7 @@ function drawPlots({ steps, settings, similarity_histogram: histogram, support_a
 function drawTools({ tools }) {
   const rows = Object.entries(tools).sort(([, a], [, b]) => b.calls - a.calls);
   byId("tools").append(
-    table(
+    !rows.length ? html("p", { class: "lead" }, "No rollout calls a tool.") : table(
       "Calls by tool, most used first",
       ["Tool", "Calls", "Failed", "In failing rollouts", "Misassigned", "Corrected", "Similarity", "Support", "Alpha", "Lift"],
       rows.map(([tool, f]) => [
@@ -352,7 +392,7 @@ function drawTools({ tools }) {
         decimal(f.similarity),
         decimal(f.support),
         decimal(f.alpha),
-        signed(f.lift),
+        points(f.lift),
       ]),
     ),
   );
@@ -361,37 +401,41 @@ function drawTools({ tools }) {
 /** @param {Summary} summary */
 function drawSweeps({ sweeps, settings, totals }) {
   byId("sweeps-section").hidden = !sweeps.length;
-  /** @type {[keyof Sweep & string, string, string, (sweep: Sweep) => number | null, (value: number) => string][]} */
+  const corrected = (/** @type {Sweep} */ sweep) => share(sweep.corrected_steps, totals.failing_steps);
+  /** @type {[keyof Sweep & string, string, (sweep: Sweep) => number | null, Series["format"], [number, string]][]} */
   const plots = [
-    ["beta", "Beta", "mean advantage of corrected calls", (s) => s.mean_lifted_advantage, (value) => decimal(value)],
-    ["theta", "Theta", "failing calls corrected", (s) => share(s.corrected_steps, totals.failing_steps), percent],
-    ["alpha_min", "Alpha_min", "failing calls corrected", (s) => share(s.corrected_steps, totals.failing_steps), percent],
+    ["beta", "mean advantage of corrected calls", (sweep) => sweep.mean_lifted_advantage, decimal, [1, ""]],
+    ["theta", "failing calls corrected", corrected, percent, [100, " %"]],
+    ["alpha_min", "failing calls corrected", corrected, percent, [100, " %"]],
   ];
   const swept = /** @type {const} */ (["beta", "theta", "alpha_min"]);
   /** @type {(sweep: Sweep, but?: string) => boolean} whether a sweep has the settings in use, but for one */
   const inUse = (sweep, but) => swept.every((name) => name === but || Math.abs(sweep[name] - settings[name]) < 1e-9);
-  for (const [name, title, yLabel, value, format] of plots) {
+  if (!sweeps.some((sweep) => sweep.corrected_steps)) {
+    byId("sweep-plots").append(html("p", { class: "lead" }, "No call is corrected under any of the settings tried."));
+    return;
+  }
+  for (const [name, yLabel, value, format, unit] of plots) {
     const rows = sweeps.filter((sweep) => inUse(sweep, name)).sort((a, b) => Number(a[name]) - Number(b[name]));
     if (rows.length < 2) continue;
     const current = Number(settings[name]);
     /** @type {Series} */
-    const series = { name: yLabel, style: "s1", points: rows.map((sweep) => [Number(sweep[name]), value(sweep)]) };
+    const series = { name: yLabel, style: "s1", format, points: rows.map((sweep) => [Number(sweep[name]), value(sweep)]) };
     const about = `${yLabel} for ${name} from ${rows[0][name]} to ${rows[rows.length - 1][name]}; ${current} is in use. The table below has the figures.`;
-    byId("sweep-plots").append(
-      figure(title, `In use: ${current} (dashed).`, linePlot([series], { xLabel: name, yLabel, format, about, current }), []),
-    );
+    const plot = linePlot([series], { xLabel: name, yLabel, unit, about, current, width: NARROW });
+    byId("sweep-plots").append(figure(name, `In use: ${current} (dashed).`, plot, []));
   }
   byId("sweeps").append(
     folded("All settings tried, as a table", () =>
       table(
         "Other settings on the same rollouts; the row in use is marked",
-        ["Beta", "Theta", "Alpha_min", "Corrected calls", "Of failing calls", "Of tokens", "Advantage after"],
+        ["beta", "theta", "alpha_min", "Corrected calls", "Of failing calls", "Of tokens", "Advantage after"],
         sweeps.map((s) => [
           `${decimal(s.beta)}${inUse(s) ? " (in use)" : ""}`,
           decimal(s.theta),
           decimal(s.alpha_min),
           count(s.corrected_steps),
-          percent(share(s.corrected_steps, totals.failing_steps)),
+          percent(corrected(s)),
           percent(s.token_share),
           decimal(s.mean_lifted_advantage),
         ]),

@@ -23,7 +23,12 @@ function fill(node, attributes, children) {
     if (value === true) node.setAttribute(name, "");
     else if (value !== false && value != null) node.setAttribute(name, String(value));
   }
-  for (const child of children) if (child || child === "") node.append(child);
+  node.append(...present(children));
+}
+
+/** @param {Child[]} children @returns {(Node | string)[]} */
+function present(children) {
+  return children.filter((child) => child instanceof Node || typeof child === "string");
 }
 
 /**
@@ -168,11 +173,34 @@ function counted(value, one, many = `${one}s`) {
   return `${count(value)} ${value === 1 ? one : many}`;
 }
 
-/** @param {number | null | undefined} value */
+/** @param {string} text of a number @returns {string} without a last decimal of 0 */
+function trimmed(text) {
+  return text.replace(/\.0$/, "");
+}
+
+/**
+ * A share in whole percent; below 1 % and above 99 % with one decimal, so that what is not 0 or 1 never looks like it.
+ * The rules of `verl_tapo/audit/units.py`.
+ * @param {number | null | undefined} value
+ */
 function percent(value) {
   if (!isNumber(value)) return "–";
   const share = /** @type {number} */ (value) * 100;
-  return `${share.toFixed(share !== 0 && Math.abs(share) < 10 ? 1 : 0)} %`.replace("-", "−");
+  const text = trimmed(share.toFixed((share > 0 && share < 1) || (share > 99 && share < 100) ? 1 : 0));
+  if (text === "0" && share > 0) return "<0.1 %";
+  return text === "100" && share < 100 ? ">99.9 %" : `${text} %`;
+}
+
+/**
+ * A difference of two shares in percentage points, with its sign; below 1 with one decimal.
+ * @param {number | null | undefined} value
+ */
+function points(value) {
+  if (!isNumber(value)) return "–";
+  const difference = Math.abs(/** @type {number} */ (value) * 100);
+  const text = trimmed(difference.toFixed(difference < 1 ? 1 : 0));
+  const sign = text === "0" ? "" : /** @type {number} */ (value) > 0 ? "+" : "−";
+  return `${sign}${text} ${text === "1" ? "point" : "points"}`;
 }
 
 /**
@@ -191,8 +219,13 @@ function fileSize(bytes) {
 
 const MOST_ROWS = 1000;
 
+/** Marks tables that are cut off at a side, so that the page can say so. */
+const watchWidths = new ResizeObserver((changes) => {
+  for (const { target } of changes) target.parentElement?.classList.toggle("cut-off", target.scrollWidth > target.clientWidth);
+});
+
 /**
- * A table that scrolls on its own where it is too wide; what is in the first column heads its row.
+ * A table that scrolls on its own where it is too wide, and says so; what is in the first column heads its row.
  * @param {string} caption
  * @param {string[]} columns
  * @param {(string | number)[][]} rows
@@ -200,7 +233,7 @@ const MOST_ROWS = 1000;
  */
 function table(caption, columns, rows, isCurrent = () => false) {
   if (rows.length > MOST_ROWS) caption += ` (the first ${count(MOST_ROWS)} of ${count(rows.length)} rows)`;
-  return html(
+  const box = html(
     "div",
     { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
     html(
@@ -222,6 +255,8 @@ function table(caption, columns, rows, isCurrent = () => false) {
       ),
     ),
   );
+  watchWidths.observe(box);
+  return html("div", {}, html("p", { class: "more-columns" }, "More columns at the side →"), box);
 }
 
 /**
