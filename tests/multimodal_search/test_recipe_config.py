@@ -247,6 +247,16 @@ def test_merge_sh_keeps_the_processor_of_images(tmp_path, config, kept, code):
     assert merged == {name: text for name, text in kept.items() if "index" not in name}
 
 
+def test_ray_cluster_sh_hands_on_ray_s_options(tmp_path):
+    """`--block`, with which it ends when Ray does, as a job of Slurm's needs it."""
+    path = stand_in(tmp_path / "bin", "print(json.dumps(sys.argv[1:]))")
+    (tmp_path / "bin" / "python3").rename(tmp_path / "bin" / "ray")
+    head = script("ray_cluster.sh", "head", "--block", PATH=path, RAY_PORT="1234").stdout.splitlines()[0]
+    assert json.loads(head) == ["start", "--head", "--port", "1234", "--disable-usage-stats", "--block"]
+    joined = script("ray_cluster.sh", "join", "10.0.0.1", "--block", PATH=path, RAY_PORT="1234").stdout
+    assert json.loads(joined) == ["start", "--address", "10.0.0.1:1234", "--disable-usage-stats", "--block"]
+
+
 def test_check_finds_what_is_wrong(tmp_path):
     file = tmp_path / "data.parquet"
     file.write_text("none")
