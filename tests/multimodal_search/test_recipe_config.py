@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -15,7 +16,9 @@ pytest.importorskip("verl.utils.config")
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from search_agent.check import _credit_problems
 from search_agent.tools import ImageSearch, TextSearch, Visit, Zoom
+from search_agent.tools.base import Answer, SearchTool
 from verl.tools.tool_registry import initialize_tools_from_config
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -244,6 +247,16 @@ def test_merge_sh_keeps_the_processor_of_images(tmp_path, config, kept, code):
     assert merged == {name: text for name, text in kept.items() if "index" not in name}
 
 
+def test_ray_cluster_sh_hands_on_ray_s_options(tmp_path):
+    """`--block`, with which it ends when Ray does, as a job of Slurm's needs it."""
+    path = stand_in(tmp_path / "bin", "print(json.dumps(sys.argv[1:]))")
+    (tmp_path / "bin" / "python3").rename(tmp_path / "bin" / "ray")
+    head = script("ray_cluster.sh", "head", "--block", PATH=path, RAY_PORT="1234").stdout.splitlines()[0]
+    assert json.loads(head) == ["start", "--head", "--port", "1234", "--disable-usage-stats", "--block"]
+    joined = script("ray_cluster.sh", "join", "10.0.0.1", "--block", PATH=path, RAY_PORT="1234").stdout
+    assert json.loads(joined) == ["start", "--address", "10.0.0.1:1234", "--disable-usage-stats", "--block"]
+
+
 def test_check_finds_what_is_wrong(tmp_path):
     file = tmp_path / "data.parquet"
     file.write_text("none")
@@ -264,6 +277,50 @@ def test_check_finds_what_is_wrong(tmp_path):
         "algorithm.tapo.tools.zoom names box",
     ):
         assert message in done.stderr
+
+
+class Calculator(SearchTool):
+    schema: ClassVar = {
+        "name": "calculator",
+        "description": "Calculates.",
+        "parameters": {"type": "object", "properties": {"term": {"type": "string", "description": "A term."}}},
+    }
+    kernels: ClassVar = {"term": "text"}
+
+    async def answer(self, call):
+        return Answer(call.text("term", 100))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problems", "said"),
+    [
+        ([], [], ["text_search takes part in credit transfer (query: Text)", "names visit, which is none of this run"]),
+        ([], [], ["calculator TAKES NO PART in credit transfer: algorithm.tapo.tools does not name it; to have it do"]),
+        (["+algorithm.tapo.tools.calculator={term: text}"], [], ["calculator takes part in credit transfer (term: T"]),
+        (["+algorithm.tapo.tools.calculatr={}"], ["'calculatr', which no tool has; did you mean calculator?"], []),
+        (["+algorithm.tapo.tools.browse={}"], ["'browse', which no tool has; there are text_search, zoom, calc"], []),
+        (["+algorithm.tapo.tools.zoom.box=iou"], ["zoom names box, which the tool does not take; did you mean bb"], []),
+        (["+algorithm.tapo.tools.calculator={}"], [], ["calculator takes part in credit transfer (term: Exact)"]),
+    ],
+)
+def test_check_says_which_tools_take_part(capsys, overrides, problems, said):
+    tools = [TextSearch({"type": "native"}), Zoom({"type": "native"}), Calculator({"type": "native"})]
+    found = list(_credit_problems(composed(*overrides).algorithm, tools))
+    assert len(found) == len(problems)
+    assert all(words in problem for words, problem in zip(problems, found, strict=True))
+    out = capsys.readouterr().out
+    assert all(words in out for words in said)
+    assert out.count("TAKES NO PART") == (0 if any("calculator=" in override for override in overrides) else 1)
+
+
+def test_check_says_which_tools_take_part_by_their_names(capsys):
+    python = Calculator({"type": "native"})
+    python.name = "run_python"
+    algorithm = OmegaConf.create({"adv_estimator": "tapo", "tapo": {}})
+    assert list(_credit_problems(algorithm, [TextSearch({"type": "native"}), python])) == []
+    out = capsys.readouterr().out
+    assert "text_search takes part in credit transfer (query: Text)" in out
+    assert "run_python TAKES NO PART in credit transfer: its name says" in out
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

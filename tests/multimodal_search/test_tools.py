@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from search_agent.errors import InfrastructureError, ModelError
 from search_agent.results import ImageHit, Page, Passage
 from search_agent.tools import ImageSearch, TextSearch, Visit, Zoom
-from search_agent.tools.toolbox import Toolbox
+from search_agent.tools.toolbox import Toolbox, main
 
 from verl_tapo.parsing import answer_is_error
 
@@ -374,3 +375,62 @@ def test_whatever_a_model_writes_is_an_answer_of_the_toolbox(make):
             assert answer.metrics.get("fault") != "infrastructure"
     answer = asyncio.run(toolbox.call("foreign", {}))
     assert (answer.status, answer.text) == ("error", "Error executing tool 'foreign': the tool called exit")
+
+
+ZOOM = """
+tools:
+  - class_name: search_agent.tools.Zoom
+    config: {type: native}
+"""
+
+
+def test_toolbox_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tools.yaml").write_text(ZOOM)
+    Image.new("RGB", (90, 90), "red").save("a.png")
+    assert main(["tools.yaml", "zoom", '{"bbox": [0, 0, 500, 500]}', "a.png"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("Image 2 is the region of image 1")
+    assert said.out.count("\n") == 1  # and nothing else, such as a schema
+    assert said.err == f"ok  {{'chars': {len(said.out) - 1}}}\nimage-2.png\n"
+    with Image.open("image-2.png") as image:
+        assert image.getpixel((5, 5)) == (255, 0, 0)
+    assert main(["tools.yaml", "zoom", '{"bbox": 3}', "a.png"]) == 1
+    assert "bbox must be [left, top" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a list", "tools.yaml: "),
+        ("{", "tools.yaml: "),
+        ("tools: [{class_name: search_agent.tools.Zom, config: {type: native}}]", "tools.yaml: .*Zom"),
+        ("tools: [{class_name: no_such_module.Zoom, config: {type: native}}]", "tools.yaml: "),
+        (ZOOM.replace("native", "native, colour: red"), "the tool zoom: colour: "),
+        (ZOOM.replace("native", "native, max_pixels: '${oc.env:NO_SUCH}'"), "'NO_SUCH' not found"),
+        (
+            ZOOM.replace("Zoom", "TextSearch").replace("native", "native, provider: {provider: serper}"),
+            "SERPER_API_KEY",
+        ),
+    ],
+)
+def test_toolbox_says_what_is_wrong(tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("SERPER_API_KEY", "NO_SUCH"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "tools.yaml").write_text(text)
+    assert main(["tools.yaml", "zoom", "{}"]) == 2
+    said = capsys.readouterr()
+    assert re.match(f"search_agent.tools.toolbox: .*{message}", said.err)
+    assert said.err.count("\n") == 1
+    assert not said.out
+
+
+def test_toolbox_names_images_that_it_cannot_read(tmp_path, capsys):
+    (tmp_path / "tools.yaml").write_text(ZOOM)
+    (tmp_path / "text.png").write_text("text")
+    for name, message in (("text.png", "not an image of a known kind"), ("none.png", "No such file")):
+        assert main([str(tmp_path / "tools.yaml"), "zoom", "{}", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert name in error
+        assert message in error

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import difflib
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(f"search_agent.check: {problem}", file=sys.stderr)
     if not problems:
-        print("search_agent.check: configuration, data, tools and back ends are fine.")
+        _say("configuration, data, tools and back ends are fine.")
     return 1 if problems else 0
 
 
@@ -68,8 +69,10 @@ def find_problems(config: Any) -> Iterator[str]:
         for file in _files(config.data[key]):
             bad_data += _data_problems(f"data.{key}", file)
     yield from bad_data
-    tools = _tools(config.actor_rollout_ref.rollout.multi_turn.tool_config_path)
+    tools = _tools(config.actor_rollout_ref.rollout.multi_turn)
     yield from _tool_problems(config, tools)
+    if config.algorithm.adv_estimator == "tapo":
+        yield from _credit_problems(config.algorithm, tools)
     yield from _template_problems(config.actor_rollout_ref.model, tools)
     if not bad_data:
         yield from _reward_problems(config, _files(config.data.val_files)[0])
@@ -187,30 +190,27 @@ async def _judge_problems(function: Any) -> list[str]:
     finally:
         await reward.close()
     if judge is not None:
-        print(f"search_agent.check: answers are judged by {judge}")
+        _say(f"answers are judged by {judge}")
     return []
 
 
-def _tools(file: str) -> list[Any]:
-    from verl.tools.tool_registry import initialize_tools_from_config
+def _tools(multi_turn: Any) -> list[Any]:
+    from verl.tools.tool_registry import load_all_tools
 
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"actor_rollout_ref.rollout.multi_turn.tool_config_path: there is no file {file}")
-    return list(initialize_tools_from_config(file))
+    for key in ("tool_config_path", "function_tool_path"):
+        file = multi_turn.get(key)
+        if file and not Path(file).is_file():
+            raise FileNotFoundError(f"actor_rollout_ref.rollout.multi_turn.{key}: there is no file {file}")
+    return list(load_all_tools(multi_turn.tool_config_path, multi_turn.get("function_tool_path")))
 
 
 def _tool_problems(config: Any, tools: Sequence[Any]) -> Iterator[str]:
     from search_agent.tools.base import SearchTool
 
     multi_turn = config.actor_rollout_ref.rollout.multi_turn
-    declared = OmegaConf.to_container(config.algorithm.get("tapo") or OmegaConf.create({}), resolve=True)
-    kernels = declared.get("tools") if isinstance(declared, dict) else None
     loop = _loop_settings(config.actor_rollout_ref.rollout.agent)
     patience = loop.get("tool_timeout_s", 60.0)
     for tool in tools:
-        unknown = set((kernels or {}).get(tool.name, {})) - set(tool.tool_schema.function.parameters.properties)
-        if unknown:
-            yield f"algorithm.tapo.tools.{tool.name} names {', '.join(sorted(unknown))}, which the tool does not take"
         if not isinstance(tool, SearchTool):
             continue
         limit, timeout = tool.settings.limit_chars, tool.settings.timeout_s
@@ -224,6 +224,45 @@ def _tool_problems(config: Any, tools: Sequence[Any]) -> Iterator[str]:
                 f"the tool {tool.name} has {timeout:g} s for a call, the agent loop gives it {patience:g} "
                 f"(tool_timeout_s): raise that, or a slow back end cannot be told from a defect"
             )
+
+
+def _credit_problems(algorithm: Any, tools: Sequence[Any]) -> Iterator[str]:
+    """What ``algorithm.tapo.tools`` names and is not there. Says which tools take part in credit transfer."""
+    from search_agent import tools as recipe
+    from verl_tapo.trainer.estimator import load_settings
+
+    rule = load_settings(algorithm).rule
+    where = "algorithm.tapo.tools"
+    known = {tool.name: list(tool.tool_schema.function.parameters.properties) for tool in tools}
+    others = {getattr(recipe, name).schema["name"] for name in recipe.__all__} - set(known)
+    for name, parameters in (rule.tools or {}).items():
+        if name in others:
+            _say(f"{where} names {name}, which is none of this run's tools")
+        elif name not in known:
+            yield f"{where} names {name!r}, which no tool has{_meant(name, known)}"
+        else:
+            for unknown in sorted(set(parameters or {}) - set(known[name])):
+                hint = _meant(unknown, known[name])
+                yield f"{where}.{name} names {unknown}, which the tool does not take{hint}"
+    for tool in tools:
+        if rule.takes_part(tool.name):
+            kernels = ", ".join(f"{name}: {type(rule.kernel(tool.name, name)).__name__}" for name in known[tool.name])
+            _say(f"{tool.name} takes part in credit transfer ({kernels or 'no parameters'})")
+            continue
+        own = ", ".join(f"{name}: {kernel}" for name, kernel in getattr(tool, "kernels", {}).items())
+        hint = f"; to have it do so: +{where}.{tool.name}={{{own}}}" if own else ""
+        why = "its name says that it gathers no information" if rule.tools is None else f"{where} does not name it"
+        _say(f"{tool.name} TAKES NO PART in credit transfer: {why}{hint}")
+
+
+def _say(text: str) -> None:
+    print(f"search_agent.check: {text}")
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
 
 
 def _template_problems(model: Any, tools: Sequence[Any]) -> Iterator[str]:
@@ -242,7 +281,7 @@ def _template_problems(model: Any, tools: Sequence[Any]) -> Iterator[str]:
         tokenizer = getattr(holder, "tokenizer", holder)
         template = model.custom_chat_template or holder.chat_template or tokenizer.chat_template
     if holder is None:
-        print(f"search_agent.check: the chat template of {model.path} was not looked at: the model is not here yet")
+        _say(f"the chat template of {model.path} was not looked at: the model is not here yet")
         return
     schemas = [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in tools]
     text = tokenizer.apply_chat_template(
@@ -280,7 +319,7 @@ async def _unreachable(tools: Sequence[Any]) -> list[str]:
     for tool in tools:
         if isinstance(tool, BackedTool):
             try:
-                print(f"search_agent.check: {tool.name} is answered by {await tool.check()}")
+                _say(f"{tool.name} is answered by {await tool.check()}")
             except InfrastructureError as error:
                 problems.append(f"the tool {tool.name}: {error}")
             finally:

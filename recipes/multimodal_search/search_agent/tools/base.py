@@ -12,6 +12,7 @@ import logging
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
@@ -134,7 +135,8 @@ class SearchTool(BaseTool):  # type: ignore[misc]
 
     def __init__(self, config: Mapping[str, Any], tool_schema: OpenAIFunctionToolSchema | None = None):
         schema = tool_schema or OpenAIFunctionToolSchema.model_validate({"type": "function", "function": self.schema})
-        super().__init__(dict(config), schema)
+        with redirect_stdout(None):  # veRL's prints the schema, in every worker
+            super().__init__(dict(config), schema)
         try:
             self.settings: Any = self.Settings(**config)
         except ValidationError as error:

@@ -15,10 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import yaml
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from verl.tools.tool_registry import initialize_tools_from_config
 
 from search_agent.clean import clean_text
+from search_agent.errors import InfrastructureError
+from search_agent.pictures import load_picture
 from search_agent.tools.base import shown, without_exit
 from verl_tapo.records import CallStatus
 
@@ -26,6 +30,7 @@ FAILED = "Error executing tool '"
 """How the text of a failed call begins."""
 
 
+MAX_PIXELS = 100_000_000  # of an image on the command line
 _NAME_CHARS = 100  # of a tool's name that does not exist are repeated
 
 
@@ -56,12 +61,15 @@ class Toolbox:
         """The tools of a file as veRL's ``multi_turn.tool_config_path`` takes it.
 
         Raises:
-            ValueError: A tool's settings are wrong.
+            ValueError: The file is none, or a tool's settings are wrong, or the key of its provider is missing.
             FileNotFoundError
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        return cls(initialize_tools_from_config(str(path)))
+        try:
+            return cls(initialize_tools_from_config(str(path)))
+        except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ImportError) as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
@@ -118,8 +126,17 @@ class Toolbox:
 
 
 async def _try(arguments: argparse.Namespace) -> int:
-    toolbox = Toolbox.from_yaml(arguments.tools)
-    images = [Image.open(path).convert("RGB") for path in arguments.images]
+    images = []
+    try:
+        toolbox = Toolbox.from_yaml(arguments.tools)
+        for path in arguments.images:
+            try:
+                images.append(load_picture(path, max_pixels=MAX_PIXELS))
+            except InfrastructureError as error:
+                raise ValueError(f"{path}: {error}") from None
+    except (ValueError, OSError) as error:
+        print(f"search_agent.tools.toolbox: {error}", file=sys.stderr)
+        return 2
     answer = await toolbox.call(arguments.tool, arguments.arguments, images)
     await toolbox.close()
     print(f"{answer.status}  {answer.metrics}", file=sys.stderr)
@@ -130,10 +147,15 @@ async def _try(arguments: argparse.Namespace) -> int:
     return 0 if answer.status == "ok" else 1
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", type=Path, help="tools YAML")
     parser.add_argument("tool", help="name of the tool")
     parser.add_argument("arguments", help="JSON")
     parser.add_argument("images", type=Path, nargs="*", help="images of the conversation")
-    sys.exit(asyncio.run(_try(parser.parse_args())))
+    return asyncio.run(_try(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
