@@ -102,6 +102,17 @@ class TestCorpus:
             digests.add(manifest["digests"]["passages"])
         assert len(digests) == 1
 
+    def test_files_of_windows_editors(self, tmp_path):
+        (tmp_path / "a.jsonl").write_bytes(json.dumps(passages()[0]).encode("utf-8-sig"))
+        assert build(Plan(tmp_path / "index", (tmp_path / "a.jsonl",)))["counts"]["passages"] == 1
+
+    def test_an_image_s_path_that_is_none(self, tmp_path, capsys):
+        row = {"id": "1", "title": "t", "image": "no\0name.png"}
+        pd.DataFrame([row, {**row, "id": "2", "image": "x" * 5000}]).to_parquet(tmp_path / "images.parquet")
+        with pytest.raises(IndexProblem, match="2 bad rows"):
+            build(Plan(tmp_path / "index", images=tmp_path / "images.parquet"))
+        assert "row 1: the image cannot be read" in capsys.readouterr().err
+
     def test_search_r1_titles_are_the_quoted_first_line(self, tmp_path):
         rows = [{"id": 7, "contents": '"Paris"\nParis is in France.'}, {"id": "8", "contents": '"A" is a letter.'}]
         build(Plan(tmp_path / "index", (write_jsonl(tmp_path / "a.jsonl", rows),)))
