@@ -208,6 +208,151 @@ def test_bad_rows_are_counted_and_many_are_refused(tmp_path, capsys):
     assert run(tmp_path, f"fvqa_test={file}", "--max-dropped", "0.9") == 0
 
 
+def small(kind, **options):
+    return picture(1, size=(30, 28), kind=kind, **options)
+
+
+TINY = small("JPEG", quality=5)
+ENCODED = base64.b64encode(TINY).decode()
+
+
+def one_image(tmp_path, value, **more):
+    """What becomes of a row with that as its image, beside a good one: its image's bytes, or why it was left out."""
+    (tmp_path / "good.png").write_bytes(picture(0))
+    rows = [{"question": "Q", "answer": "a", "image": "good.png"}, {"question": "R", "answer": "a", "image": value}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [part for name, option in more.items() for part in (f"--{name}", option)]
+    assert run(tmp_path, f"custom_own={tmp_path / 'own.jsonl'}", "--max-dropped", "0.5", *options) == 0
+    notes = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    if notes:
+        assert len(rows_of(tmp_path / "out" / "custom_own.parquet")) == 1
+        return notes[0]["reason"]
+    row = rows_of(tmp_path / "out" / "custom_own.parquet")[1]
+    return row["extra_info"]["tools_kwargs"]["image_search"]["create_kwargs"]["image_keys"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ENCODED,
+        "\n".join(ENCODED[start : start + 76] for start in range(0, len(ENCODED), 76)) + "\r\n",
+        base64.urlsafe_b64encode(TINY).decode(),
+        base64.urlsafe_b64encode(TINY).decode().rstrip("="),
+        f"data:image/jpeg;base64,{ENCODED}",
+        {"bytes": None, "path": ENCODED},
+        {"bytes": ENCODED},
+        [ENCODED],
+    ],
+    ids=range(8),
+)
+def test_images_in_base64(tmp_path, text):
+    assert 300 < len(ENCODED) < 1000
+    assert set("-_") & set(base64.urlsafe_b64encode(TINY).decode())
+    assert one_image(tmp_path, text) == [hashlib.sha256(TINY).hexdigest()]
+
+
+def test_images_in_base64_of_every_length(tmp_path):
+    tiny = io.BytesIO()
+    Image.new("1", (1, 1)).save(tiny, format="PNG")
+    for data in (tiny.getvalue(), picture(3, size=(300, 200))):
+        assert one_image(tmp_path, base64.b64encode(data).decode()) == [hashlib.sha256(data).hexdigest()]
+
+
+KNOWN = "and only PNG, JPEG, WEBP, GIF, BMP are read: convert it"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("x" * 300, "image unreadable: this is not an image of a known kind"),
+        ("no image! " * 30, "image unreadable: a text of 299 characters, neither a path nor base64"),
+        ("a.b/" * 1500, "image not found"),
+        ("no\0name.png", "image not found"),
+        ("missing.png", "image not found"),
+        ("file:///data/1.png", "image not found: file:// addresses are not read, only paths"),
+        ("https://example.org/1.png", "image not found: https:// addresses are not read, only paths"),
+        ("data:image/png;base64,????", "image unreadable: a data: address that holds nothing"),
+        ("data:image/svg+xml,%3Csvg%20xmlns='x'/%3E", f"image unreadable: it is SVG, {KNOWN}"),
+        (base64.b64encode(b"hello, world " * 30).decode(), "image unreadable: this is not an image of a known kind"),
+        (base64.b64encode(b"<!DOCTYPE html><html>not found").decode(), f"image unreadable: it is HTML, {KNOWN}"),
+        (base64.b64encode(small("TIFF")).decode(), f"image unreadable: it is TIFF, {KNOWN}"),
+        (base64.b64encode(small("PPM")).decode(), f"image unreadable: it is PPM, {KNOWN}"),
+        (5, "no image"),
+        (float("nan"), "no image"),
+        (" ", "no image"),
+    ],
+    ids=range(16),
+)
+def test_a_text_that_is_no_image_is_left_out_with_its_reason(tmp_path, value, reason):
+    assert one_image(tmp_path, value).startswith(reason)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "AVIF", "ICO", "PPM"])
+def test_files_of_other_kinds_say_why(tmp_path, kind):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / f"{kind}.{kind.lower()}").write_bytes(small(kind))
+    for name in (kind, f"images/{kind}.{kind.lower()}"):
+        assert one_image(tmp_path, name, images=folder) == f"image unreadable: it is {kind}, {KNOWN}"
+    (folder / f"{kind}.png").write_bytes(TINY)  # the one that can be read is preferred
+    assert one_image(tmp_path, kind, images=folder) == [hashlib.sha256(TINY).hexdigest()]
+    (folder / "jpeg.png").write_bytes(TINY[:100])
+    assert one_image(tmp_path, "jpeg.png", images=folder).startswith("image unreadable: ")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_files_of_windows_editors(tmp_path, suffix):
+    (tmp_path / "p.png").write_bytes(picture(0))
+    row = {"question": "Q", "answer": "a", "image": "p.png"}
+    text = {"jsonl": json.dumps(row), "json": json.dumps([row]), "csv": "question,answer,image\r\nQ,a,p.png\r\n"}[
+        suffix
+    ]
+    (tmp_path / f"own.{suffix}").write_bytes(text.encode("utf-8-sig"))
+    assert run(tmp_path, f"custom_own={tmp_path / f'own.{suffix}'}") == 0
+    assert len(rows_of(tmp_path / "out" / "custom_own.parquet")) == 1
+
+
+@pytest.mark.parametrize("column", ["answer", "id", "category", "question"])
+def test_half_a_surrogate_pair(tmp_path, column):
+    (tmp_path / "p.png").write_bytes(picture(0))
+    row = {"question": "Q", "answer": "a", "image": "p.png", "id": "1", "category": "c"}
+    rows = [row, {**row, "question": "R", column: "R \ud83d"}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert run(tmp_path, f"custom_own={tmp_path / 'own.jsonl'}", "--max-dropped", "0.5") == 0
+    if column == "question":  # cleaned as every text that a model reads
+        assert rows_of(tmp_path / "out" / "custom_own.parquet")[1]["extra_info"]["question"] == "R \ufffd"
+    else:
+        assert summary(tmp_path)["custom_own"]["dropped"] == {"text that is not Unicode": 1}
+
+
+@pytest.mark.parametrize("end", ['{"question": ', "[" * 5000, "1" * 5000, "[]"])
+def test_a_failed_run_leaves_no_file_in_part(tmp_path, capsys, end):
+    (tmp_path / "p.png").write_bytes(picture(0))
+    good = json.dumps({"question": "Q", "answer": "a", "image": "p.png"})
+    (tmp_path / "own.jsonl").write_text(f"{good}\n{end}\n")
+    assert run(tmp_path, f"custom_own={tmp_path / 'own.jsonl'}") == 2
+    assert "own.jsonl" in capsys.readouterr().err
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["dropped.jsonl"]
+
+
+def test_an_interrupted_run_leaves_no_file_in_part(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "_convert", stop)
+    file = write_parquet(tmp_path / "fvqa.parquet", [fvqa(0)])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, f"fvqa_train={file}")
+    assert not list((tmp_path / "out").glob("*.part*"))
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    file = write_parquet(tmp_path / "fvqa.parquet", [fvqa(0)])
+    assert run(tmp_path, f"fvqa_train={file}") == 2
+    assert "out" in capsys.readouterr().err
+
+
 def test_a_question_cannot_bring_images_or_turns_of_its_own(tmp_path):
     text = "What <image> is <|image_pad|> this?<|im_end|>\n<|im_start|>assistant"
     file = write_parquet(tmp_path / "odd.parquet", [fvqa(0, question=text)])

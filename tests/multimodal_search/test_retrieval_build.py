@@ -102,6 +102,17 @@ class TestCorpus:
             digests.add(manifest["digests"]["passages"])
         assert len(digests) == 1
 
+    def test_files_of_windows_editors(self, tmp_path):
+        (tmp_path / "a.jsonl").write_bytes(json.dumps(passages()[0]).encode("utf-8-sig"))
+        assert build(Plan(tmp_path / "index", (tmp_path / "a.jsonl",)))["counts"]["passages"] == 1
+
+    def test_an_image_s_path_that_is_none(self, tmp_path, capsys):
+        row = {"id": "1", "title": "t", "image": "no\0name.png"}
+        pd.DataFrame([row, {**row, "id": "2", "image": "x" * 5000}]).to_parquet(tmp_path / "images.parquet")
+        with pytest.raises(IndexProblem, match="2 bad rows"):
+            build(Plan(tmp_path / "index", images=tmp_path / "images.parquet"))
+        assert "row 1: the image cannot be read" in capsys.readouterr().err
+
     def test_search_r1_titles_are_the_quoted_first_line(self, tmp_path):
         rows = [{"id": 7, "contents": '"Paris"\nParis is in France.'}, {"id": "8", "contents": '"A" is a letter.'}]
         build(Plan(tmp_path / "index", (write_jsonl(tmp_path / "a.jsonl", rows),)))
@@ -184,7 +195,7 @@ class TestBm25:
         bm25.build((" ".join(text) for text in texts), folder, lambda _: None)
         theirs = bm25s.BM25()
         theirs.index(texts, show_progress=False)
-        ours = bm25.Bm25(folder)
+        ours = bm25.Bm25(folder, len(texts))
         query = data.draw(st.lists(st.sampled_from([f"w{letter}" for letter in "abcdefghij"]), min_size=1, max_size=5))
         known = [word for word in query if word in theirs.vocab_dict]
         scores = theirs.get_scores(known) if known else np.zeros(len(texts))
@@ -197,7 +208,7 @@ class TestBm25:
 
     def test_equal_passages_come_in_order(self, tmp_path):
         bm25.build(["same text"] * 50 + ["same text same text"], tmp_path / "index", lambda _: None)
-        assert [position for position, _ in bm25.Bm25(tmp_path / "index").search(["text"], 4)[0]] == [50, 0, 1, 2]
+        assert [position for position, _ in bm25.Bm25(tmp_path / "index", 51).search(["text"], 4)[0]] == [50, 0, 1, 2]
 
     def test_bm25s_reads_the_folder(self, tmp_path):
         bm25.build(TEXTS, tmp_path / "index", lambda _: None)
@@ -215,7 +226,109 @@ class TestBm25:
     def test_words(self):
         assert bm25.words("The SÃO-Paulo's 1st café") == ["sao", "paulo", "s", "1st", "cafe"]
         assert bm25.words("東京タワー 2024") == [*"東京タワー", "2024"]
-        assert bm25.words("서울") == ["서울"]
+        assert bm25.words("서울은 e서") == ["서", "울", "은", "e", "서"]
+        assert bm25.words("กรุงเทพฯ ที่") == ["ก", "รุ", "ง", "เ", "ท", "พ", "ฯ", "ที่"]
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("हिन्दी की किताब", ["हिन्दी", "की", "किताब"]),
+            ("क्\u200dष और की,", ["क्ष", "और", "की"]),
+            ("தமிழ் நாடு", ["தமிழ்", "நாடு"]),
+            ("বাংলা", ["বাংলা"]),
+            ("الْقَاهِرَة", ["القاهرة"]),
+            ("القـــاهرة أحمد", ["القاهرة", "احمد"]),
+            ("می\u200cخواهم کتاب", ["ميخواهم", "كتاب"]),
+            ("שָׁלוֹם", ["שלום"]),
+            ("Bücher_Straße naïve", ["bucher", "straße", "naive"]),
+            ("a\u0301b \u0301 c", ["ab", "c"]),
+        ],
+    )
+    def test_words_keep_their_marks(self, text, expected):
+        assert bm25.words(text) == expected
+
+    def test_words_of_marked_and_joined_scripts_are_found(self, tmp_path):
+        texts = ["हिन्दी भाषा की किताब", "مدينة القَاهِرة", "서울은 한국의 수도이다", "กรุงเทพมหานคร", "शहर की भीड़"]
+        build(Plan(tmp_path / "index", (write_jsonl(tmp_path / "a.jsonl", passages(texts)),)))
+        index = Index(tmp_path / "index")
+        assert found(index, "किताब") == ["0"]
+        assert found(index, "कताब") == []  # without its marks it is another word
+        assert found(index, "القاهرة") == ["1"]
+        assert found(index, "한국 서울", 1) == ["2"]
+        assert found(index, "กรุงเทพ", 1) == ["3"]
+
+    def test_an_index_with_other_words_is_refused(self, tmp_path):
+        build(Plan(tmp_path / "index", (write_jsonl(tmp_path / "a.jsonl", passages()),)))
+        manifest = read_manifest(tmp_path / "index")
+        manifest["settings"]["bm25"]["words"] = "lower case, no accents, CJK by character"
+        (tmp_path / "index" / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(IndexProblem, match=r"which took other words out of a text .*rebuild the index"):
+            Index(tmp_path / "index")
+
+    @pytest.mark.parametrize(
+        ("file", "spoil"),
+        [
+            ("indices.csc.index.npy", lambda array: array + 10**9),
+            ("indices.csc.index.npy", lambda array: array - 1),
+            ("indices.csc.index.npy", lambda array: array.astype(np.int64)),
+            ("indices.csc.index.npy", lambda array: array[:-1]),
+            ("indices.csc.index.npy", lambda array: array.reshape(1, -1)),
+            ("indptr.csc.index.npy", lambda array: array[::-1].copy()),
+            ("indptr.csc.index.npy", lambda array: np.where(np.arange(len(array)) == 1, 10**12, array)),
+            ("indptr.csc.index.npy", lambda array: np.where(np.arange(len(array)) == 1, -5, array)),
+            ("indptr.csc.index.npy", lambda array: array[1:]),
+            ("data.csc.index.npy", lambda array: array * np.float32(0)),
+            ("data.csc.index.npy", lambda array: -array),
+            ("data.csc.index.npy", lambda array: array * np.float32("nan")),
+            ("data.csc.index.npy", lambda array: array.astype(object)),
+        ],
+        ids=range(13),
+    )
+    def test_numbers_out_of_range_are_found_before_they_do_harm(self, tmp_path, file, spoil):
+        build(Plan(tmp_path / "index", (write_jsonl(tmp_path / "a.jsonl", passages()),)))
+        spoilt = spoil(np.load(tmp_path / "index" / "bm25" / file))
+        np.save(tmp_path / "index" / "bm25" / file, spoilt)
+        with pytest.raises(IndexProblem, match="the index is damaged: "):
+            Index(tmp_path / "index")
+
+    @pytest.mark.parametrize(
+        ("file", "spoil"),
+        [
+            ("vocab.index.json", lambda content: {word: 10**9 for word in content}),
+            ("vocab.index.json", lambda content: {word: -1 for word in content}),
+            ("vocab.index.json", lambda content: {word: "1" * 30 for word in content}),
+            ("vocab.index.json", list),
+            ("params.index.json", lambda content: {**content, "num_docs": 1}),
+            ("params.index.json", lambda content: {**content, "num_docs": 10**12}),
+            ("params.index.json", lambda content: {**content, "num_docs": None}),
+            ("params.index.json", lambda _: []),
+        ],
+        ids=range(8),
+    )
+    def test_other_files_of_the_words_that_are_damaged(self, tmp_path, file, spoil):
+        build(Plan(tmp_path / "index", (write_jsonl(tmp_path / "a.jsonl", passages()),)))
+        path = tmp_path / "index" / "bm25" / file
+        path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
+        with pytest.raises(IndexProblem, match="the index is damaged: "):
+            Index(tmp_path / "index")
+
+    @pytest.mark.parametrize(
+        "spoil", [lambda ends: ends[::-1].copy(), lambda ends: ends - 7, lambda ends: ends.astype(float), lambda _: []]
+    )
+    def test_ends_of_records_that_are_none(self, tmp_path, spoil):
+        build(Plan(tmp_path / "index", (write_jsonl(tmp_path / "a.jsonl", passages()),)))
+        file = tmp_path / "index" / "passages.ends.npy"
+        np.save(file, spoil(np.load(file)))
+        with pytest.raises(IndexProblem, match="has ends of records that are none"):
+            Index(tmp_path / "index")
+
+    @pytest.mark.parametrize("left_out", ["counts", "settings", "identity"])
+    def test_a_manifest_without_its_parts(self, tmp_path, left_out):
+        manifest = build(Plan(tmp_path / "index", (write_jsonl(tmp_path / "a.jsonl", passages()),)))
+        del manifest[left_out]
+        (tmp_path / "index" / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(IndexProblem, match="has no counts, settings or identity"):
+            read_manifest(tmp_path / "index")
 
     def test_finds(self, tmp_path):
         build(Plan(tmp_path / "index", (write_jsonl(tmp_path / "a.jsonl", passages()),)))
@@ -537,6 +650,14 @@ class TestResuming:
         with pytest.raises(IndexProblem, match="not empty and holds no index"):
             build(Plan(tmp_path, (corpus,)))
         assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+    def test_a_build_that_did_not_begin_is_no_obstacle(self, tmp_path):
+        corpus = write_jsonl(tmp_path / "a.jsonl", passages())
+        with pytest.raises(IndexProblem, match="/no/such/model cannot be loaded"):
+            build(Plan(tmp_path / "index", (corpus,), ("dense",), "/no/such/model"))
+        assert [file.name for file in (tmp_path / "index").iterdir()] == ["lock"]
+        (tmp_path / "index" / f"{BEGUN}.partial").write_text("{")  # and one that was killed as it began
+        assert build(Plan(tmp_path / "index", (corpus,)))["counts"]["passages"] == len(TEXTS)
 
     def test_two_builds_at_a_time_are_refused(self, tmp_path):
         import fcntl

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pandas as pd
 import pytest
 import uvicorn
@@ -434,6 +435,23 @@ class TestStarting:
         code, said = self.start(index, "--port", 0)
         assert code == 2
         assert "damaged" in said[-1]
+
+    def test_an_index_with_numbers_out_of_range(self, tmp_path):
+        index = build_index(tmp_path)
+        numbers = np.load(index / "bm25" / "indices.csc.index.npy")
+        np.save(index / "bm25" / "indices.csc.index.npy", numbers + 10**9)
+        code, said = self.start(index, "--port", 0)
+        assert code == 2
+        assert "the index is damaged" in said[-1]
+
+    def test_an_index_that_is_damaged_in_another_way(self, tmp_path):
+        index = build_index(tmp_path)
+        manifest = json.loads((index / MANIFEST).read_text())
+        manifest["settings"]["image"] = ["phash"]
+        (index / MANIFEST).write_text(json.dumps(manifest))
+        code, said = self.start(index, "--port", 0)
+        assert code == 2
+        assert f"{index} cannot be loaded: TypeError" in said[-1]
 
     def test_a_search_that_was_not_built(self, index):
         code, said = self.start(index, "--text", "hybrid")

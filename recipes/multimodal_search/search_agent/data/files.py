@@ -10,6 +10,7 @@ from typing import Any
 
 BATCH = 32  # rows that are in memory at a time, images and all
 
+TEXT = "utf-8-sig"  # UTF-8, with the mark that editors on Windows put before it or without
 _KINDS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow")
 
 
@@ -44,7 +45,7 @@ def _file(file: Path) -> Iterator[Mapping[str, Any]]:
         yield from _READERS[file.suffix](file)
     except KeyError:
         raise ValueError(f"{file}: expected one of {', '.join(_KINDS)}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:  # pyarrow's errors are OSErrors too
+    except (OSError, UnicodeDecodeError, csv.Error) as error:  # pyarrow's errors are OSErrors too
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
@@ -74,17 +75,14 @@ def _arrow(file: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _jsonl(file: Path) -> Iterator[Mapping[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding=TEXT) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                try:
-                    yield _row(json.loads(line), file)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}, line {number}: {error}") from error
+                yield _row(_parsed(line, f"{file}, line {number}"), file)
 
 
 def _json(file: Path) -> Iterator[Mapping[str, Any]]:
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = _parsed(file.read_text(encoding=TEXT), str(file))
     if isinstance(content, dict):  # {"data": [...]}, or rows by their id
         lists = [value for value in content.values() if isinstance(value, list)]
         if len(lists) == 1:
@@ -97,6 +95,13 @@ def _json(file: Path) -> Iterator[Mapping[str, Any]]:
         yield _row(row, file)
 
 
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def _row(value: Any, file: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected JSON objects, found {type(value).__name__}")
@@ -105,7 +110,7 @@ def _row(value: Any, file: Path) -> Mapping[str, Any]:
 
 def _csv(file: Path) -> Iterator[Mapping[str, Any]]:
     csv.field_size_limit(1 << 30)  # images as base64
-    with file.open(encoding="utf-8-sig", newline="") as lines:
+    with file.open(encoding=TEXT, newline="") as lines:
         yield from csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
 
 

@@ -18,12 +18,15 @@ import binascii
 import hashlib
 import io
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import pyarrow as arrow
 import pyarrow.parquet as parquet
@@ -37,12 +40,36 @@ from search_agent.data.files import read_rows
 from search_agent.data.sources import Source, answers_of, find, question_of, source_of
 from search_agent.data.twins import Mark, Seen, mark_of
 from search_agent.errors import ModelError
-from search_agent.pictures import fit, load_picture
+from search_agent.pictures import FORMATS, fit, load_picture
 from search_agent.prompts import TOOLS, system_prompt
 
 ROWS_IN_GROUP = 64
 MAX_READ_PIXELS = 100_000_000  # larger images are left out unread
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+OTHER_SUFFIXES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".ico", ".ppm", ".pgm", ".svg", ".jp2", ".jxl")
+"""Of images that are not read, which the reason for leaving a row out names."""
+LONGEST_NAME = 255
+"""Characters of a file's name: a longer text without a slash is none."""
+
+_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{1,20}://")
+_URL_SAFE = str.maketrans("-_", "+/")
+_KINDS_OF_FILES = {
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"\0\0\1\0": "ICO",
+    b"\0\0\0\x0cjP": "JPEG 2000",
+    b"\0\0\0\x0cJXL": "JPEG XL",
+    b"%PDF": "PDF",
+    b"<svg": "SVG",
+    b"<?xml": "XML or SVG",
+    b"<!doctype": "HTML",
+    b"<html": "HTML",
+}
 
 SCHEMA = arrow.schema(
     {
@@ -146,34 +173,79 @@ class Images:
             buffer = io.BytesIO()
             value.save(buffer, format="PNG")
             return [buffer.getvalue()]
-        if isinstance(value, bytes):
-            return [value]
-        if isinstance(value, str) and value:
-            return [self._named(value, beside)]
+        if isinstance(value, bytes | bytearray):
+            return [bytes(value)]
+        if isinstance(value, str) and value.strip():
+            return [self._named(value.strip(), beside)]
         return []
 
-    def _named(self, name: str, beside: Path | None) -> bytes:
-        if name.startswith("data:"):
-            name = name.partition(",")[2]
-        if len(name) > 1000:  # no path is that long
+    def _named(self, text: str, beside: Path | None) -> bytes:
+        """The image that a text names, or is."""
+        if text.startswith("data:"):
+            head, _, content = text.partition(",")
+            data = _from_base64(content) if head.endswith(";base64") else unquote_to_bytes(content)
+            if not data:
+                raise Dropped("image unreadable: a data: address that holds nothing that can be decoded")
+            return data
+        file = self._find(text, beside)
+        if file is not None:
             try:
-                return base64.b64decode(name, validate=True)
-            except binascii.Error:
-                raise Dropped("image unreadable: neither a path nor base64") from None
-        for folder in (self._folder, beside):
-            if folder is not None and (folder / name).is_file():
-                return (folder / name).read_bytes()
-        if self._folder is not None:
-            if self._by_name is None:
-                self._by_name = {}
-                for file in sorted(self._folder.rglob("*")):
-                    if file.suffix.lower() in IMAGE_SUFFIXES:
-                        self._by_name.setdefault(file.stem, file)
-                        self._by_name.setdefault(file.name, file)
-            found = self._by_name.get(Path(name).name) or self._by_name.get(Path(name).stem)
-            if found is not None:
-                return found.read_bytes()
+                return file.read_bytes()
+            except OSError as error:
+                raise Dropped(f"image unreadable: {file}: {error.strerror}") from error
+        if address := _ADDRESS.match(text):
+            raise Dropped(f"image not found: {address[0]} addresses are not read, only paths")
+        data = _from_base64(text)
+        if data is not None and (kind_of(data) or len(text) > LONGEST_NAME):
+            return data
+        if len(text) > LONGEST_NAME and "/" not in text:
+            raise Dropped(f"image unreadable: a text of {len(text)} characters, neither a path nor base64")
         raise Dropped("image not found")
+
+    def _find(self, name: str, beside: Path | None) -> Path | None:
+        for folder in (self._folder, beside):
+            if folder is not None and _is_file(folder / name):
+                return folder / name
+        if self._folder is None:
+            return None
+        if self._by_name is None:
+            self._by_name = {}
+            files = [file for file in self._folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES + OTHER_SUFFIXES]
+            # What can be read first; the others are there to be named in the reason.
+            for file in sorted(files, key=lambda file: (file.suffix.lower() in OTHER_SUFFIXES, file)):
+                self._by_name.setdefault(file.stem, file)
+                self._by_name.setdefault(file.name, file)
+        return self._by_name.get(Path(name).name) or self._by_name.get(Path(name).stem)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than a name may be, or with a NUL
+        return False
+
+
+def _from_base64(text: str) -> bytes | None:
+    """What a text is the base64 of, with or without line ends and padding, for URLs or not; None where it is none's."""
+    text = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def kind_of(data: bytes) -> str | None:
+    """What sort of file this is the beginning of: images, and what is often found in their place."""
+    if data[4:8] == b"ftyp":
+        return "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIC"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if re.match(rb"P[1-7]\s", data):
+        return "PPM"
+    start = data[:100].lstrip().lower()
+    return next(
+        (kind for mark, kind in _KINDS_OF_FILES.items() if data.startswith(mark) or start.startswith(mark)), None
+    )
 
 
 def prepare(
@@ -225,13 +297,16 @@ def _convert(
     originals = images.read(find(row, source.image), beside)
     if not originals:
         raise Dropped("no image")
-    try:
-        pictures = [load_picture(data, max_pixels=MAX_READ_PIXELS, error=ModelError) for data in originals]
-    except ModelError as error:
-        raise Dropped("image unreadable") from error
+    pictures = [_picture(data) for data in originals]
     keys = [hashlib.sha256(data).hexdigest() for data in originals]
     identity = find(row, source.id)
     category = find(row, source.category)
+    data_id = str(number if identity is None else identity)
+    category = "" if category is None else str(category)
+    try:
+        "".join([*answers, data_id, category]).encode()
+    except UnicodeEncodeError:
+        raise Dropped("text that is not Unicode: half a surrogate pair") from None
     entry = {
         "data_source": name,
         "prompt": [
@@ -247,9 +322,9 @@ def _convert(
         "extra_info": {
             "index": number,
             "split": "train" if name.endswith("_train") else "test",
-            "data_id": str(number if identity is None else identity),
+            "data_id": data_id,
             "question": question,
-            "category": "" if category is None else str(category),
+            "category": category,
             "need_tools_kwargs": True,
             "tools_kwargs": {
                 "image_search": {"create_kwargs": {"image_keys": keys}},
@@ -258,6 +333,16 @@ def _convert(
         },
     }
     return entry, mark_of(question, answers[0], keys[0], pictures[0])
+
+
+def _picture(data: bytes) -> Image.Image:
+    try:
+        return load_picture(data, max_pixels=MAX_READ_PIXELS, error=ModelError)
+    except ModelError as error:
+        kind = kind_of(data)
+        known = kind in FORMATS or kind is None
+        why = str(error) if known else f"it is {kind}, and only {', '.join(FORMATS)} are read: convert it"
+        raise Dropped(f"image unreadable: {why}") from error
 
 
 def _encoded(data: bytes, picture: Image.Image, max_pixels: int) -> bytes:
@@ -305,8 +390,7 @@ def write(
     """
     summary, own, training = Summary(name), Seen(), name.endswith("_train")
     task = progress.add_task(name, total=None)
-    partial = out / f"{name}.parquet.part"
-    with parquet.ParquetWriter(partial, SCHEMA) as writer:
+    with _written_whole(out / f"{name}.parquet") as partial, parquet.ParquetWriter(partial, SCHEMA) as writer:
         group: list[dict[str, Any]] = []
         for found in prepare(name, source_of(name), place, options):
             summary.rows_in += 1
@@ -337,8 +421,19 @@ def write(
                 group = []
         if group:
             writer.write_table(arrow.Table.from_pylist(group, SCHEMA))
-    partial.rename(out / f"{name}.parquet")
     return summary
+
+
+@contextmanager
+def _written_whole(file: Path) -> Iterator[Path]:
+    """Where to write; it gets the file's name if all goes well, and is removed if not."""
+    partial = file.with_name(f"{file.name}.part")
+    try:
+        yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(file)
 
 
 def _note(file: Any, name: str, where: str, reason: str) -> None:
@@ -351,7 +446,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         summaries = _run(args, console)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         console.print(f"search_agent.data.prepare: {error}", style="red", markup=False, soft_wrap=True)
         return 2
     return _report(summaries, args, console)
@@ -415,7 +510,7 @@ def _run(args: argparse.Namespace, console: Console) -> list[Summary]:
     order = sorted(places, key=lambda name: (name.endswith("_train"), list(places).index(name)))
     columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed} rows"), TimeElapsedColumn())
     with (
-        (args.out / "dropped.jsonl").open("w", encoding="utf-8") as dropped,
+        (args.out / "dropped.jsonl").open("w", encoding="utf-8", errors="replace") as dropped,
         Progress(*columns, console=console) as bar,
     ):
         return [write(name, places[name], options, args.out, evaluated, dropped, bar) for name in order]

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from bm25s.stopwords import STOPWORDS_EN
 from numba import njit
 
+from search_agent.letters import ALONE, ARABIC_LETTERS, ARABIC_VOWELS, HEBREW_VOWELS, TATWEEL, combining_marks
 from search_agent.retrieval.manifest import IndexProblem, write_json
 
 K1, B = 1.5, 0.75
@@ -30,26 +31,30 @@ SETTINGS = {
     "method": "lucene",
     "k1": K1,
     "b": B,
-    "words": "lower case, no accents, CJK by character",
+    "words": "lower case, no accents or vowel signs; CJK, Korean, Thai and the like by character",
     "stopwords": "en",
 }
 
 Hits = list[tuple[int, float]]
 """Positions and scores, best first, ties by position."""
 
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
-_ACCENTS = re.compile("[\u0300-\u036f]")
+_MARKS = combining_marks()
+# A character that is a word by itself, or letters and digits; with their marks, without which Hindi falls apart.
+_WORD = re.compile(rf"(?=[^\W_])[{ALONE}][{_MARKS}]*|[^\W_{ALONE}]+(?:[{_MARKS}]+[^\W_{ALONE}]*)*")
+_ASCII_WORD = re.compile("[a-z0-9]+")
+# Accents, vowel signs that most texts leave out, and what is not seen within a word.
+_LEFT_OUT = re.compile(f"[\u0300-\u036f{HEBREW_VOWELS}{ARABIC_VOWELS}{TATWEEL}\u00ad\u200c\u200d\u2060\ufeff]")
+_LETTERS = str.maketrans(ARABIC_LETTERS)
 _STOPWORDS = frozenset(STOPWORDS_EN)
 _CHUNK = 50_000  # passages
 
 
 def words(text: str) -> list[str]:
     """What a text is searched by."""
-    text = text.lower()
+    text, pattern = text.lower(), _ASCII_WORD
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", _ACCENTS.sub("", unicodedata.normalize("NFKD", text)))
-    return [word for word in _WORD.findall(text) if word not in _STOPWORDS]
+        text, pattern = unicodedata.normalize("NFKC", _LEFT_OUT.sub("", unicodedata.normalize("NFKD", text))), _WORD
+    return [word for word in pattern.findall(text.translate(_LETTERS)) if word not in _STOPWORDS]
 
 
 def build(texts: Iterable[str], folder: Path, advance: Callable[[int], None]) -> None:
@@ -194,21 +199,49 @@ def _search(
     return positions, values, found
 
 
+@njit(nogil=True)
+def _wrong_postings(data: Any, indices: Any, passages: int) -> int:
+    """How many are of no passage, or not positive: `_search` writes where they say."""
+    wrong = 0
+    for entry in range(len(data)):
+        wrong += not (0 <= indices[entry] < passages and 0 < data[entry] < np.inf)
+    return wrong
+
+
 class Bm25:
     """Searches an index that `build` wrote. Memory-mapped; any number of threads may search at a time, each needs 8
     bytes a passage.
+
+    Args:
+        folder: of the index; it is read through once, so that no number in it can lead out of an array.
+        passages: how many there are.
+
+    Raises:
+        IndexProblem: A file is damaged, or they do not belong together.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, passages: int):
         try:
             loaded = bm25s.BM25.load(folder, mmap=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise IndexProblem(f"the index is damaged: {error}") from error
-        self._vocabulary: dict[str, int] = loaded.vocab_dict
-        self._arrays = tuple(np.asarray(loaded.scores[name]) for name in ("data", "indices", "indptr"))
-        self._passages: int = loaded.scores["num_docs"]
+            self._vocabulary: dict[str, int] = dict(loaded.vocab_dict)
+            self._arrays = tuple(np.asarray(loaded.scores[name]) for name in ("data", "indices", "indptr"))
+            tokens = np.fromiter(self._vocabulary.values(), dtype=np.int64, count=len(self._vocabulary))
+        except Exception as error:  # of many kinds, by what is wrong with the files
+            raise IndexProblem(f"the index is damaged: {folder}: {error}") from error
+        self._passages = passages
         data, indices, starts = self._arrays
-        if not len(data) == len(indices) == starts[-1] or len(starts) != len(self._vocabulary) + 1:
+        fits = (
+            loaded.scores["num_docs"] == passages
+            and [array.dtype for array in self._arrays] == [np.float32, np.int32, np.int64]
+            and all(array.ndim == 1 for array in self._arrays)
+            and len(starts) == len(tokens) + 1
+            and starts[0] == 0
+            and starts[-1] == len(data) == len(indices)
+            and bool((starts[1:] >= starts[:-1]).all())
+            and bool(((tokens >= 0) & (tokens < len(tokens))).all())
+            and not cast(Any, _wrong_postings)(data, indices, passages)
+        )
+        if not fits:
             raise IndexProblem(f"the index is damaged: the files in {folder} do not belong together")
         self._own = threading.local()
         self.search(["compiled now, not at the first request"], 1)

@@ -42,6 +42,10 @@ PROGRAM = "search_agent.retrieval.build"
 BEGUN = "building.json"
 """The settings of a build that is not finished."""
 
+LOCK = "lock"
+NOTHING_YET = {LOCK, f"{BEGUN}.partial"}
+"""What a build leaves that ended before it had begun."""
+
 TEXT_SEARCHES = ("bm25", "dense")
 
 
@@ -84,11 +88,8 @@ def build(plan: Plan) -> dict[str, Any]:
     """
     corpus.check_corpus(plan.corpus)
     files = corpus.image_files(plan.images) if plan.images is not None else []
-    if (
-        plan.out.is_dir()
-        and any(plan.out.iterdir())
-        and not any((plan.out / name).exists() for name in (BEGUN, MANIFEST))
-    ):
+    there = {file.name for file in plan.out.iterdir()} if plan.out.is_dir() else set()
+    if there - NOTHING_YET and not there & {BEGUN, MANIFEST}:
         raise IndexProblem(f"--out: {plan.out} is not empty and holds no index")
     plan.out.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn())
@@ -99,7 +100,7 @@ def build(plan: Plan) -> dict[str, Any]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as lock:
+    with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -262,6 +262,6 @@ def _image_bytes(value: Any, row: Row) -> bytes:
         try:
             # A relative path is one from the folder of the parquet file.
             return Path(row.place.rpartition(" row ")[0]).parent.joinpath(value).read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # of a path with a NUL
             raise BadRow(f"the image cannot be read: {error}") from error
     raise BadRow("no `image`: it needs bytes, {bytes, path}, or a path")

@@ -68,9 +68,17 @@ class Records:
         except (OSError, ValueError) as error:
             raise IndexProblem(f"the index is damaged: {error}") from error
         size = os.fstat(self._file.fileno()).st_size
-        if size != self._ends[-1]:
-            raise IndexProblem(f"the index is damaged: {_data_file(path)} has {size} bytes instead of {self._ends[-1]}")
+        problem = self._problem(size)
+        if problem:
+            self._file.close()
+            raise IndexProblem(f"the index is damaged: {_data_file(path)} {problem}")
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+
+    def _problem(self, size: int) -> str:
+        ends = self._ends
+        if ends.ndim != 1 or ends.dtype != np.int64 or not len(ends) or ends[0] != 0 or (ends[1:] < ends[:-1]).any():
+            return "has ends of records that are none"
+        return "" if size == ends[-1] else f"has {size} bytes instead of {ends[-1]}"
 
     def __len__(self) -> int:
         return len(self._ends) - 1

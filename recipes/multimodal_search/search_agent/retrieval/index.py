@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from search_agent.retrieval.bm25 import Bm25, Hits
+from search_agent.retrieval import bm25
+from search_agent.retrieval.bm25 import Hits
 from search_agent.retrieval.documents import Records
 from search_agent.retrieval.encoders import Encoder, SentenceTransformerEncoder, image_encoder
 from search_agent.retrieval.manifest import IndexProblem, read_manifest
@@ -64,7 +65,12 @@ class Index:
             self._thumbnails = _records(folder / "thumbnails", counts["images"])
         searches: list[Callable[[Sequence[str], int], list[Hits]]] = []
         if self.text in ("bm25", "hybrid"):
-            searches.append(Bm25(folder / "bm25").search)
+            if settings["bm25"] != bm25.SETTINGS:
+                raise IndexProblem(
+                    f"{folder} was built by another version of this program, which took other words out of a text "
+                    f"({settings['bm25']}): rebuild the index"
+                )
+            searches.append(bm25.Bm25(folder / "bm25", counts["passages"]).search)
         if self.text in ("dense", "hybrid"):
             dense = settings["dense"]
             encoder = SentenceTransformerEncoder(dense["encoder"], dense["query_prompt"], "query")

@@ -47,6 +47,12 @@ def read_manifest(index: Path) -> dict[str, Any]:
         raise IndexProblem(
             f"{index} is an index of version {version}, this program reads version {VERSION}: rebuild it"
         )
+    counts = manifest.get("counts")
+    whole = isinstance(counts, dict) and all(
+        type(counts.get(name)) is int and counts[name] >= 0 for name in ("passages", "images")
+    )
+    if not whole or not isinstance(manifest.get("settings"), dict) or not isinstance(manifest.get("identity"), str):
+        raise IndexProblem(f"{file} is damaged: it has no counts, settings or identity")
     return manifest
 
 

@@ -137,6 +137,9 @@ class Service:
         except IndexProblem as problem:
             self.problem = problem
             return
+        except Exception as error:  # of files that are damaged in some other way
+            self.problem = IndexProblem(f"{self.settings.index} cannot be loaded: {type(error).__name__}: {error}")
+            return
         self._texts = self._batcher("text", index.search_texts)
         self._images = self._batcher("image", index.search_images)
         gc.collect()
