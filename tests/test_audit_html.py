@@ -700,7 +700,7 @@ def test_keyboard(open_report: Any) -> None:
     press("p")
     assert report.selected() == ids[-2]
     report.page.go_back()
-    assert report.selected() == ids[-1]
+    report.until(lambda: report.selected() == ids[-1])
 
     press("/")
     assert report.focused() == "filter-text"
