@@ -468,6 +468,7 @@ class TestFigures:
             "corrected_steps": 1,
             "below_theta_steps": 1,
             "lucky_steps": 0,
+            "only_success_steps": 0,
             "inexact_steps": 0,
             "success_rate": 0.5,
             "similarity": 1.0,
@@ -490,6 +491,16 @@ class TestFigures:
         assert 0 < fourth["similarity"] < 0.8
         assert fourth["alpha"] is None
         assert result["totals"] == {k: v for k, v in result["steps"][0].items() if k != "step"}
+
+    @pytest.mark.parametrize(("scope", "steps"), [("group", 3), ("batch", 0)])
+    def test_where_one_success_tells_nothing_of_luck(self, tmp_path, scope, steps):
+        """Of 5 misassigned calls 3 are in a group with one success. Over the batch the others' successes count."""
+        lines = [line(search_then("a guess", "x"), float(k == 0), "one", k) for k in range(4)]
+        lines += [line(search_then("another", "x"), float(k < 2), "two", k) for k in range(4)]
+        result = audit(write_dump(tmp_path / "1.jsonl", lines), settings={"scope": scope}).result
+        totals = result["totals"]
+        assert result["tools"]["search"]["only_success_steps"] == steps
+        assert (totals["misassigned_steps"], totals["only_success_steps"], totals["lucky_steps"]) == (5, steps, 0)
 
     def test_json_can_hold_it(self, tmp_path):
         odd = search_then("\ud800", "wrong")

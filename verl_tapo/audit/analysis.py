@@ -6,7 +6,7 @@ of a rollout has the same advantage, so that cells say as much as tokens do.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -46,6 +46,8 @@ class JudgedCall(NamedTuple):
     """Of its reference group; None where it has none."""
     lucky: bool
     """Whether its witnesses are, see `verl_tapo.credit.Lifts.lucky`."""
+    only_success: bool
+    """Whether its prompt group has one success, whose lift is never below 0: nothing tells there whether it is luck."""
     after: float
     """Advantage of its tokens under TAPO."""
     changed: bool
@@ -134,6 +136,7 @@ def tally(calls: Sequence[JudgedCall], trajectories: Sequence[Trajectory], cfg: 
         if credit.gate in MATCHED:
             counts["misassigned_steps"] += 1
             counts["lucky_steps"] += judged.lucky
+            counts["only_success_steps"] += judged.only_success
             counts["inexact_steps"] += judged.inexact
             counts["similarity_sum"] += credit.similarity
             counts["support_sum"] += credit.support
@@ -159,14 +162,15 @@ def _removed(calls: Iterable[JudgedCall], cfg: TapoConfig) -> float:
 _COUNTED = (
     "prompts trajectories successes failing_trajectories misassigned_trajectories correctable_trajectories calls "
     "witness_steps failing_steps misassigned_steps corrected_steps below_alpha_steps below_theta_steps "
-    "no_witness_steps lucky_steps inexact_steps failed_calls malformed_calls unanswered_calls single_groups "
-    "all_right_groups all_wrong_groups reference_groups"
+    "no_witness_steps lucky_steps only_success_steps inexact_steps failed_calls malformed_calls unanswered_calls "
+    "single_groups all_right_groups all_wrong_groups reference_groups"
 ).split()
 
 
 def figures(counts: Mapping[str, float]) -> dict[str, float | None]:
     """Counts as they are, shares and means derived from them; None where there is nothing to divide by.
 
+    - ``only_success_steps``: misassigned steps of prompt groups with one success, where no witness can be told lucky
     - ``token_share``: of the policy's tokens, those whose advantage changes
     - ``penalty_removed``: of the sum of failing rollouts' negative advantages over their tokens, the part taken away
     - ``similarity``, ``support``, ``alpha``, ``reference_advantage``: means over misassigned steps; ``transfer``: over
@@ -240,6 +244,7 @@ def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
     lifts = report.lifts()
     lucky, lift = lifts.lucky.tolist(), lifts.lift.tolist()
     calls = []
+    successes = Counter(t.group for t in batch.trajectories if t.success)
     after, before = advantages.tolist(), cells.base.tolist()
     for step, credit, group in zip(cells.steps, report.steps, lifts.of_step.tolist(), strict=True):
         row, number = step.row, step.call[0]
@@ -247,7 +252,9 @@ def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
         value = after[row][number]
         changed = value != before[row][number]
         gain, luck = (lift[group], lucky[group]) if group >= 0 else (None, False)
-        calls.append(JudgedCall(holder, (row, number), holder.calls[number], credit, gain, luck, value, changed))
+        single = successes[holder.group] == 1 and cfg.scope == "group"
+        call = holder.calls[number]
+        calls.append(JudgedCall(holder, (row, number), call, credit, gain, luck, single, value, changed))
     return StepAnalysis(batch, cfg, calls, lift)
 
 

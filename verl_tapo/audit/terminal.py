@@ -121,6 +121,11 @@ def _overview(result: Mapping[str, Any], totals: Figures, width: int) -> Table:
             "of misassigned calls; holders succeed no more often than siblings",
         ),
         (
+            "  only one success",
+            _percent(totals["only_success_steps"], matched),
+            "of misassigned calls; nothing in their group tells luck",
+        ),
+        (
             "mean lift",
             _points(totals["lift"]),
             "points; above 0: the witnesses mark what leads to success",

@@ -88,11 +88,6 @@ function question(prompt) {
   return asked || prompt.trim() || "(empty prompt)";
 }
 
-/** @param {string} text @param {number} size */
-function cut(text, size) {
-  return text.length > size ? `${text.slice(0, size).replace(/[\ud800-\udbff]$/, "")}…` : text;
-}
-
 /**
  * Positions in characters (code points) as positions in a JavaScript string.
  * @param {string} text
@@ -736,7 +731,7 @@ class Browser {
     const { witness } = call;
     if (!witness) return isMatched(call) && html("p", { class: "why" }, "Its witness is of another prompt.");
     const other = this.groups[group].trajectories[witness.trajectory].calls[witness.call].arguments;
-    const name = isMatched(call) ? "★ Its witness" : "≠ The nearest call";
+    const name = isMatched(call) ? "★ Its witness" : "≠ Nearest call";
     const differing = Object.entries(other).filter(([key, value]) => plain(value) !== plain(call.arguments[key]));
     return html(
       "div",

@@ -383,7 +383,7 @@ function drawTools({ tools }) {
       "Calls by tool, most used first",
       ["Tool", "Calls", "Failed", "In failing rollouts", "Misassigned", "Corrected", "Similarity", "Support", "Alpha", "Lift"],
       rows.map(([tool, f]) => [
-        tool,
+        cut(tool, 120),
         count(f.calls),
         percent(share(f.failed_calls, f.calls)),
         count(f.failing_steps),

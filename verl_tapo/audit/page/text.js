@@ -77,6 +77,11 @@ function spelled(text) {
   return text.replace(INVISIBLE_ALL, (character) => `⟨${codeName(character)}⟩`);
 }
 
+/** @param {string} text @param {number} size */
+function cut(text, size) {
+  return text.length > size ? `${text.slice(0, size).replace(/[\ud800-\udbff]$/, "")}…` : text;
+}
+
 /**
  * Untrusted text with invisible characters as visible marks and what is searched for highlighted.
  * @param {string} text
