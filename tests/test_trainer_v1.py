@@ -168,6 +168,53 @@ def test_tools_are_watched_under_any_estimator(queue, make_trainer, qwen_like_to
     assert not any(key.startswith("tools/") for key in silent)
 
 
+@pytest.mark.parametrize("name", ["grpo", "tapo"])
+def test_a_recording_that_the_data_set_overrides_is_warned_of(queue, make_trainer, qwen_like_tokenizer, caplog, name):
+    """As veRL's own data scripts write it: their column is consumed before rollouts come to the trainer."""
+    from datasets import Dataset
+
+    if PATCHED and name != "tapo":
+        pytest.skip("the hook that watches for others is not installed where veRL is patched")
+    rows = fake_batch(qwen_like_tokenizer)
+    trainer = make_trainer(name)
+    trainer.config.actor_rollout_ref.rollout.agent.default_agent_loop = "tapo_tool_agent"
+    frame = Dataset.from_dict({"prompt": ["a", "b"], "agent_name": ["tool_agent", "tool_agent"]})
+    trainer.train_dataset = types.SimpleNamespace(dataframe=frame)
+    advantages(queue, trainer, put(queue, rows))
+    assert "without a record" not in caplog.text
+    for _ in range(2):
+        advantages(queue, trainer, put(queue, rows, recorded=False, pad_to=8, tokenizer=qwen_like_tokenizer))
+    assert caplog.text.count("11 of 11 rollouts came without a record. ") == 1
+    cause = "rows name the agent loop 'tool_agent' in their column agent_name"
+    assert (cause in caplog.text) == (not PATCHED)
+
+
+@pytest.mark.parametrize("name", ["grpo", "tapo"])
+def test_rewards_of_every_kind_end_no_run(queue, make_trainer, qwen_like_tokenizer, caplog, name):
+    if PATCHED and name != "tapo":
+        pytest.skip("the hook that watches for others is not installed where veRL is patched")
+    rows = fake_batch(qwen_like_tokenizer)
+    batch = put(queue, rows)
+    odd = [10**400, float("nan"), "text", None, [1], {"a": 1}, 1j, np.float32(2), True, "True", -(10**400)]
+    infos = [{"acc": value, "part": value} for value in odd]
+    for number, info in enumerate((None, [], "text", 3)):
+        infos[number + 3] = info
+    extra = [
+        {"reward_extra_info": info, "tapo_steps": row[0].record.to_dict()}
+        for info, row in zip(infos, rows, strict=True)
+    ]
+    from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+    fields = list_of_dict_to_tensordict([{"extra_fields": value} for value in extra])
+    queue.kv_batch_put(keys=batch.keys, partition_id="train", fields=fields)
+    metrics = {}
+    advantages(queue, make_trainer(name), batch, metrics)
+    assert metrics["reward/part"] == 1.5  # of 2.0 and True
+    assert "'part' is no finite number in 3 of 11 rollouts" in caplog.text
+    if name == "tapo":
+        assert metrics["tapo/success_unreadable"] == pytest.approx(2 / 11)  # NaN and a text
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("base", ["grpo", "rloo", "grpo_vectorized"])
 def test_beta_zero_is_the_base_bit_for_bit(queue, make_trainer, qwen_like_tokenizer, mode, base):
