@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
+import pandas as pd
 import pytest
 
 pytest.importorskip("verl.utils.config")
@@ -16,7 +17,8 @@ pytest.importorskip("verl.utils.config")
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from search_agent.check import _credit_problems
+from search_agent.check import _compare_prompts, _credit_problems
+from search_agent.prompts import system_prompt
 from search_agent.tools import ImageSearch, TextSearch, Visit, Zoom
 from search_agent.tools.base import Answer, SearchTool
 from verl.tools.tool_registry import initialize_tools_from_config
@@ -321,6 +323,23 @@ def test_check_says_which_tools_take_part_by_their_names(capsys):
     out = capsys.readouterr().out
     assert "text_search takes part in credit transfer (query: Text)" in out
     assert "run_python TAKES NO PART in credit transfer: its name says" in out
+
+
+def test_check_compares_prompts_and_tools(tmp_path, capsys):
+    def said(prompt, tools):
+        file = tmp_path / "data.parquet"
+        pd.DataFrame({"prompt": [prompt]}).to_parquet(file)
+        _compare_prompts(file, tools)
+        return capsys.readouterr().out
+
+    question = {"role": "user", "content": "Where is this zoo? <image>"}
+    system = {"role": "system", "content": system_prompt(["text_search", "zoom"])}
+    assert said([system, question], ["text_search", "zoom"]) == ""
+    assert said([question], ["text_search"]) == ""
+    assert said("no messages", ["text_search"]) == ""
+    other = said([system, question], ["text_search", "calculator"])
+    assert "data.parquet does not speak of calculator: search_agent/prompts.py" in other
+    assert "data.parquet speaks of zoom, which this run does not have" in other
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

@@ -12,12 +12,15 @@ import argparse
 import asyncio
 import difflib
 import inspect
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from search_agent.prompts import USES
 
 OUR_REWARD = "pkg://search_agent.rewards"
 COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info")
@@ -75,6 +78,7 @@ def find_problems(config: Any) -> Iterator[str]:
         yield from _credit_problems(config.algorithm, tools)
     yield from _template_problems(config.actor_rollout_ref.model, tools)
     if not bad_data:
+        _compare_prompts(_files(config.data.train_files)[0], [tool.name for tool in tools])
         yield from _reward_problems(config, _files(config.data.val_files)[0])
     if not config.reward.reward_model.enable:  # veRL's own is not up yet
         yield from asyncio.run(_judge_problems(config.reward.custom_reward_function))
@@ -99,6 +103,26 @@ def _data_problems(key: str, file: Path) -> Iterator[str]:
     missing = [column for column in COLUMNS if column not in names]
     if missing:
         yield f"{key}: {file} has no column {', '.join(missing)}; make it with python -m search_agent.data.prepare"
+
+
+def _compare_prompts(file: Path, tools: Sequence[str]) -> None:
+    """Says where the first question's system prompt, if it has one, speaks of other tools than those of the run."""
+    import pyarrow.parquet as parquet
+
+    batch = next(parquet.ParquetFile(file).iter_batches(batch_size=1, columns=["prompt"]), None)
+    messages = [] if batch is None else batch.to_pylist()[0]["prompt"]
+    text = "\n".join(str(message["content"]) for message in messages if _is_system(message))
+    words = set(re.findall(r"[\w-]+", text))
+    missing, gone = sorted({*tools} - words), sorted({*USES} & words - {*tools})
+    how = "search_agent/prompts.py and prepare --tools make it"
+    if text and missing:
+        _say(f"the system prompt in {file} does not speak of {', '.join(missing)}: {how}")
+    if gone:
+        _say(f"the system prompt in {file} speaks of {', '.join(gone)}, which this run does not have: {how}")
+
+
+def _is_system(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "system" and "content" in message
 
 
 def _reward_problems(config: Any, file: Path) -> Iterator[str]:
@@ -250,7 +274,7 @@ def _credit_problems(algorithm: Any, tools: Sequence[Any]) -> Iterator[str]:
             _say(f"{tool.name} takes part in credit transfer ({kernels or 'no parameters'})")
             continue
         own = ", ".join(f"{name}: {kernel}" for name, kernel in getattr(tool, "kernels", {}).items())
-        hint = f"; to have it do so: +{where}.{tool.name}={{{own}}}" if own else ""
+        hint = f"; to have it do so: '+{where}.{tool.name}={{{own}}}'" if own else ""
         why = "its name says that it gathers no information" if rule.tools is None else f"{where} does not name it"
         _say(f"{tool.name} TAKES NO PART in credit transfer: {why}{hint}")
 
@@ -321,7 +345,9 @@ async def _unreachable(tools: Sequence[Any]) -> list[str]:
             try:
                 _say(f"{tool.name} is answered by {await tool.check()}")
             except InfrastructureError as error:
-                problems.append(f"the tool {tool.name}: {error}")
+                local = tool.settings.provider.get("provider") == "service"
+                hint = ": is the retrieval service up, and SEARCH_URL its address?" if local else ""
+                problems.append(f"the tool {tool.name}: {error}{hint}")
             finally:
                 await tool.close()
     return problems

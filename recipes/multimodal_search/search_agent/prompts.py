@@ -10,12 +10,13 @@ TOOLS = ("text_search", "image_search", "zoom")
 
 Coordinates = Literal["absolute", "thousandths"]
 
-_USES = {
+USES = {
     "image_search": "image_search finds out what an image shows.",
     "zoom": "zoom enlarges a region of an image; {coordinates}.",
     "text_search": "text_search finds passages about what you name in the query.",
     "visit": "visit opens a page that a search has found.",
 }
+"""What the system prompt says of each tool; a new one's sentence belongs here."""
 _COORDINATES = {
     "absolute": "its bbox counts pixels of that image",
     "thousandths": "its bbox counts thousandths of that image's width and height, from 0 to 1000",
@@ -28,10 +29,10 @@ def system_prompt(tools: Sequence[str] = TOOLS, coordinates: Coordinates = "thou
     Raises:
         ValueError: A tool is not known.
     """
-    unknown = [tool for tool in tools if tool not in _USES]
+    unknown = [tool for tool in tools if tool not in USES]
     if unknown:
-        raise ValueError(f"tools: {unknown[0]!r} is none of {', '.join(_USES)}")
-    uses = [_USES[tool].format(coordinates=_COORDINATES[coordinates]) for tool in _USES if tool in tools]
+        raise ValueError(f"tools: {unknown[0]!r} is none of {', '.join(USES)}")
+    uses = [USES[tool].format(coordinates=_COORDINATES[coordinates]) for tool in USES if tool in tools]
     parts = ["Answer the question about the image."]
     if uses:
         parts.append("Look up what you do not know for certain with the tools, one call at a time.")
