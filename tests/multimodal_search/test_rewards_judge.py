@@ -84,6 +84,7 @@ def score_once(*answers, solution=OTHER_WORDS, row=ROW, **configured):
         ("incorrect", 0.0),
         (" **Correct**.\n", 1.0),
         ('"Incorrect"', 0.0),
+        ("<think>\n\n</think>\n\ncorrect", 1.0),
         ("<think>It says correct, but no.</think>\nincorrect", 0.0),
     ],
 )
@@ -208,6 +209,68 @@ def test_a_judge_that_never_gives_a_verdict_is_an_outage():
     assert failed == 19
     assert "its last 20 replies were no verdicts" in why
     assert judged(play, GARBAGE, on_outage="count") == (40, "")
+
+
+def test_a_verdict_of_one_token_is_one():
+    parts, requests = score_once(cut_off("correct"), request={"max_tokens": 1})
+    assert (parts["acc"], len(requests)) == (1.0, 1)
+
+
+def cut_off(text):
+    return response({"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "length"}]})
+
+
+@pytest.mark.parametrize(
+    ("reply", "request_", "why"),
+    [
+        (cut_off("<think>Let me see"), {"max_tokens": 8}, "(finish_reason length, max_tokens 8)"),
+        (cut_off(None), {"max_tokens": 8}, "Raise judge.request.max_tokens, or tell it not to think"),
+        (cut_off("The candidate"), {}, "was cut off before its verdict (finish_reason length): does it think aloud?"),
+        (
+            cut_off(""),
+            {"max_tokens": None, "max_completion_tokens": 9},
+            "max_completion_tokens 9): does it think aloud? Raise judge.request.max_completion_tokens",
+        ),
+        (says(None), {}, "replied nothing (finish_reason None)"),
+        (GARBAGE, {}, "replied neither correct nor incorrect, but 'The candidate is wrong, but correct in spirit.'"),
+    ],
+    ids=range(6),
+)
+def test_why_there_is_no_verdict_is_told(reply, request_, why, caplog):
+    async def play(reward, server):
+        await reward.score("<answer>0</answer>", ["yes"], ROW)
+        with pytest.raises(InfrastructureError) as looked:
+            await reward.check_judge()
+        for number in range(18):
+            await reward.score(f"<answer>{number}</answer>", ["yes"], ROW)
+        with pytest.raises(JudgeOutage) as stopped:
+            await reward.score("<answer>18</answer>", ["yes"], ROW)
+        return str(looked.value), str(stopped.value)
+
+    looked, stopped = judged(play, reply, on_outage="stop", request=request_)
+    assert why in looked
+    assert why in stopped
+    assert "its last 20 replies were no verdicts" in stopped
+    assert why in caplog.text.partition("rules decided (1 times so far)")[2]
+
+
+def test_nothing_that_a_model_writes_raises_with_a_judge(tmp_path):
+    odd = ["\ud800", "9" * 900, "\x00", "```", "[" * 900, '{"a": ' * 100, "<think>", "½" * 900]
+    cache = str(tmp_path / "judge.sqlite")
+
+    async def play(reward, server):
+        return [(await reward.score(f"<answer>{text}</answer>", ["yes", "\ud800 no"], ROW))["acc"] for text in odd]
+
+    assert judged(play, INCORRECT, cache=cache) == [0.0] * len(odd)
+
+
+def test_the_judge_is_told_of_a_range():
+    async def play(reward, server):
+        await reward.score("<answer>four hundred</answer>", {"wikidata": 324, "range": [291.6, 356.4]}, ROW)
+        return server.requests
+
+    (request,) = judged(play, INCORRECT)
+    assert "- 324\n- any number from 291.6 to 356.4\n" in request.json()["messages"][1]["content"]
 
 
 # Outages

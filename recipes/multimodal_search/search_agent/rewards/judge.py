@@ -137,11 +137,11 @@ class Judge:
             self.require()
             try:
                 verdict, fresh = await self._remembered(question, accepted, answer)
-            except NoVerdict:
+            except NoVerdict as error:
                 self._unreadable += 1
                 if self._settings.on_outage == "stop" and self._unreadable >= _UNREADABLE_IN_A_ROW:
-                    self._give_up(f"its last {self._unreadable} replies were no verdicts: does it take our requests?")
-                self._count(f"no verdict on an answer of {len(answer)} characters")
+                    self._give_up(f"its last {self._unreadable} replies were no verdicts, at last: {error}")
+                self._count(f"on an answer of {len(answer)} characters: {error}")
                 raise
             except InfrastructureError as error:
                 await self._endure(error, start)
@@ -222,10 +222,24 @@ class Judge:
                     raise NoVerdict(str(error)) from None
                 raise
             try:
-                text = reply["choices"][0]["message"]["content"]
-            except (KeyError, IndexError, TypeError):
+                choice = reply["choices"][0]
+                text, ending = choice["message"]["content"], choice.get("finish_reason")
+            except (KeyError, IndexError, TypeError, AttributeError):
                 raise InfrastructureError(f"{self._client.name} did not answer as the OpenAI API does") from None
             verdict = read_verdict(text)
             if verdict is not None:
                 return verdict
-        raise NoVerdict(f"{self._client.name} gave no verdict")
+        raise NoVerdict(f"{self._client.name} {self._why_not(text, ending)}")
+
+    def _why_not(self, text: Any, ending: Any) -> str:
+        """What was wrong with a reply that is no verdict."""
+        if ending == "length":
+            limits = [name for name in ("max_tokens", "max_completion_tokens") if name in self._request]
+            given = ", ".join(f"{name} {self._request[name]}" for name in limits)
+            return (
+                f"was cut off before its verdict (finish_reason length{f', {given}' if given else ''}): does it think "
+                f"aloud? Raise judge.request.{limits[0] if limits else 'max_tokens'}, or tell it not to think"
+            )
+        if not isinstance(text, str) or not text.strip():
+            return f"replied nothing (finish_reason {ending})"
+        return f"replied neither correct nor incorrect, but {' '.join(clean_text(text).split())[:80]!r}"
