@@ -152,3 +152,13 @@ def test_images_are_read_in_their_order(tmp_path):
     for block, message in (({"type": "video"}, "videos"), ({"type": "image", "image": "http://x/y.png"}, "in memory")):
         with pytest.raises(ValueError, match=message):
             read_images([{"content": [block]}])
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [({"VERL_PLATFORM": "cpu"}, "1"), ({"VERL_PLATFORM": "cpu", "TQ_NUM_THREADS": "2"}, "2"), ({}, "None")],
+)
+def test_transfer_queue_is_not_told_to_take_more_threads_than_there_are_cores(environment, threads):
+    """It warned in every transfer, in most lines of a run's log. Ray's processes inherit the driver's environment."""
+    done = python("import os, verl; print(os.environ.get('TQ_NUM_THREADS'))", **environment)
+    assert done.stdout.splitlines()[-1:] == [threads], done.stderr

@@ -1,7 +1,7 @@
 """What veRL loads (entry point ``verl.plugins``, or ``VERL_USE_EXTERNAL_MODULES=verl_tapo.plugin``): no logic here.
 
 The estimator and the agent loop go through veRL's registries. What veRL has no extension point for is hooked, each
-hook when its module is imported, never earlier: `HOOKS` lists all of them with their reasons. A hook that finds its
+hook when its module is imported, never earlier: `SEAMS` lists all of them with their reasons. A hook that finds its
 target changed reports so and stays away; a run with ``adv_estimator=tapo`` then stops with a clear error, and every
 other run goes on unaffected.
 """
@@ -170,6 +170,9 @@ for _seam in CPU_SEAMS:
     _seam.serves = "VERL_PLATFORM=cpu"
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":  # as veRL reads it
     SEAMS += CPU_SEAMS
+    # With its default of 8 threads TransferQueue warns in every transfer that the machine has fewer cores: most lines
+    # of a run's log. Set before Ray starts, so that Ray's processes inherit it.
+    os.environ.setdefault("TQ_NUM_THREADS", "1")
 
 
 def complain(message: str) -> None:

@@ -92,8 +92,8 @@ def find_warnings(config: Any) -> list[str]:
     overridden = recording_warning(config)
     if overridden is not None:
         warnings.append(overridden)
-    actor = config.actor_rollout_ref.get("actor", {})
-    loss = actor.get("policy_loss", {}).get("loss_mode", None)
+    actor = config.actor_rollout_ref.get("actor", None) or {}
+    loss = (actor.get("policy_loss", None) or {}).get("loss_mode", None)
     if loss == "gspo" and actor.get("loss_agg_mode", None) == "token-mean":
         warnings.append(
             "actor_rollout_ref.actor.policy_loss.loss_mode=gspo with veRL's default loss_agg_mode=token-mean weighs "

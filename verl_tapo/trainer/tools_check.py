@@ -156,7 +156,7 @@ def recording_warning(config: Any) -> str | None:
     if agent.get("default_agent_loop", None) != RECORDING_LOOP:
         return None
     files = config.get("data", {}).get("train_files", None) or []
-    named = {name for path in ([files] if isinstance(files, str) else files) for name in _agent_names(Path(path))}
+    named = {name for path in ([files] if isinstance(files, str) else list(files)) for name in _agent_names(str(path))}
     others = sorted(named - {RECORDING_LOOP} - _redefined(agent.get("agent_loop_config_path", None)))
     return unrecorded(others) if others else None
 
@@ -169,12 +169,12 @@ def _redefined(path: str | None) -> set[str]:
         return set()
 
 
-def _agent_names(path: Path) -> set[str]:
+def _agent_names(file: str) -> set[str]:
     """What the first rows of a data file have in the column ``agent_name``; empty where they cannot be read."""
-    path = path.expanduser()
-    if not path.is_file():
-        return set()
     try:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            return set()
         rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
         return {str(row["agent_name"]) for row in rows if isinstance(row, dict) and row.get("agent_name") is not None}
     except Exception:  # not such a file after all; veRL will complain
