@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import time
 from collections import Counter
@@ -36,6 +37,7 @@ class Watch:
     def __init__(self) -> None:
         self.batches = 0
         self.seen: Counter[str] = Counter()
+        self._given: Counter[tuple[str, str]] = Counter()  # parameters of the tools that are configured
         self._told: set[str] = set()
 
     def _tell(self, key: str, message: str) -> None:
@@ -56,13 +58,30 @@ class Watch:
                 f"not a single tool call was found in {self.batches} batches, so nothing is corrected. Check "
                 f"actor_rollout_ref.rollout.multi_turn.format, or algorithm.tapo.tool_format, and the rollouts.",
             )
-        if rule.tools is not None and self.batches == settings.patience:
-            for tool in sorted(set(rule.tools) - set(self.seen)):
-                others = ", ".join(name for name, _ in self.seen.most_common(10)) or "none"
+        if rule.tools is not None and self.batches <= settings.patience:
+            self._given.update(
+                (step.tool, name) for step in steps if step.tool in rule.tools for name in step.arguments
+            )
+            if self.batches == settings.patience:
+                self._tell_unseen(rule.tools)
+
+    def _tell_unseen(self, tools: Mapping[str, Any]) -> None:
+        """Names of tools and parameters that are configured and never occurred: misspelt ones, most likely."""
+        for tool in sorted(set(tools) - set(self.seen)):
+            others = [name for name, _ in self.seen.most_common(10)]
+            self._tell(
+                f"unseen {tool}",
+                f"the tool {tool!r} of algorithm.tapo.tools was never called in {self.batches} batches"
+                f"{_did_you_mean(tool, others)}; tools that were: {', '.join(others) or 'none'}",
+            )
+        for tool in sorted(set(tools) & set(self.seen)):
+            given = [name for (of, name), _ in self._given.most_common() if of == tool]
+            for name in sorted(set(tools[tool] or ()) - set(given)):
                 self._tell(
-                    f"unseen {tool}",
-                    f"the tool {tool!r} of algorithm.tapo.tools was never called in {self.batches} batches; "
-                    f"tools that were: {others}",
+                    f"unseen {tool} {name}",
+                    f"no call of the tool {tool!r} had the parameter {name!r} of algorithm.tapo.tools in "
+                    f"{self.batches} batches{_did_you_mean(name, given)}; parameters that were given: "
+                    f"{', '.join(map(str, given[:10])) or 'none'}",
                 )
 
     def _explain_defaults(self, steps: Sequence[ToolStep], rule: TapoConfig) -> None:
@@ -70,11 +89,19 @@ class Watch:
             if step.tool in self._told or not step.ok:
                 continue
             if acquires_information(step.tool):
-                kernels = ", ".join(f"{p}={default_kernel(p)}" for p in step.arguments) or "no parameters"
-                decision = f"takes part, compared by {kernels} (others: exact)"
+                compared = {name: default_kernel(name, step.arguments) for name in step.arguments}
+                kernels = ", ".join(f"{name}={kernel}" for name, kernel in compared.items())
+                decision = f"takes part, compared by {kernels or 'no parameters'} (others: exact)"
+                if all(kernel == "ignore" for kernel in compared.values()):
+                    decision += "; calls like this one, without a parameter that counts, do not"
             else:
-                decision = "is left out: its name says that it runs or makes things"
+                decision = "is left out: its name says that it ends the rollout, or runs, makes or changes things"
             self._tell(step.tool, f"algorithm.tapo.tools is not set; by its name the tool {step.tool!r} {decision}")
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, [other for other in known if isinstance(other, str)], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 WATCH = Watch()
