@@ -12,17 +12,28 @@ TOOLS = {
     "fetch": {},
 }
 QUERIES = ["capital of France", "Capital of france?", "capital of the France", "river in Peru", "Peru river", "", "!!!"]
-BOXES = [[0, 0, 10, 10], [10, 10, 0, 0], [0, 0, 10, 9], [5, 5, 15, 15], [3, 3, 3, 9], "box", [0, 0, 1]]
+BOXES = [
+    *([0, 0, 10, 10], [10, 10, 0, 0], [0, 0, 10, 9], [5, 5, 15, 15], [3, 3, 3, 9], [3, 9, 3, 3], "box", [0, 0, 1]),
+    *("[0, 0, 10, 10]", "0,0,10,9", ["0", "0", "10", "10"], {"x1": 0, "y1": 0, "x2": 10, "y2": 9}, [[5, 5], [15, 15]]),
+    *(None, [10**400, 0, 1, 1], [0, 0, 10, float("nan")]),
+]
+PAGES = [0, 1, 2, 3, 4, 5, "3", " 4.0 ", "last", None, 10**400, float("inf")]
 
 
 def random_arguments(rng, tool):
     if tool == "text_search":
-        return {"query": QUERIES[rng.integers(len(QUERIES))]}
+        query = QUERIES[rng.integers(len(QUERIES))]
+        return {"query": query if rng.random() < 0.9 else [*query.split(), 7][::-1] if rng.random() < 0.5 else None}
     if tool == "zoom":
-        arguments = {"image": int(rng.integers(2)), "bbox": BOXES[rng.integers(len(BOXES))]}
+        arguments = {
+            "image": int(rng.integers(2)),
+            "bbox": BOXES[rng.integers(4 if rng.random() < 0.5 else len(BOXES))],
+        }
+        if rng.random() < 0.1:
+            arguments["label"] = "a dog"
         return arguments if rng.random() < 0.8 else {"bbox": arguments["bbox"]}
     if tool == "lookup":
-        return {"page": int(rng.integers(6)), "session": float(rng.random())}
+        return {"page": PAGES[rng.integers(6 if rng.random() < 0.6 else len(PAGES))], "session": float(rng.random())}
     if tool == "fetch":
         return {} if rng.random() < 0.5 else {"url": f" a {rng.integers(2)} ", "n": float(rng.integers(2))}
     return {"code": "print(1)"}
@@ -68,5 +79,5 @@ def random_config(seed):
         scope=str(rng.choice(["group", "batch"])),
         use_support=bool(rng.random() < 0.7),
         clip=bool(rng.random() < 0.7),
-        tools=TOOLS,
+        tools=TOOLS if rng.random() < 0.8 else None,
     )

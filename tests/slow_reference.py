@@ -1,9 +1,12 @@
 """The rule of the specification, written a second time: loops, no sharing with the fast code but the data types."""
 
+import re
 import unicodedata
 
 import torch
 from rapidfuzz import fuzz
+
+from verl_tapo.config import acquires_information, default_kernel
 
 
 def normalise(x):
@@ -18,54 +21,85 @@ def exact_form(x):
         return " ".join(unicodedata.normalize("NFKC", x).split())
     if isinstance(x, bool) or x is None:
         return (type(x).__name__, x)
-    if isinstance(x, float) and x == int(x):
+    if isinstance(x, float) and x != x:
+        return "nan as a number", 0
+    if isinstance(x, float) and abs(x) != float("inf") and x == int(x):
         return int(x)
     if isinstance(x, dict):
-        return tuple(sorted((k, str(exact_form(v))) for k, v in x.items()))
+        return "dict", tuple(sorted((k, str(exact_form(v))) for k, v in x.items()))
     if isinstance(x, list):
-        return tuple(exact_form(v) for v in x)
+        return "list", tuple(exact_form(v) for v in x)
     return x
 
 
-def iou(x, y):
-    boxes = []
-    for box in (x, y):
-        if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
-            return 0.0
-        a, b, c, d = box
-        boxes.append((min(a, c), min(b, d), max(a, c), max(b, d)))
-        if (boxes[-1][2] - boxes[-1][0]) * (boxes[-1][3] - boxes[-1][1]) <= 0:
-            return 0.0
-    (a, b, c, d), (e, f, g, h) = boxes
-    inter = max(0, min(c, g) - max(a, e)) * max(0, min(d, h) - max(b, f))
-    return inter / ((c - a) * (d - b) + (g - e) * (h - f) - inter)
+def number(x):
+    """A finite number, also as text; else None."""
+    if isinstance(x, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?", x.strip()):
+        x = float(x)
+    if type(x) not in (int, float) or abs(x) > 1e100 or x != x:
+        return None
+    return x
+
+
+def box(x):
+    """Left, top, right, bottom; None for what is no box."""
+    if isinstance(x, str):
+        x = re.findall(r"[-+]?[0-9]+(?:\.[0-9]+)?", x)
+    if isinstance(x, dict) and set(x) == {"x1", "y1", "x2", "y2"}:
+        x = [x["x1"], x["y1"], x["x2"], x["y2"]]
+    if isinstance(x, list) and len(x) == 2 and all(isinstance(corner, list) for corner in x):
+        x = x[0] + x[1]
+    if not isinstance(x, list) or len(x) != 4 or any(number(v) is None for v in x):
+        return None
+    a, b, c, d = map(number, x)
+    return min(a, c), min(b, d), max(a, c), max(b, d)
+
+
+def area(x):
+    return max(0, x[2] - x[0]) * max(0, x[3] - x[1])
 
 
 def kernel(spec, x, y):
     name = spec["kernel"] if isinstance(spec, dict) else spec
-    if name == "exact":
-        return float(exact_form(x) == exact_form(y))
-    if name == "text":
+    if exact_form(x) == exact_form(y):
+        return 1.0
+    if name == "text" and all(isinstance(v, str | list | int | float) for v in (x, y)):
         return fuzz.token_sort_ratio(normalise(x), normalise(y)) / 100
-    if name == "iou":
-        return iou(x, y)
-    if name == "number":
-        return max(0.0, 1 - abs(x - y) / spec["scale"])
-    raise AssertionError(name)
+    if name == "iou" and box(x) is not None and box(y) is not None:
+        x, y = box(x), box(y)
+        if x == y:
+            return 1.0
+        both = area((max(x[0], y[0]), max(x[1], y[1]), min(x[2], y[2]), min(x[3], y[3])))
+        return both / (area(x) + area(y) - both) if both else 0.0
+    if name == "number" and number(x) is not None and number(y) is not None:
+        return max(0.0, 1 - abs(number(x) - number(y)) / spec["scale"])
+    return 0.0
 
 
-def similarity(tools, u, v):
-    kernels = {name: spec for name, spec in tools[u.tool].items()}
+def counting(cfg, step):
+    """The kernels of the call's parameters that count, by name."""
+    if cfg.tools is None:
+        kernels = {name: default_kernel(name, step.arguments) for name in step.arguments}
+    else:
+        kernels = {name: cfg.tools[step.tool].get(name, "exact") for name in step.arguments}
+    return {name: spec for name, spec in kernels.items() if spec != "ignore"}
+
+
+def similarity(cfg, u, v):
+    left, right = counting(cfg, u), counting(cfg, v)
     values = [1.0]
-    for name in set(u.arguments) | set(v.arguments):
-        spec = kernels.get(name, "exact")
-        if spec == "ignore":
-            continue
-        if name not in u.arguments or name not in v.arguments:
+    for name in set(left) | set(right):
+        if name not in left or name not in right:
             values.append(0.0)
         else:
-            values.append(kernel(spec, u.arguments[name], v.arguments[name]))
+            values.append(kernel(left[name], u.arguments[name], v.arguments[name]))
     return min(values)
+
+
+def takes_part(cfg, step):
+    if cfg.tools is None:
+        return acquires_information(step.tool) and len(counting(cfg, step)) > 0
+    return step.tool in cfg.tools
 
 
 def transfer(base, mask, index, success, steps, cfg):
@@ -78,7 +112,7 @@ def transfer(base, mask, index, success, steps, cfg):
     records = []
     for step in steps:
         role = "none"
-        if step.tool in cfg.tools and step.ok:
+        if takes_part(cfg, step) and step.ok:
             if success[step.row] and a[step.row] > 0:
                 role = "witness"
             elif not success[step.row] and a[step.row] < 0:
@@ -106,13 +140,13 @@ def transfer(base, mask, index, success, steps, cfg):
             while frontier:
                 k = frontier.pop()
                 group.append(k)
-                near = [j for j in left if similarity(cfg.tools, steps[k], steps[j]) >= cfg.theta]
+                near = [j for j in left if similarity(cfg, steps[k], steps[j]) >= cfg.theta]
                 left = [j for j in left if j not in near]
                 frontier += near
             groups.append(group)
         ranked = []
         for group in groups:
-            m = max(similarity(cfg.tools, steps[number], steps[k]) for k in group)
+            m = max(similarity(cfg, steps[number], steps[k]) for k in group)
             holders = {steps[k].row for k in group}
             abar = sum(a[i] for i in holders) / len(holders)
             prompts = {index[i] for i in holders}
@@ -123,7 +157,7 @@ def transfer(base, mask, index, success, steps, cfg):
         record["similarity"] = m
         best = min(entry[:4] for entry in ranked)
         among = witnesses if m < cfg.theta else [k for *rank, group in ranked if tuple(rank) == best for k in group]
-        record["witnesses"] = {k for k in among if similarity(cfg.tools, steps[number], steps[k]) == m}
+        record["witnesses"] = {k for k in among if similarity(cfg, steps[number], steps[k]) == m}
         if m < cfg.theta:
             record["gate"] = "below_theta"
             continue

@@ -198,7 +198,7 @@ def test_which_tools_take_part(capsys, tools_file, tmp_path):
     assert [line.split(maxsplit=1) for line in shown] == [
         ["search", "takes part: query=text, n=exact"],
         ["fetch", "takes part: url=exact"],
-        ["python_a", "left out: by its name it runs or makes things"],
+        ["python_a", "left out: its name says that it acts"],
     ]
     code, out = doctor(capsys, *overrides, "+algorithm.tapo.tools.search={n:{kernel:number,scale:4}}")
     assert code == 0, out

@@ -9,53 +9,130 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
-from verl_tapo.similarity import Exact, Kernel, KernelSpec, make_kernel
-from verl_tapo.steps import TokenScope, check_token_scope
+from verl_tapo.similarity import Kernel, KernelSpec, make_kernel, read_number
+from verl_tapo.steps import TokenScope, check_token_scope, shown
 
 Scope: TypeAlias = Literal["group", "batch"]
 StepSource: TypeAlias = Literal["auto", "recorded", "parsed"]
 RecordFormat: TypeAlias = Literal["jsonl", "parquet"]
 
-# The default decision by name [ours], used while ``tools`` is None.
-TEXT_PARAMETERS = frozenset({"query", "queries", "q", "question", "keywords"})
-BOX_PARAMETERS = frozenset({"bbox", "bbox_2d", "box"})
-# Words in a tool's name that say it runs or makes things: not an information-acquisition tool.
-_ACTING = re.compile(r"(python|exec|shell|bash|interpret|generat|edit|draw).*|code|codeinterpreter")
+# --- What is decided by name [ours], while ``tools`` is None ----------------------------------------------------------
+
+# Names of parameters, without case, underscores and hyphens: `searchQuery` and `search_query` are one.
+TEXT_PARAMETERS = frozenset(
+    """
+    q query queries querylist querystring querytext subqueries subquery textquery userquery
+    search searchkeyword searchkeywords searchqueries searchquery searchstring searchterm searchterms searchtext
+    keyword keywordlist keywords prompt prompts question questions subquestion subquestions
+    """.split()
+)
+"""They hold words to search for."""
+BOX_PARAMETERS = frozenset(
+    "bbox bbox2d boundingbox boundingbox2d box box2d cropbbox cropbox rect rectangle roi".split()
+)
+"""They hold a region of an image."""
+REMARK_PARAMETERS = frozenset("explanation justification rationale reason reasoning thought thoughts".split())
+"""What the model says about its call, which no answer depends on: they do not count."""
+BOX_REMARK_PARAMETERS = frozenset("caption comment description goal intent label labels note purpose".split())
+"""The same beside a region of an image. Elsewhere they may say what is looked for."""
+
+# Words in the names of tools. Those that act run, make or change things, or have a state: their answers do not depend
+# on the call alone, and the same call is not the same action.
+_ACTING = frozenset(
+    """
+    append bash buy cancel checkout click clicks codeinterpreter commit create creates dblclick delete deletes deploy
+    drag draw drawing edit editing editor edits finalanswer generate generates generation generative generator hover
+    idle insert inserts install interpret interpreter keyboard kill login logout modify mouse noop notify overwrite
+    patch pay powershell purchase push pythoninterpreter remove removes rename replace replaces scroll scrolls send
+    sequentialthinking shell sleep swipe tap terminal think thinking tmux transfer update updates upload wait write
+    writes
+    """.split()
+)
+# These say the same, or that the tool ends the rollout, unless another word says that it looks something up: `answer`
+# but not `answer_lookup`, `run_command` but not `run_search`.
+_ACTING_ALONE = frozenset(
+    """
+    add answer answers apply back book clear close cmd code coding command commands complete completed completion
+    computer conclude console copy cp done drop end evaluate exchange exec execute executes execution executor exit
+    fill final finalize finish finished focus forward input inputs ipython jupyter key keys message mkdir move msg mv
+    order post press put python quit reapply reply respond response return rm run runs save script select set stop
+    submission submit submits tab tabs take terminate terminates thought thoughts todo type types typing
+    """.split()
+)
+_LOOKING = frozenset(
+    """
+    browse check crop detail details detect fetch fetcher find finder get history info information list look lookup ocr
+    queries query read reader retrieval retrieve retriever search searcher searches show status view viewer visit zoom
+    """.split()
+)
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def acquires_information(tool: str) -> bool:
-    """Whether a tool takes part when ``tools`` is None: its name does not say that it runs or makes things."""
-    return not any(_ACTING.fullmatch(word.lower()) for word in _WORD.findall(tool))
+    """Whether a tool takes part when ``tools`` is None: its name does not say that it ends the rollout, or runs, makes
+    or changes things."""
+    words = {word.lower() for word in _WORD.findall(tool)}
+    return words.isdisjoint(_ACTING) and (words.isdisjoint(_ACTING_ALONE) or not words.isdisjoint(_LOOKING))
 
 
-def default_kernel(parameter: str) -> str:
-    """The kernel of a parameter when ``tools`` is None, by the parameter's name."""
-    name = parameter.lower()
+def default_kernel(parameter: str, beside: Iterable[str] = ()) -> str:
+    """The kernel of a parameter when ``tools`` is None, by its name.
+
+    Args:
+        parameter: its name.
+        beside: names of all the call's parameters.
+    """
+    name = _plain(parameter)
     if name in TEXT_PARAMETERS:
         return "text"
-    return "iou" if name in BOX_PARAMETERS else "exact"
+    if name in BOX_PARAMETERS:
+        return "iou"
+    about_a_box = name in BOX_REMARK_PARAMETERS and not BOX_PARAMETERS.isdisjoint(map(_plain, beside))
+    return "ignore" if about_a_box or name in REMARK_PARAMETERS else "exact"
+
+
+def _plain(name: Any) -> str:
+    return name.lower().replace("_", "").replace("-", "") if isinstance(name, str) else ""
+
+
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold: finite, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and read_number(value) is not None
 
 
 def _check_number(name: str, value: Any, upper: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0 <= value <= upper:
+    if not _is_number(value) or not 0 <= value <= upper:
         span = f"in [0, {upper:g}]" if math.isfinite(upper) else ">= 0"
-        raise ValueError(f"{name} must be a number {span}, got {value!r}")
+        raise ValueError(f"{name} must be a number {span}, got {shown(value)}")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    # By type as well: true is no 1.
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
 def _check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
+        raise ValueError(f"{name} must be true or false, got {shown(value)}")
+
+
+def hint(name: Any, known: Collection[str]) -> str:
+    """The end of a message on an unknown name: the known one that was meant, as it seems, else all."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
+
+
+def _check_text(name: str, value: Any, what: str) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be {what}, got {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -82,7 +159,8 @@ class TapoConfig:
     """False drops the cut-off at 0. [paper's ablation]"""
     tools: Mapping[str, Mapping[str, KernelSpec]] | None = None
     """Information-acquisition tools with their parameters' kernels, ``{tool: {parameter: kernel}}``; a parameter not
-    named compares as ``exact``. None decides by name, see `acquires_information` and `default_kernel`. [ours]"""
+    named compares as ``exact``. None decides by name, see `acquires_information` and `default_kernel`, and calls
+    without any parameter that counts are left out. [ours]"""
     _kernels: dict[str, dict[str, Kernel]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,12 +174,19 @@ class TapoConfig:
         if self.tools is None:
             return
         if not isinstance(self.tools, Mapping):
-            raise ValueError(f"tools must map tool names to their parameters' kernels, got {self.tools!r}")
+            raise ValueError(f"tools must map tool names to their parameters' kernels, got {shown(self.tools)}")
+        if not self.tools:
+            raise ValueError(
+                "tools names no tool, so that nothing would be corrected: null decides by name, beta=0 turns TAPO off"
+            )
         for tool, parameters in self.tools.items():
+            _check_text("tools: a tool's name", tool, "a text")
             if parameters is not None and not isinstance(parameters, Mapping):
-                raise ValueError(f"tools[{tool!r}] must map parameters to kernels, got {parameters!r}")
+                raise ValueError(f"tools[{tool!r}] must map parameters to kernels, got {shown(parameters)}")
             try:
-                self._kernels[tool] = {name: make_kernel(spec) for name, spec in (parameters or {}).items()}
+                for name, spec in (parameters or {}).items():
+                    _check_text("a parameter's name", name, "a text")
+                    self._kernels.setdefault(tool, {})[name] = make_kernel(spec)
             except ValueError as error:
                 raise ValueError(f"tools[{tool!r}]: {error}") from None
 
@@ -109,12 +194,25 @@ class TapoConfig:
         """Whether ``tool`` is a declared information-acquisition tool."""
         return acquires_information(tool) if self.tools is None else tool in self.tools
 
-    def kernel(self, tool: str, parameter: str) -> Kernel:
-        """The kernel that compares ``parameter`` of ``tool``, a tool that takes part. One instance each, kept."""
-        kernels = self._kernels.setdefault(tool, {})
-        if parameter not in kernels:
-            kernels[parameter] = make_kernel(default_kernel(parameter)) if self.tools is None else Exact()
-        return kernels[parameter]
+    def kernels(self, tool: str, parameters: Iterable[Any]) -> dict[Any, Kernel]:
+        """What compares a call: the parameters that count of those it has, with their kernels.
+
+        Args:
+            tool: one that takes part.
+            parameters: names of all parameters of the call.
+        """
+        names = tuple(parameters)
+        kernels = {name: self.kernel(tool, name, names) for name in names}
+        return {name: kernel for name, kernel in kernels.items() if not kernel.ignores}
+
+    def kernel(self, tool: str, parameter: Any, beside: Iterable[Any] = ()) -> Kernel:
+        """What compares ``parameter`` of ``tool``, a tool that takes part, in a call that has ``beside`` as well."""
+        if self.tools is not None:
+            return self._kernels.get(tool, {}).get(parameter, _BY_NAME["exact"])
+        return _BY_NAME[default_kernel(parameter, beside)]
+
+
+_BY_NAME = {name: make_kernel(name) for name in ("text", "iou", "exact", "ignore")}
 
 
 @dataclass(frozen=True)
@@ -159,33 +257,35 @@ class TapoSettings:
     """How many of the newest steps' files stay; 0: all."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rule, TapoConfig):
+            raise ValueError(f"rule must be a TapoConfig, got {type(self.rule).__name__}")
         for name in ("base_estimator", "success_key"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"{name} must be a non-empty string, got {getattr(self, name)!r}")
+            _check_text(name, getattr(self, name), "a non-empty string")
         if self.base_estimator == "tapo":
             raise ValueError("base_estimator must be another estimator than 'tapo' itself, 'grpo' for example")
-        threshold = self.success_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
-            raise ValueError(f"success_threshold must be a finite number, got {threshold!r}")
+        if not _is_number(self.success_threshold):
+            raise ValueError(f"success_threshold must be a finite number, got {shown(self.success_threshold)}")
         _check_choice("step_source", self.step_source, get_args(StepSource))
-        if self.tool_format is not None and not isinstance(self.tool_format, str):
-            raise ValueError(f"tool_format must be a tool parser's name or null, got {self.tool_format!r}")
+        if self.tool_format is not None:
+            _check_text("tool_format", self.tool_format, "a tool parser's name or null")
         for name in ("error_markers", "image_parameters"):
             texts = getattr(self, name)
-            if isinstance(texts, str) or not all(isinstance(item, str) and item for item in texts):
-                raise ValueError(f"{name} must be a list of non-empty strings, got {getattr(self, name)!r}")
+            if not isinstance(texts, list | tuple) or not all(isinstance(item, str) and item for item in texts):
+                raise ValueError(
+                    f"{name} must be a list of non-empty strings, got {shown(texts)}; [] where there are none"
+                )
         _check_choice("image_index_base", self.image_index_base, (None, 0, 1))
         _check_bool("write_tool_mask", self.write_tool_mask)
         for name in ("patience", "record_keep"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a whole number >= 0, got {value!r}")
-        if self.record_dir is not None and (not isinstance(self.record_dir, str) or not self.record_dir):
-            raise ValueError(f"record_dir must be a folder or null, got {self.record_dir!r}")
+                raise ValueError(f"{name} must be a whole number >= 0, got {shown(value)}")
+        if self.record_dir is not None:
+            _check_text("record_dir", self.record_dir, "a folder or null")
         _check_choice("record_format", self.record_format, get_args(RecordFormat))
         rate = self.max_fault_rate
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1):
-            raise ValueError(f"max_fault_rate must be null or a number from 0 to 1, got {rate!r}")
+        if rate is not None and (not _is_number(rate) or not 0 <= rate <= 1):
+            raise ValueError(f"max_fault_rate must be null or a number from 0 to 1, got {shown(rate)}")
 
     def to_mapping(self) -> dict[str, Any]:
         """All settings as the flat block that `from_mapping` takes."""
@@ -202,14 +302,12 @@ class TapoSettings:
         if mapping is None:
             mapping = {}
         if not isinstance(mapping, Mapping):
-            raise ValueError(f"algorithm.tapo must be a block of settings, got {mapping!r}")
+            raise ValueError(f"algorithm.tapo must be a block of settings, got {shown(mapping)}")
         rule = {f.name for f in fields(TapoConfig) if f.init}
         known = rule | ({f.name for f in fields(cls)} - {"rule"})
         for key in mapping:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
-                raise ValueError(f"algorithm.tapo.{key}: unknown setting{hint}")
+                raise ValueError(f"algorithm.tapo.{key}: unknown setting{hint(key, known)}")
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in mapping.items()}
         try:
             config = TapoConfig(**{key: value for key, value in values.items() if key in rule})

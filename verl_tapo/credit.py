@@ -34,8 +34,8 @@ import torch
 
 from verl_tapo.arrays import numbered, sorted_unique, span_positions, thread_count
 from verl_tapo.config import TapoConfig
-from verl_tapo.similarity import FloatArray, Kernel
-from verl_tapo.steps import IntArray, StepColumns, ToolStep, step_columns
+from verl_tapo.similarity import ABSENT, FloatArray, Kernel, number_values, similarities
+from verl_tapo.steps import IntArray, StepColumns, ToolStep, described, shown, step_columns
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Role: TypeAlias = Literal["witness", "failing", "none"]
@@ -46,13 +46,12 @@ _NONE, _WITNESS, _FAILING = range(3)
 _GATES: tuple[Gate, ...] = ("", "no_witness", "below_theta", "below_alpha", "corrected")
 _NO_GATE, _NO_WITNESS, _BELOW_THETA, _BELOW_ALPHA, _CORRECTED = range(5)
 
-_ABSENT = object()  # stands for the value of a parameter that a call lacks
-
 _ROUNDING = 1e-9
 EQUAL = 1.0 - _ROUNDING
 """Similarity from which a step is its witness's equal, and not only like it."""
 _PAIR_BLOCK = 1_000_000  # pairs of calls compared at a time
 _TOKEN_BLOCK = 1 << 16  # tokens corrected at a time
+_NUMPY_FLOATS = frozenset({torch.float16, torch.float32, torch.float64})
 _ROW_BLOCK = 16  # rows whose masked sums are taken at a time: small enough for the cache
 
 
@@ -286,18 +285,19 @@ def transfer_credit(
         A new (B, L) tensor of ``base``'s dtype and device, and the report.
 
     Raises:
-        ValueError: naming the argument and the first offending row or step: shapes that disagree, a mask whose rows do
-            not add up like 0/1, a non-finite base advantage under the mask, a success that is no bool, an unhashable
-            index, or a bad step (see `verl_tapo.steps.step_columns`).
+        ValueError: naming the argument and the first offending row or step: a wrong type, shapes that disagree, a mask
+            that is not 0/1, a non-finite base advantage under the mask, a success that is no bool, an index that is
+            not hashable by value, or a bad step (see `verl_tapo.steps.step_columns`).
     """
     cfg = TapoConfig() if cfg is None else cfg
-    _check_shapes(base, response_mask, index, success, trajectory)
+    if not isinstance(cfg, TapoConfig):
+        raise ValueError(f"cfg must be a TapoConfig, got {type(cfg).__name__}")
+    _check_tensors(base, response_mask)
     columns = step_columns(steps, *base.shape)
     trajectories = _trajectories(base, response_mask, index, success, trajectory)
 
     holder = trajectories.of_row[columns.row]  # (S,)
-    declared = {tool: cfg.takes_part(tool) for tool in set(columns.tool)}
-    eligible = columns.ok & np.array([declared[tool] for tool in columns.tool], dtype=bool)
+    eligible = columns.ok & _taking_part(columns, cfg)
     y, a = trajectories.success[holder], trajectories.advantage[holder]
     role = np.full(len(steps), _NONE)
     role[eligible & y & (a > 0)] = _WITNESS  # (1)
@@ -325,46 +325,77 @@ def transfer_credit(
     return advantages, CreditReport(columns, trajectories, role, gate, matches, alpha, transfer, changed)
 
 
-def _check_shapes(base: Any, response_mask: Any, index: Any, success: Any, trajectory: Any) -> None:
-    if not isinstance(base, torch.Tensor) or base.dim() != 2 or not base.is_floating_point():
-        raise ValueError(f"base must be a (B, L) floating-point tensor, got {_describe(base)}")
-    if not isinstance(response_mask, torch.Tensor) or response_mask.shape != base.shape:
-        raise ValueError(f"response_mask must have base's shape {tuple(base.shape)}, got {_describe(response_mask)}")
+def _check_tensors(base: Any, response_mask: Any) -> None:
+    def dense(tensor: Any) -> bool:
+        return isinstance(tensor, torch.Tensor) and not tensor.is_nested and tensor.layout == torch.strided
+
+    if not dense(base) or base.dim() != 2 or not base.is_floating_point():
+        raise ValueError(f"base must be a (B, L) floating-point tensor, got {described(base)}")
+    if not dense(response_mask) or response_mask.shape != base.shape or response_mask.is_complex():
+        raise ValueError(f"response_mask must have base's shape {tuple(base.shape)}, got {described(response_mask)}")
     if response_mask.device != base.device:
         raise ValueError(f"response_mask is on {response_mask.device}, base on {base.device}")
-    for name, values in (("index", index), ("success", success), ("trajectory", trajectory)):
-        if values is not None and len(values) != len(base):
-            raise ValueError(f"{name} has {len(values)} entries, base has {len(base)} rows")
 
 
-def _describe(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+def _of_rows(name: str, values: Any, rows: int) -> list[Any]:
+    """The entries of an argument that has one for each row, as plain values."""
+    if isinstance(values, torch.Tensor | np.ndarray):
+        if values.ndim != 1:
+            raise ValueError(f"{name} must have one entry for each row, got the shape {tuple(values.shape)}")
+        values = values.tolist()
+    # No mapping, set, text or iterator: what it holds has no order, or is no entry of a row.
+    elif not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise ValueError(f"{name} must be a sequence with one entry for each row, got {type(values).__name__}")
+    if len(values) != rows:
+        raise ValueError(f"{name} has {len(values)} entries, base has {rows} rows")
+    return list(values)
 
 
-def _codes(name: str, values: Any) -> IntArray:
-    try:
-        return numbered(list(values))[1]
-    except TypeError:
+def _codes(name: str, values: list[Any]) -> IntArray:
+    """A number for each distinct value of an argument that names groups of rows."""
+    if not set(map(type, values)) <= {str, int}:
         for row, value in enumerate(values):
-            if not isinstance(value, Hashable):
-                raise ValueError(f"{name}[{row}] is not hashable: {type(value).__name__}") from None
-        raise
+            if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
+                value = values[row] = value.item()  # a tensor's own hash tells which object it is
+            if not _hashable(value):
+                raise ValueError(f"{name}[{row}] is not hashable by value: {type(value).__name__}")
+            if value != value:
+                raise ValueError(f"{name}[{row}] is {value}, which equals nothing")
+    return numbered(values)[1]
+
+
+def _hashable(value: Any) -> bool:
+    if isinstance(value, torch.Tensor) or (isinstance(value, tuple) and not all(map(_hashable, value))):
+        return False
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _truths(values: list[Any]) -> BoolArray:
+    if set(map(type, values)) != {bool}:
+        for row, value in enumerate(values):
+            if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
+                value = value.item()
+            number = isinstance(value, bool | int | float | np.bool_ | np.number)
+            if not number or value not in (0, 1):
+                raise ValueError(f"success[{row}] must be a bool, got {shown(value)}")
+            values[row] = bool(value)
+    return np.array(values, dtype=bool)
 
 
 def _trajectories(
     base: torch.Tensor, response_mask: torch.Tensor, index: Any, success: Any, trajectory: Any
 ) -> _Trajectories:
     """Advantage ``a``, success ``y`` and prompt group of every trajectory."""
-    if isinstance(success, torch.Tensor):
-        success = success.detach().cpu().numpy()
-    y = np.asarray(success)
-    if y.dtype != bool:
-        for row, value in enumerate(y.tolist()):
-            if isinstance(value, str) or value not in (0, 1):
-                raise ValueError(f"success[{row}] must be a bool, got {value!r}")
-        y = y.astype(bool)
-    group = _codes("index", index)
-    of_row: IntArray = np.arange(len(base)) if trajectory is None else _codes("trajectory", trajectory)
+    rows = len(base)
+    group = _codes("index", _of_rows("index", index, rows))
+    y = _truths(_of_rows("success", success, rows))
+    of_row: IntArray = np.arange(rows)
+    if trajectory is not None:
+        of_row = _codes("trajectory", _of_rows("trajectory", trajectory, rows))
     _, first = np.unique(of_row, return_index=True)
     for name, values in (("index", group), ("success", y)):
         differs = np.flatnonzero(values != values[first][of_row])
@@ -378,8 +409,9 @@ def _trajectories(
 
 def _as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """The tensor as an array: a view of its memory, a copy only where NumPy cannot have one."""
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    tensor = tensor.detach().cpu().resolve_neg()
+    small = tensor.is_floating_point() and tensor.dtype not in _NUMPY_FLOATS
+    return (tensor.float() if small else tensor).numpy()
 
 
 def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, FloatArray]:
@@ -394,6 +426,7 @@ def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, Fl
     dtype = np.float64 if values.dtype == np.float64 else np.float32
     sums, counts = np.zeros((2, rows), dtype=dtype)
     ones = np.ones(length, dtype=dtype)
+    odd: list[int] = []  # first rows of blocks whose mask is not 0/1
 
     @np.errstate(invalid="ignore", over="ignore")
     def add_up(first: int, last: int) -> None:
@@ -401,7 +434,10 @@ def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, Fl
         for start in range(first, last, _ROW_BLOCK):
             end = min(start + _ROW_BLOCK, last)
             block = buffer[: end - start]
-            np.copyto(block, policy[start:end], casting="unsafe")
+            given = policy[start:end]
+            if given.dtype != bool and not ((given == 0) | (given == 1)).all():
+                odd.append(start)
+            np.copyto(block, given, casting="unsafe")
             np.matmul(block, ones, out=counts[start:end])
             block *= values[start:end]
             np.matmul(block, ones, out=sums[start:end])
@@ -411,10 +447,10 @@ def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, Fl
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(add_up, bounds[:-1], bounds[1:]))
 
-    tokens = counts.astype(np.float64)
-    odd = np.flatnonzero((tokens % 1 != 0) | (tokens < 0) | (tokens > length))
-    if len(odd):
-        raise ValueError(f"response_mask[{odd[0]}] must be 0/1, its {length} entries add up to {tokens[odd[0]]:g}")
+    if odd:
+        block = policy[min(odd) : min(odd) + _ROW_BLOCK]
+        row, token = np.argwhere((block != 0) & (block != 1))[0] + (min(odd), 0)
+        raise ValueError(f"response_mask[{row}] must be 0/1, its entry {token} is {policy[row, token]}")
     result = sums.astype(np.float64)
     # NaN or inf: under the mask an error, outside it nothing to us; a sum of huge values may overflow, too.
     for row in np.flatnonzero(~np.isfinite(result)).tolist():
@@ -423,23 +459,36 @@ def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, Fl
             token = np.flatnonzero((policy[row] != 0) & ~np.isfinite(values[row]))[0]
             raise ValueError(f"base[{row}, {token}] is {values[row, token]} under the response mask")
         result[row] = under_mask.sum()
-    return result, tokens
+    return result, counts.astype(np.float64)
+
+
+def _taking_part(columns: StepColumns, cfg: TapoConfig) -> BoolArray:
+    """(S,) which steps are of a declared tool. By default also: have a parameter that counts, for two calls without
+    any are no evidence of anything [ours]."""
+    declared = {tool: cfg.takes_part(tool) for tool in set(columns.tool)}
+    if cfg.tools is not None:
+        return np.array([declared[tool] for tool in columns.tool], dtype=bool)
+    calls = [(tool, tuple(arguments)) for tool, arguments in zip(columns.tool, columns.arguments, strict=True)]
+    counting = {call: declared[call[0]] and bool(cfg.kernels(*call)) for call in set(calls)}
+    return np.array([counting[call] for call in calls], dtype=bool)
 
 
 class _Parameter(NamedTuple):
     """One parameter of one tool."""
 
+    name: Hashable
     kernel: Kernel
-    values: list[Hashable]
-    of_call: IntArray  # (N,) number of each node's value, -1 where the call lacks the parameter
+    values: list[Hashable]  # distinct, as the kernel prepared them
+    of_call: IntArray  # (N,) number of each node's value, see `verl_tapo.similarity.number_values`
 
 
 class _Calls(NamedTuple):
-    """The distinct calls ("nodes") that can match at all, sorted by tool, and within a tool by scope."""
+    """The distinct calls ("nodes") that can match at all, sorted by tool, scope and block."""
 
     of_step: IntArray  # (S,) node of each step, -1 for steps not in play
     cell: IntArray  # (N,) tool and scope (a prompt group, or the batch): only calls of one cell are compared
-    tools: list[tuple[int, int, list[_Parameter]]]  # each tool's nodes, [start, end), and its parameters
+    block: IntArray  # (N,) cell, and the values of parameters that compare by equality: calls of others are unlike, 0
+    tools: list[tuple[int, int, list[_Parameter]]]  # each tool's nodes, [start, end), and its other parameters
 
 
 def _match(columns: StepColumns, t: _Trajectories, role: IntArray, cfg: TapoConfig) -> _Matches:
@@ -518,74 +567,78 @@ def _distinct_calls(columns: StepColumns, group: IntArray, role: IntArray, cfg: 
     bounds = np.searchsorted(tool[in_play], np.arange(len(code) + 1)).tolist()
 
     of_step = np.full(len(role), -1)
-    cell: list[IntArray] = [np.zeros(0, dtype=np.int64)]
+    cells: list[IntArray] = [np.zeros(0, dtype=np.int64)]
+    blocks: list[IntArray] = [np.zeros(0, dtype=np.int64)]
     tools: list[tuple[int, int, list[_Parameter]]] = []
     nodes = 0
     for name, start, end in zip(code, bounds[:-1], bounds[1:], strict=True):
         steps = in_play[start:end]
         parameters = _parameters(columns, steps, name, cfg)
-        # Calls are equal where scope and values are: number the combinations, one column after the other.
-        number = place[steps]
-        for parameter in parameters:
-            number = np.unique(number, return_inverse=True)[1] * (len(parameter.values) + 1) + parameter.of_call
-        _, first, node = np.unique(number, return_index=True, return_inverse=True)
-        # Nodes in the order of their scopes, as `_compared_pairs` wants them.
-        order = np.argsort(place[steps][first], kind="stable")
-        rank = np.empty(len(order), dtype=np.int64)
-        rank[order] = np.arange(len(order))
-        first = first[order]
-        of_step[steps] = nodes + rank[node]
-        cell.append(place[steps][first])
-        tools.append((nodes, nodes + len(first), [p._replace(of_call=p.of_call[first]) for p in parameters]))
+        compared = [parameter for parameter in parameters if not parameter.kernel.identity_only]
+        block = _combined([place[steps], *(p.of_call for p in parameters if p.kernel.identity_only)])
+        call = _combined([block, *(p.of_call for p in compared)])
+        _, first, node = np.unique(call, return_index=True, return_inverse=True)  # sorted by block, and so by cell
+        of_step[steps] = nodes + node
+        cells.append(place[steps[first]])
+        blocks.append(nodes + block[first])  # a tool has no more blocks than nodes
+        tools.append((nodes, nodes + len(first), [p._replace(of_call=p.of_call[first]) for p in compared]))
         nodes += len(first)
-    return _Calls(of_step, np.concatenate(cell), tools)
+    return _Calls(of_step, np.concatenate(cells), np.concatenate(blocks), tools)
+
+
+def _combined(columns: list[IntArray]) -> IntArray:
+    """(K,) a number for each distinct combination of the columns' entries, in the columns' order."""
+    number = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        low = column.min(initial=0)
+        number = number * (column.max(initial=0) - low + 1) + (column - low)
+        number = np.unique(number, return_inverse=True)[1]
+    return number
 
 
 def _parameters(columns: StepColumns, steps: IntArray, tool: str, cfg: TapoConfig) -> list[_Parameter]:
     """The parameters of one tool that count, with each step's value as a number."""
     calls = [columns.arguments[step] for step in steps.tolist()]
+    names = [tuple(call) for call in calls]
+    counting = {of_call: cfg.kernels(tool, of_call) for of_call in set(names)}
     parameters = []
-    for name in dict.fromkeys(chain.from_iterable(calls)):
-        kernel = cfg.kernel(tool, str(name))
-        if kernel.ignores:
-            continue
-        given = [call.get(name, _ABSENT) for call in calls]
-        which = np.arange(len(given))  # of the values to prepare, the one each call has
-        if set(map(type, given)) == {str}:  # in a batch the same texts come again and again: prepare each once
-            texts, which = numbered(given)
-            given = list(texts)
-        numbers: dict[Hashable, int] = {}
-        number = np.full(len(given), -1)
-        for position, value in enumerate(given):
-            if value is not _ABSENT:
-                try:
-                    number[position] = numbers.setdefault(kernel.prepare(value), len(numbers))
-                except ValueError as error:
-                    step = steps[np.flatnonzero(which == position)[0]]
-                    raise ValueError(f"steps[{step}]: argument {str(name)!r}: {error}") from None
-        parameters.append(_Parameter(kernel, list(numbers), number[which]))
+    for name, kernel in dict(chain.from_iterable(kernels.items() for kernels in counting.values())).items():
+        values = [call[name] if name in counting[given] else ABSENT for call, given in zip(calls, names, strict=True)]
+        try:
+            parameters.append(_Parameter(name, kernel, *number_values(kernel, values)))
+        except ValueError as error:
+            raise ValueError(f"tool {tool!r}, parameter {name!r}: {error}") from error
     return parameters
 
 
 def _compared_pairs(calls: _Calls, is_witness: BoolArray) -> Iterator[tuple[IntArray, IntArray, FloatArray]]:
-    """Compares every call with every witness beside it, in blocks of calls of one tool.
+    """Compares every call with the witnesses of its block; one witness of another block stands for all others, at 0.
 
-    Yields nodes (P,), witness nodes (P,), and their similarities (P,); all pairs of one node are in one block.
+    Yields nodes (P,), witness nodes (P,), and their similarities (P,); all pairs of one node come together.
     """
     witnesses = np.flatnonzero(is_witness)
-    low = np.searchsorted(calls.cell[witnesses], calls.cell, side="left")  # cells are in ascending order
-    partners = np.searchsorted(calls.cell[witnesses], calls.cell, side="right") - low
+    of_cell, of_block = calls.cell[witnesses], calls.block[witnesses]  # both rise
+    low = np.searchsorted(of_block, calls.block, side="left")
+    partners = np.searchsorted(of_block, calls.block, side="right") - low
+    # Where a cell has witnesses of several blocks, its first or its last one is a stranger.
+    first = np.searchsorted(of_cell, calls.cell, side="left")
+    last = np.searchsorted(of_cell, calls.cell, side="right") - 1
+    stranger = witnesses[np.where(of_block[first] != calls.block, first, last)] if len(witnesses) else first
+    strange = calls.block[stranger] != calls.block
     for start, end, parameters in calls.tools:
         pairs_before = np.cumsum(partners[start:end]) - partners[start:end]
-        blocks = np.flatnonzero(np.diff(pairs_before // _PAIR_BLOCK, prepend=-1)) + start
-        for first, last in zip(blocks.tolist(), [*blocks[1:].tolist(), end], strict=False):
-            nodes = np.arange(first, last)
+        portions = np.flatnonzero(np.diff(pairs_before // _PAIR_BLOCK, prepend=-1)) + start
+        for begin, stop in zip(portions.tolist(), [*portions[1:].tolist(), end], strict=False):
+            nodes = np.arange(begin, stop)
             left = np.repeat(nodes, partners[nodes])
-            number = np.arange(len(left)) - np.repeat(
-                pairs_before[nodes - start] - pairs_before[first - start], partners[nodes]
+            right = witnesses[span_positions(low[nodes], partners[nodes])]
+            similarity = _similarities(left - start, right - start, parameters)
+            nodes = nodes[strange[nodes]]
+            yield (
+                np.concatenate([left, nodes]),
+                np.concatenate([right, stranger[nodes]]),
+                np.concatenate([similarity, np.zeros(len(nodes))]),
             )
-            right = witnesses[low[left] + number]
-            yield left, right, _similarities(left - start, right - start, parameters)
 
 
 def _similarities(left: IntArray, right: IntArray, parameters: list[_Parameter]) -> FloatArray:
@@ -593,15 +646,11 @@ def _similarities(left: IntArray, right: IntArray, parameters: list[_Parameter])
     1 for calls without parameters.
     """
     result = np.ones(len(left))
-    for kernel, values, of_call in parameters:
-        u, v = of_call[left], of_call[right]
-        if kernel.identity_only:
-            result[u != v] = 0.0
-            continue
-        result[(u < 0) != (v < 0)] = 0.0
-        both = np.flatnonzero((u >= 0) & (v >= 0))
-        if len(both):
-            result[both] = np.minimum(result[both], kernel.pairs(values, u[both], v[both]))
+    for name, kernel, values, of_call in parameters:
+        try:
+            np.minimum(result, similarities(kernel, values, of_call[left], of_call[right]), out=result)
+        except ValueError as error:
+            raise ValueError(f"parameter {name!r}: {error}") from error
     return result
 
 

@@ -9,8 +9,11 @@ with the identities in place of the indices.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 
 def content_hash(image: Any) -> str:
@@ -22,18 +25,42 @@ def content_hash(image: Any) -> str:
     digest = hashlib.blake2b(digest_size=12)
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("image") or sorted((str(k), str(v)) for k, v in image.items())
-    if isinstance(image, bytes):
+    if isinstance(image, bytes | bytearray | memoryview):
         digest.update(image)
     elif hasattr(image, "tobytes") and hasattr(image, "size"):
-        digest.update(f"{getattr(image, 'mode', getattr(image, 'dtype', ''))} {image.size}".encode())
+        digest.update(
+            f"{getattr(image, 'mode', getattr(image, 'dtype', ''))} {getattr(image, 'shape', image.size)}".encode()
+        )
         digest.update(image.tobytes())
     elif hasattr(image, "numpy"):
-        array = image.detach().cpu().contiguous().numpy()
-        digest.update(f"{array.dtype} {array.shape}".encode())
+        tensor = image.detach().cpu().contiguous()
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        array = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
         digest.update(array.tobytes())
     else:
-        digest.update(str(image).encode())
+        digest.update(str(image).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
+
+
+# "2", "2.0", "#2", "image 2", "<image_2>"; but no name of a file.
+_INDEX = re.compile(
+    r"[<\[(]?\s*(?P<word>(?:image|img|picture|photo)[\s_#-]*|#)?(?P<index>-?\d{1,9})(?:\.0*)?\s*[>\])]?", re.IGNORECASE
+)
+_PLAIN_INDEX = re.compile(r"-?\d+(\.0*)?")
+
+
+def image_index(value: Any) -> int | None:
+    """The index of an image that an argument gives, however a model writes it: a whole number, of any type, its text
+    (also with the word ``image`` before it), or a list of one. None for anything else, truth values included.
+    """
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, str):
+        found = _INDEX.fullmatch(value.strip()) if len(value) < 40 else None
+        return int(found["index"]) if found else None
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        return None
+    return int(value) if value == value and abs(value) < 1e9 and value == int(value) else None
 
 
 def _identity(index: int, images: Sequence[str], base: int) -> str | None:
@@ -41,17 +68,24 @@ def _identity(index: int, images: Sequence[str], base: int) -> str | None:
     return images[position] if 0 <= position < len(images) else None
 
 
-def resolve_index(index: int, images: Sequence[str], base: int | None) -> str:
-    """The identity of the image that ``index`` refers to.
+def _identity_of(value: Any, images: Sequence[str], base: int | None) -> Any:
+    """The identity of the image that ``value`` refers to; the value itself where it is no reference.
 
-    Args:
-        index: an image index as the model wrote it; negative ones count from the end.
-        images: identities of the images at hand when the call was made, in order.
-        base: 0 or 1, what indices count from; None where not known: the one reading that exists, or both together.
+    A number that refers to no image is told apart by all images at hand: whatever a tool makes of it, it does the same
+    where it is given the same.
     """
-    readings = [_identity(index, images, b) for b in ((0, 1) if base is None else (base,))]
-    found = sorted({reading for reading in readings if reading is not None})
-    return " or ".join(found) if found else f"no image {index}"
+    index = image_index(value)
+    if index is not None:
+        readings = [_identity(index, images, b) for b in ((0, 1) if base is None else (base,))]
+        found = sorted({reading for reading in readings if reading is not None})
+        if found:
+            return " or ".join(found)
+    if isinstance(value, str) and (index is None or not _PLAIN_INDEX.fullmatch(value.strip())):
+        return value  # a name; `image_0012` may be one, too
+    if not isinstance(value, str | int | float | np.number | np.bool_):
+        return value
+    among = hashlib.blake2b("\0".join(images).encode("utf-8", "backslashreplace"), digest_size=12).hexdigest()
+    return f"no image {hex(value) if isinstance(value, int) and index is None else value} among {among}"
 
 
 def resolve_images(
@@ -59,20 +93,24 @@ def resolve_images(
 ) -> Mapping[str, Any]:
     """Call arguments with identities in place of image indices; the given mapping where there is nothing to resolve.
 
+    Where not one image is at hand, numbers stay as they are: they are no indices of the conversation's images.
+
     Args:
         arguments: parsed call arguments.
-        parameters: names of the parameters that hold image indices, see ``TapoSettings.image_parameters``.
-        images, base: see `resolve_index`.
+        parameters: names of the parameters that hold image indices, see ``TapoSettings.image_parameters``; an index as
+            `image_index` reads it, or a list of such. Negative ones count from the end.
+        images: identities of the images at hand when the call was made, in order.
+        base: 0 or 1, what indices count from; None where not known: the one reading that exists, or both together.
     """
     if not images:
         return arguments
     resolved: dict[str, Any] = {}
     for name in parameters:
-        value = arguments.get(name)
-        if isinstance(value, str) and value.strip().lstrip("-").isdecimal() and len(value) < 10:
-            value = int(value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            resolved[name] = resolve_index(value, images, base)
-        elif isinstance(value, list) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            resolved[name] = [resolve_index(v, images, base) for v in value]
+        if name not in arguments:
+            continue
+        value = arguments[name]
+        if image_index(value) is None and isinstance(value, list | tuple):
+            resolved[name] = [_identity_of(item, images, base) for item in value]
+        else:
+            resolved[name] = _identity_of(value, images, base)
     return {**arguments, **resolved} if resolved else arguments

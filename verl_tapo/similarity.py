@@ -1,12 +1,14 @@
 """Parameter kernels: how alike two values of one tool parameter are, in [0, 1].
 
 A kernel is a *class*: an instance is made from the options a configuration gives it (``scale`` for ``number``), and it
-compares pairs of values, many at a time. Values pass through `Kernel.prepare` first, once each; two values with equal
-prepared forms are the same value, so that equal calls are compared only once.
+compares pairs of values, many at a time. Values pass through `Kernel.prepare` first; two values with equal prepared
+forms are the same value, whatever the kernel, so that equal calls are compared only once.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import re
 import unicodedata
@@ -17,34 +19,133 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from rapidfuzz import fuzz, process
 
-from verl_tapo.steps import IntArray, canonical
+from verl_tapo.steps import IntArray, canonical, prints, shown
+
+logger = logging.getLogger("verl_tapo")
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 KernelSpec: TypeAlias = str | Mapping[str, Any]
 
-TEXT_LIMIT = 16_384
-"""Characters (after normalisation) above which ``text`` falls back to equality: one pair of 10 MB strings would
-otherwise take minutes [ours]."""
+TEXT_LIMIT = 2_048
+"""Characters (after normalisation) above which ``text`` compares by equality. The time for a pair grows with the
+square of its length: 5,000 pairs of this length take half a second, of 16,000 characters a minute [ours]."""
+
+_ROUNDING = 1e-6  # of single precision: a kernel's result may be so far out of [0, 1]
+
+ABSENT = object()
+"""Stands for the value of a parameter that a call lacks."""
 
 
 class Kernel(ABC):
-    """Similarity of two values of one parameter. Symmetric, in [0, 1]; 1 for equal values, or 0 for values that
-    never match anything, themselves included (a malformed box)."""
+    """Similarity of two different values of one parameter, symmetric, in [0, 1].
 
+    Equal values have similarity 1 under every kernel: a kernel is only asked about values that differ.
+    """
+
+    name: str = ""
+    """Under which it was made, see `make_kernel`."""
     identity_only: ClassVar[bool] = False
-    """True where the similarity is 1 for equal prepared values and 0 otherwise: `pairs` is not asked then."""
+    """True where the similarity of different values is 0: `pairs` is not asked then."""
     ignores: ClassVar[bool] = False
     """True where the parameter does not count at all, present or absent."""
 
     def prepare(self, value: Any) -> Hashable:
-        """The value's canonical, hashable form. Default: `verl_tapo.steps.canonical`."""
+        """The value's canonical, hashable form: values with equal forms are equal. Default:
+        `verl_tapo.steps.canonical`.
+
+        None for a value that is not of the kernel's kind, and so for one over which `prepare` raises: it is equal to
+        values with the same canonical form, and unlike all others. Models write values of any type.
+        """
         return canonical(value)
 
     @abstractmethod
     def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
-        """(P,) similarities of ``values[left[k]]`` and ``values[right[k]]``: distinct prepared values, (P,) indices."""
+        """(P,) similarities of ``values[left[k]]`` and ``values[right[k]]``, which differ.
+
+        Args:
+            values: distinct prepared values, none of them None.
+            left, right: (P,) positions in ``values``.
+        """
+
+
+def number_values(kernel: Kernel, given: Sequence[Any]) -> tuple[list[Hashable], IntArray]:
+    """The distinct values of one parameter as the kernel prepared them, and N values as numbers.
+
+    Equal numbers are equal values. From 0: positions in the distinct values; -1: `ABSENT`; below: values that are not
+    of the kernel's kind.
+
+    Raises:
+        ValueError: what `Kernel.prepare` returns is not hashable.
+    """
+    known: dict[Hashable, int] = {}
+    others: dict[Hashable, int] = {}
+
+    def number(value: Any) -> int:
+        if value is ABSENT:
+            return -1
+        form = _prepared(kernel, value)
+        if form is None:
+            return others.setdefault(canonical(value), -2 - len(others))
+        try:
+            return known.setdefault(form, len(known))
+        except TypeError:
+            raise ValueError(
+                f"kernel {kernel.name!r}: prepare must return something hashable, got {shown(form)}"
+            ) from None
+
+    # In a batch the same texts come again and again, and some are long: each is prepared once.
+    numbers: dict[Any, int] = {}
+    keys = [value if type(value) is str else id(value) for value in given]
+    for key, value in zip(keys, given, strict=True):
+        if key not in numbers:
+            numbers[key] = number(value)
+    return list(known), np.array([numbers[key] for key in keys], dtype=np.int64)
+
+
+_told: set[tuple[str, str]] = set()
+
+
+def _prepared(kernel: Kernel, value: Any) -> Hashable:
+    try:
+        return kernel.prepare(value)
+    except Exception as error:
+        if (kernel.name, type(error).__name__) not in _told:
+            _told.add((kernel.name, type(error).__name__))
+            logger.warning(
+                "TAPO: kernel %r cannot prepare %s (%s: %s): such values equal only themselves. Said once",
+                kernel.name,
+                shown(value),
+                type(error).__name__,
+                shown(error),
+            )
+        return None
+
+
+def similarities(kernel: Kernel, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
+    """(P,) similarities of pairs of numbered values (see `number_values`). Here, and nowhere else, equal is 1.
+
+    Raises:
+        ValueError: naming the kernel, where it fails, or what it returns are not P numbers in [0, 1].
+    """
+    result: FloatArray = (left == right).astype(np.float64)
+    if kernel.identity_only:
+        return result
+    asked = np.flatnonzero((left != right) & (left >= 0) & (right >= 0))
+    if not len(asked):
+        return result
+    try:
+        answer = np.asarray(kernel.pairs(values, left[asked], right[asked]))
+    except Exception as error:
+        raise ValueError(f"kernel {kernel.name!r} failed: {type(error).__name__}: {error}") from error
+    expected = f"kernel {kernel.name!r}: pairs must return {len(asked)} numbers in [0, 1]"
+    if answer.shape != asked.shape or answer.dtype.kind not in "fiub":
+        raise ValueError(f"{expected}, got {answer.dtype} of shape {answer.shape}")
+    within = (answer >= -_ROUNDING) & (answer <= 1 + _ROUNDING)
+    if not within.all():
+        raise ValueError(f"{expected}, got {answer[~within][0]}")
+    result[asked] = np.clip(answer, 0.0, 1.0)
+    return result
 
 
 _REGISTRY: dict[str, type[Kernel]] = {}
@@ -55,10 +156,12 @@ def register_kernel(name: str) -> Callable[[_K], _K]:
     """Class decorator: makes a `Kernel` available to ``TapoConfig.tools`` under ``name``.
 
     Raises:
-        ValueError: if another kernel has that name already.
+        ValueError: if another kernel has that name already, or it is no `Kernel`.
     """
 
     def register(kernel: _K) -> _K:
+        if not isinstance(name, str) or not isinstance(kernel, type) or not issubclass(kernel, Kernel):
+            raise ValueError(f"kernel {shown(name)}: a kernel is a class derived from Kernel, got {shown(kernel)}")
         if _REGISTRY.get(name, kernel) is not kernel:
             raise ValueError(f"kernel {name!r} is already registered: {_REGISTRY[name].__qualname__}")
         _REGISTRY[name] = kernel
@@ -85,16 +188,17 @@ def make_kernel(spec: KernelSpec) -> Kernel:
     else:
         name = spec
     if not isinstance(name, str) or name not in _REGISTRY:
-        raise ValueError(f"unknown kernel {name!r}; known kernels: {', '.join(kernel_names())}")
+        raise ValueError(f"unknown kernel {shown(name)}; known kernels: {', '.join(kernel_names())}")
     try:
-        return _REGISTRY[name](**options)
+        kernel = _REGISTRY[name](**options)
     except TypeError as error:
         raise ValueError(f"kernel {name!r}: bad options {sorted(options)}: {error}") from None
-
-
-def _equality(left: IntArray, right: IntArray) -> FloatArray:
-    equal: FloatArray = (left == right).astype(np.float64)  # values are distinct
-    return equal
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"kernel {name!r} cannot be made: {type(error).__name__}: {error}") from error
+    kernel.name = name
+    return kernel
 
 
 @register_kernel("exact")
@@ -104,7 +208,7 @@ class Exact(Kernel):
     identity_only = True
 
     def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
-        return _equality(left, right)
+        return np.zeros(len(left))
 
 
 @register_kernel("ignore")
@@ -125,16 +229,12 @@ _ASCII = "".join(chr(code).lower() if chr(code).isalnum() else " " for code in r
 
 def words_of(value: Any) -> list[str] | None:
     """The words of the spec's ``n(x)``: NFKC, casefold, split at every character that is not alphanumeric; a list is
-    joined by spaces first. None for values that are no text (mappings, null).
+    joined by spaces first. None for what is no text, number, or list of such.
     """
-    if isinstance(value, str):
-        text: str = value
-    elif isinstance(value, (list, tuple)):
-        text = " ".join([str(item) for item in value])
-    elif isinstance(value, (int, float)):
-        text = str(value)
-    else:
+    items = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(item, str) or (isinstance(item, int | float) and prints(item)) for item in items):
         return None
+    text = " ".join(map(str, items))
     if text.isascii():
         return text.translate(_ASCII).split()
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
@@ -142,51 +242,122 @@ def words_of(value: Any) -> list[str] | None:
 
 @register_kernel("text")
 class Text(Kernel):
-    """``rapidfuzz.fuzz.token_sort_ratio(n(x), n(y)) / 100``; values that are no text, or longer than `TEXT_LIMIT`,
-    compare by equality.
-    """
+    """``rapidfuzz.fuzz.token_sort_ratio(n(x), n(y)) / 100``; texts longer than `TEXT_LIMIT` compare by equality."""
 
     def prepare(self, value: Any) -> Hashable:
         words = words_of(value)
         if words is None:
-            return ("no text", canonical(value))
+            return None
         # With its words sorted once and for all, the token sort ratio is the plain ratio.
         text = " ".join(sorted(words))
-        return text if len(text) <= TEXT_LIMIT else ("long text", text)
+        return text if len(text) <= TEXT_LIMIT else (text,)
 
     def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
-        result = _equality(left, right)
-        is_text = np.array([type(value) is str for value in values])
-        texts = np.flatnonzero(is_text[left] & is_text[right])
-        if len(texts):
-            a, b = ([values[i] for i in side[texts].tolist()] for side in (left, right))
-            result[texts] = process.cpdist(a, b, scorer=fuzz.ratio, dtype=np.float64) / 100.0
+        # Only here: a run that compares no texts must not end because this library is broken.
+        from rapidfuzz import fuzz, process
+
+        result = np.zeros(len(left))
+        short = np.array([type(value) is str for value in values])
+        asked = np.flatnonzero(short[left] & short[right])
+        a, b = ([values[i] for i in side[asked].tolist()] for side in (left, right))
+        result[asked] = process.cpdist(a, b, scorer=fuzz.ratio, dtype=np.float64) / 100.0
         return result
 
 
-_NUMBERS = {int, float}
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?")
+_NUMBER_IN_TEXT = re.compile(r"(?<![\w.])" + _NUMBER.pattern)  # not the digit of `x1` or `bbox_2d`
+
+
+def read_number(value: Any) -> float | None:
+    """A finite number, or the text of one; None for anything else, truth values included."""
+    if isinstance(value, str):
+        if len(value) > _NUMBER_CHARS or not _NUMBER.fullmatch(value.strip()):
+            return None
+    elif isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+_NUMBER_CHARS = 100
+
+
+def read_box(value: Any, nested: int = 0) -> tuple[float, float, float, float] | None:
+    """``(left, top, right, bottom)`` of a box in one of the forms that models write and tools take, else None.
+
+    Four numbers, or texts of numbers, in a list: two opposite corners, in either order. The same as two pairs, in a
+    list of one, in a mapping with the usual names, or in a text, with or without words around them.
+    """
+    if nested > _BOX_NESTING:
+        return None
+    if isinstance(value, str):
+        if len(value) > _BOX_CHARS:
+            return None
+        try:
+            return read_box(json.loads(value), nested + 1)
+        except ValueError:
+            if re.search("nan|inf", value, re.IGNORECASE):
+                return None
+            return _box(_NUMBER.findall(value)) or _box(_NUMBER_IN_TEXT.findall(value))
+    if isinstance(value, Mapping):
+        names = {name.lower(): name for name in value if isinstance(name, str)}
+        for corners in _CORNERS:
+            if names.keys() >= set(corners):
+                return _box([value[names[corner]] for corner in corners])
+        for sides in _SIDES:
+            if names.keys() >= set(sides):
+                numbers = [read_number(value[names[side]]) for side in sides]
+                x, y, width, height = (math.inf if number is None else number for number in numbers)
+                return _box([x, y, x + width, y + height])
+        inner = [value[names[name]] for name in _BOX_NAMES if name in names]
+        return read_box(inner[0], nested + 1) if len(inner) == 1 else None
+    if isinstance(value, np.ndarray) and value.size == 4:
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        return None
+    if len(value) == 1:
+        return read_box(value[0], nested + 1)
+    if len(value) == 2 and all(isinstance(corner, list | tuple) for corner in value):
+        return _box([*value[0], *value[1]]) if len(value[0]) == len(value[1]) == 2 else None
+    return _box(value)
+
+
+_BOX_NESTING = 3
+_BOX_CHARS = 300
+_BOX_RANGE = 1e100  # of coordinates: areas stay finite
+_BOX_NAMES = ("bbox", "bbox_2d", "box", "box_2d")
+_CORNERS = (
+    ("x1", "y1", "x2", "y2"),
+    ("x0", "y0", "x1", "y1"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("x_min", "y_min", "x_max", "y_max"),
+    ("left", "top", "right", "bottom"),
+)
+_SIDES = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height"))
+
+
+def _box(corners: Sequence[Any]) -> tuple[float, float, float, float] | None:
+    if len(corners) != 4:
+        return None
+    numbers = [number for corner in corners if (number := read_number(corner)) is not None]
+    if len(numbers) != 4 or max(map(abs, numbers)) > _BOX_RANGE:
+        return None
+    x1, y1, x2, y2 = numbers
+    return (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
 
 
 @register_kernel("iou")
 class IoU(Kernel):
-    """Intersection over union of two ``[x1, y1, x2, y2]`` boxes, corners in either order; 0 for a malformed or
-    empty box."""
+    """Intersection over union of two boxes, see `read_box`. A malformed box is like no other, nor is an empty one."""
 
     def prepare(self, value: Any) -> Hashable:
-        if not isinstance(value, (list, tuple)) or len(value) != 4 or not set(map(type, value)) <= _NUMBERS:
-            return None
-        x1, y1, x2, y2 = value
-        try:
-            area = float(abs(x2 - x1)) * float(abs(y2 - y1))
-        except OverflowError:
-            return None
-        if not 0 < area < math.inf:
-            return None
-        return (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        return read_box(value)
 
     def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
-        # An empty box has no area: with itself as with any other the intersection is 0.
-        boxes = np.array([box or (0.0,) * 4 for box in values], dtype=np.float64)
+        boxes = np.array(values, dtype=np.float64)
         a, b = boxes[left], boxes[right]
         sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
         intersection = np.clip(sides, 0.0, None).prod(1)
@@ -197,27 +368,22 @@ class IoU(Kernel):
 
 @register_kernel("number")
 class Number(Kernel):
-    """``max(0, 1 - abs(x - y) / scale)``; values that are no finite numbers compare by equality."""
+    """``max(0, 1 - abs(x - y) / scale)`` of numbers and texts of numbers."""
 
     def __init__(self, scale: float) -> None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-            raise ValueError(f"kernel 'number': scale must be a positive number, got {scale!r}")
-        self.scale = float(scale)
+        number = read_number(scale) if isinstance(scale, int | float) else None
+        if number is None or number <= 0:
+            raise ValueError(f"kernel 'number': scale must be a positive number, got {shown(scale)}")
+        self.scale = number
 
     def prepare(self, value: Any) -> Hashable:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except OverflowError:
-                number = math.inf
-            if math.isfinite(number):
-                return number
-        return ("no number", canonical(value))
+        return read_number(value)
 
     def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
-        numbers = np.array([value if isinstance(value, float) else math.nan for value in values])
-        closeness = np.clip(1.0 - np.abs(numbers[left] - numbers[right]) / self.scale, 0.0, 1.0)
-        return np.where(np.isnan(closeness), _equality(left, right), closeness)
+        numbers = np.array(values, dtype=np.float64)
+        with np.errstate(over="ignore"):  # numbers far apart
+            distance: FloatArray = np.abs(numbers[left] - numbers[right]) / self.scale
+        return np.clip(1.0 - distance, 0.0, 1.0)
 
 
 EMBEDDING_CACHE = 50_000
@@ -237,15 +403,22 @@ def _sentence_transformer(model: str, device: str | None) -> Any:
 
 @register_kernel("embedding")
 class Embedding(Kernel):
-    """Cosine of sentence-transformers embeddings, cut to [0, 1]. Loads a model on first use: opt-in."""
+    """Cosine of sentence-transformers embeddings, cut to [0, 1]. Loads a model on first use: opt-in.
+
+    Of longer texts the first `TEXT_LIMIT` characters are embedded; most models read fewer.
+    """
 
     def __init__(self, model: str = DEFAULT_EMBEDDING_MODEL, device: str | None = None) -> None:
+        if not isinstance(model, str) or not model:
+            raise ValueError(f"kernel 'embedding': model must be a name or a folder, got {shown(model)}")
+        if device is not None and not isinstance(device, str):
+            raise ValueError(f"kernel 'embedding': device must be a name or null, got {shown(device)}")
         self.model, self.device = model, device
         self._vectors: dict[str, FloatArray] = {}
 
     def prepare(self, value: Any) -> Hashable:
         words = words_of(value)
-        return ("no text", canonical(value)) if words is None else " ".join(words)
+        return None if words is None else " ".join(words)
 
     def _encode(self, texts: Sequence[str]) -> FloatArray:
         missing = sorted({text for text in texts if text not in self._vectors})
@@ -254,19 +427,13 @@ class Embedding(Kernel):
                 self._vectors.clear()
                 missing = sorted(set(texts))
             encoder = _sentence_transformer(self.model, self.device)
-            vectors = encoder.encode(missing, normalize_embeddings=True, show_progress_bar=False)
+            # Tokenizers refuse halves of surrogate pairs, which models can write in JSON.
+            plain = [text.encode("utf-8", "replace").decode() for text in missing]
+            vectors = encoder.encode(plain, normalize_embeddings=True, show_progress_bar=False)
             self._vectors.update(zip(missing, np.asarray(vectors, dtype=np.float64), strict=True))
         return np.stack([self._vectors[text] for text in texts])
 
     def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
-        result = _equality(left, right)
-        positions = [i for i, value in enumerate(values) if isinstance(value, str)]
-        if positions:
-            vectors = self._encode([values[i] for i in positions])
-            place = np.full(len(values), -1)
-            place[positions] = np.arange(len(positions))
-            texts = np.flatnonzero((place[left] >= 0) & (place[right] >= 0))
-            cosine = np.einsum("pd,pd->p", vectors[place[left[texts]]], vectors[place[right[texts]]])
-            # Equal texts are 1, whatever the rounding of their cosine.
-            result[texts] = np.maximum(np.clip(cosine, 0.0, 1.0), result[texts])
-        return result
+        vectors = self._encode([value[:TEXT_LIMIT] for value in values])
+        cosine: FloatArray = np.einsum("pd,pd->p", vectors[left], vectors[right])
+        return np.clip(np.nan_to_num(cosine), 0.0, 1.0)  # some models give no vector for an empty text

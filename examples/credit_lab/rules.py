@@ -13,7 +13,7 @@ from policy import Rollouts
 
 from verl_tapo import CreditReport, TapoConfig, ToolStep, build_tool_mask, register_kernel, transfer_credit
 from verl_tapo.config import Scope
-from verl_tapo.similarity import FloatArray, Kernel, KernelSpec, make_kernel
+from verl_tapo.similarity import FloatArray, Kernel, KernelSpec, make_kernel, similarities
 from verl_tapo.steps import IntArray, TokenScope
 
 TOOLS: dict[str, dict[str, KernelSpec]] = {
@@ -101,7 +101,7 @@ class Product(Kernel):
         for kernel, column in zip(self._kernels.values(), zip(*values, strict=True), strict=True):
             distinct = {value: number for number, value in enumerate(dict.fromkeys(column))}
             number = np.array([distinct[value] for value in column])
-            product *= kernel.pairs(list(distinct), number[left], number[right])
+            product *= similarities(kernel, list(distinct), number[left], number[right])
         return product
 
 

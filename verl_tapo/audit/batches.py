@@ -17,6 +17,7 @@ from verl_tapo.audit.sources import Row
 from verl_tapo.audit.text import find_calls
 from verl_tapo.config import TapoSettings
 from verl_tapo.formats import NATIVE_FORMATS
+from verl_tapo.images import image_index
 from verl_tapo.steps import canonical
 
 BaseEstimator: TypeAlias = Literal["grpo", "dr_grpo", "rloo"]
@@ -151,33 +152,36 @@ def _tell_images_apart(trajectories: Iterable[Trajectory], parameters: frozenset
     image_tools = {
         call.tool for t in trajectories for call in t.calls if call.ok and not parameters.isdisjoint(call.arguments)
     }
-    from_prompt: dict[str, set[Any]] = defaultdict(set)
+    from_prompt: dict[str, set[int]] = defaultdict(set)
     for trajectory in trajectories:
         for call in trajectory.calls:
             if call.ok:
-                from_prompt[trajectory.group].update(value for _, value in _indices(call, parameters))
+                from_prompt[trajectory.group].update(*_indices(call, parameters).values())
             if call.ok and call.tool in image_tools:
                 break
     for trajectory in trajectories:
         known, history = from_prompt[trajectory.group], hashlib.blake2b(digest_size=6)
         for call in trajectory.calls:
-            made = [(name, value) for name, value in _indices(call, parameters) if value not in known]
-            if made:
-                after = history.hexdigest()
-                named = {name: f"image {value} after {after}" for name, value in made}
+            after = history.hexdigest()
+            named: dict[str, Any] = {}
+            for name, indices in _indices(call, parameters).items():
+                images = [index if index in known else f"image {index} after {after}" for index in indices]
+                named[name] = images if len(images) > 1 else images[0]
+            if any(call.arguments[name] != images for name, images in named.items()):
                 call.compared = {**call.arguments, **named}
             if call.ok and call.tool in image_tools:
                 history.update(f"{call.tool}#{canonical(call.compared)}".encode("utf-8", "replace"))
 
 
-def _indices(call: Call, parameters: frozenset[str]) -> list[tuple[str, int]]:
-    found = []
+def _indices(call: Call, parameters: frozenset[str]) -> dict[str, list[int]]:
+    """Image indices among a call's arguments, by the parameter's name."""
+    found = {}
     for name in parameters & call.arguments.keys():
         value = call.arguments[name]
-        if isinstance(value, str) and value.strip().lstrip("-").isdecimal() and len(value) < 10:
-            value = int(value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            found.append((name, value))
+        items = value if isinstance(value, list) else [value]
+        indices = [index for item in items if (index := image_index(item)) is not None]
+        if indices and len(indices) == len(items):
+            found[name] = indices
     return found
 
 

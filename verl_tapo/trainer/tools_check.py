@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -10,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from verl_tapo.config import TapoConfig, default_kernel
+from verl_tapo.config import TapoConfig, default_kernel, hint
 from verl_tapo.trainer.watch import RECORDING_LOOP, shown_kernels, unrecorded
 
 Parameters = Mapping[str, Collection[str]]
@@ -123,29 +122,25 @@ def rule_problems(rule: TapoConfig, tools: Parameters) -> Iterator[str]:
     """Tools and parameters of ``algorithm.tapo.tools`` that no configured tool has."""
     for tool, kernels in (rule.tools or {}).items():
         if tool not in tools:
-            yield f"algorithm.tapo.tools.{tool}: no configured tool has that name{_hint(tool, tools)}"
+            yield f"algorithm.tapo.tools.{tool}: no configured tool has that name{hint(tool, tools)}"
             continue
         for parameter in kernels or {}:
             if parameter not in tools[tool]:
-                hint = _hint(parameter, tools[tool])
-                yield f"algorithm.tapo.tools.{tool}.{parameter}: the tool has no such parameter{hint}"
-
-
-def _hint(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
+                closest = hint(parameter, tools[tool])
+                yield f"algorithm.tapo.tools.{tool}.{parameter}: the tool has no such parameter{closest}"
 
 
 def participation(rule: TapoConfig, tools: Parameters) -> Iterator[tuple[str, str]]:
     """Of each configured tool, whether it takes part in the rule, and with which kernels."""
     for tool, parameters in tools.items():
         if not rule.takes_part(tool):
-            why = "by its name it runs or makes things" if rule.tools is None else "not in algorithm.tapo.tools"
+            why = "its name says that it acts" if rule.tools is None else "not in algorithm.tapo.tools"
             yield tool, f"left out: {why}"
             continue
         given = (rule.tools or {}).get(tool) or {}
         kernels = {
-            name: given.get(name, "exact") if rule.tools is not None else default_kernel(name) for name in parameters
+            name: given.get(name, "exact") if rule.tools is not None else default_kernel(name, parameters)
+            for name in parameters
         }
         yield tool, "takes part: " + (shown_kernels({"": kernels}).strip(" ()") or "no parameters")
 

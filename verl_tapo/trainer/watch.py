@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from verl_tapo.config import TapoConfig, TapoSettings, acquires_information, default_kernel
+from verl_tapo.config import TapoConfig, TapoSettings, acquires_information, default_kernel, hint
 from verl_tapo.credit import CreditReport, metric_word
 from verl_tapo.steps import ToolStep
 
@@ -73,18 +73,19 @@ class Watch:
 
     def _report_unseen(self, tools: Mapping[str, Any]) -> None:
         for tool in sorted(set(tools) - set(self.seen)):
-            others = ", ".join(name for name, _ in self.seen.most_common(10)) or "none"
+            others = [name for name, _ in self.seen.most_common(10)]
             self.tell(
                 f"unseen {tool}",
                 f"the tool {tool!r} of algorithm.tapo.tools was never called in {self.batches} batches; "
-                f"tools that were: {others}",
+                f"tools that were: {', '.join(others) or 'none'}{_meant(tool, others)}",
             )
         for tool, present in sorted(self.parameters.items()):
             for parameter in sorted(set(tools[tool] or {}) - present):
                 self.tell(
                     f"unseen {tool} {parameter}",
                     f"no call of {tool!r} in {self.batches} batches had the parameter {parameter!r} of "
-                    f"algorithm.tapo.tools; they had: {', '.join(sorted(present)[:10]) or 'none'}",
+                    f"algorithm.tapo.tools; they had: "
+                    f"{', '.join(sorted(present)[:10]) or 'none'}{_meant(str(parameter), present)}",
                 )
 
     def _explain_defaults(self, steps: Sequence[ToolStep], rule: TapoConfig) -> None:
@@ -92,10 +93,13 @@ class Watch:
             if step.tool in self._told or not step.ok:
                 continue
             if acquires_information(step.tool):
-                kernels = ", ".join(f"{p}={default_kernel(p)}" for p in step.arguments) or "no parameters"
+                compared = {name: default_kernel(name, step.arguments) for name in step.arguments}
+                kernels = ", ".join(f"{name}={kernel}" for name, kernel in compared.items()) or "no parameters"
                 decision = f"takes part, compared by {kernels} (others: exact)"
+                if all(kernel == "ignore" for kernel in compared.values()):
+                    decision += "; calls like this one, without a parameter that counts, do not"
             else:
-                decision = "is left out: its name says that it runs or makes things"
+                decision = "is left out: its name says that it ends the rollout, or runs, makes or changes things"
             self.tell(step.tool, f"algorithm.tapo.tools is not set; by its name the tool {step.tool!r} {decision}")
 
     def silent_tools(self, steps: Sequence[ToolStep], metrics: Mapping[str, float]) -> dict[str, float]:
@@ -132,6 +136,11 @@ class Watch:
             return
         others = sorted({str(name) for name in agent_names()} - {RECORDING_LOOP})
         self.tell("unrecorded", f"{missing} of {len(records)} rollouts came without a record. {unrecorded(others)}")
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    closest = hint(name, known)
+    return closest if "did you mean" in closest else ""
 
 
 RECORDING_LOOP = "tapo_tool_agent"
