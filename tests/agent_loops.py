@@ -26,8 +26,8 @@ def schema(name, **parameters):
 class ScriptedModel:
     """Answers with the script's turns, token by token as the tokenizer would have them."""
 
-    def __init__(self, tokenizer, script):
-        self.turns = [tokenizer.encode(turn + "<|im_end|>", add_special_tokens=False) for turn in script]
+    def __init__(self, tokenizer, script, ending="<|im_end|>"):
+        self.turns = [tokenizer.encode(turn + ending, add_special_tokens=False) for turn in script]
         self.prompts = []
 
     async def generate(self, *, prompt_ids, **kwargs):
@@ -41,12 +41,14 @@ def call(tool, **arguments):
     return f"<tool_call>\n{json.dumps({'name': tool, 'arguments': arguments})}\n</tool_call>"
 
 
-def run_scripted(cls, tokenizer, tools, script, settings=None, **limits):
+def run_scripted(cls, tokenizer, tools, script, settings=None, model_type="qwen2", ending="<|im_end|>", **limits):
     """One trajectory of an agent loop: its output, and the model.
 
     Args:
         script: the assistant's turns.
         settings: of the loop's constructor.
+        model_type: of the model's configuration, by which veRL knows how to build the tokens of answers.
+        ending: with which the model ends each of its turns.
         limits: of ``rollout`` or ``rollout.multi_turn``.
     """
     rollout = {
@@ -65,7 +67,7 @@ def run_scripted(cls, tokenizer, tools, script, settings=None, **limits):
     for name, value in limits.items():
         (rollout if name in rollout else rollout["multi_turn"])[name] = value
     config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}, "data": {}, "algorithm": {}})
-    model = ScriptedModel(tokenizer, script)
+    model = ScriptedModel(tokenizer, script, ending)
 
     async def run():
         loop = cls(
@@ -75,7 +77,7 @@ def run_scripted(cls, tokenizer, tools, script, settings=None, **limits):
             processor=None,
             dataset_cls=None,
             data_config=DictConfigWrap(config.data),
-            hf_model_type="qwen2",
+            hf_model_type=model_type,
             tools=ToolListWrap(tools),
             **(settings or {}),
         )
