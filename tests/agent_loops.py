@@ -26,8 +26,8 @@ def schema(name, **parameters):
 class ScriptedModel:
     """Answers with the script's turns, token by token as the tokenizer would have them."""
 
-    def __init__(self, tokenizer, script):
-        self.turns = [tokenizer.encode(turn + "<|im_end|>", add_special_tokens=False) for turn in script]
+    def __init__(self, tokenizer, script, ending="<|im_end|>"):
+        self.turns = [tokenizer.encode(turn + ending, add_special_tokens=False) for turn in script]
         self.prompts = []
 
     async def generate(self, *, prompt_ids, **kwargs):
@@ -41,7 +41,7 @@ def call(tool, **arguments):
     return f"<tool_call>\n{json.dumps({'name': tool, 'arguments': arguments})}\n</tool_call>"
 
 
-def scripted(cls, tokenizer, tools, script, settings=None, **limits):
+def scripted(cls, tokenizer, tools, script, settings=None, model_type="qwen2", ending="<|im_end|>", **limits):
     """An agent loop on a scripted model, as a coroutine function, and the model; see `run_scripted`."""
     rollout = {
         "prompt_length": 4000,
@@ -59,7 +59,7 @@ def scripted(cls, tokenizer, tools, script, settings=None, **limits):
     for name, value in limits.items():
         (rollout if name in rollout else rollout["multi_turn"])[name] = value
     config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}, "data": {}, "algorithm": {}})
-    model = ScriptedModel(tokenizer, script)
+    model = ScriptedModel(tokenizer, script, ending)
 
     async def run():
         loop = cls(
@@ -69,7 +69,7 @@ def scripted(cls, tokenizer, tools, script, settings=None, **limits):
             processor=None,
             dataset_cls=None,
             data_config=DictConfigWrap(config.data),
-            hf_model_type="qwen2",
+            hf_model_type=model_type,
             tools=ToolListWrap(tools),
             **(settings or {}),
         )
@@ -84,7 +84,8 @@ def run_scripted(cls, tokenizer, tools, script, settings=None, **limits):
     Args:
         script: the assistant's turns.
         settings: of the loop's constructor.
-        limits: of ``rollout`` or ``rollout.multi_turn``.
+        limits: of ``rollout`` or ``rollout.multi_turn``; or ``model_type``, of the model's configuration, by which veRL
+            knows how to build the tokens of answers; or ``ending``, with which the model ends each of its turns.
     """
     run, model = scripted(cls, tokenizer, tools, script, settings, **limits)
     return asyncio.run(run()), model

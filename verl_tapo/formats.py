@@ -1,25 +1,30 @@
-"""Tool-call formats: how calls are written, in text. `verl_tapo.parsing` finds them in tokens.
+"""Tool-call formats: how calls are written, in text. `verl_tapo.tokens` finds them in tokens.
 
 What counts as a call, its name and its arguments agree with veRL's own parser of the same name
 (``verl/experimental/agent_loop/tool_parser.py``, the contract). Different from it, a call that cannot be used is not
-dropped but returned as `MALFORMED`.
+dropped but returned as `MALFORMED`. Every reader takes time linear in the text, whatever the text is.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
-from verl_tapo.steps import MAX_DEPTH
+import numpy as np
+
+from verl_tapo.steps import MAX_DEPTH, IntArray
 
 MALFORMED = "(malformed)"
 """Tool name of a call that could not be parsed."""
 MAX_CALL_CHARS = 65536
 """Longest text of a call that is parsed."""
 
-Element: TypeAlias = tuple[int, int, str]  # byte span within a block, and the text of the call
+Element: TypeAlias = tuple[int, int, bytes]  # byte span, and the text of the call
+Tools: TypeAlias = Mapping[str, Collection[str]]  # names of the tools, and the parameters that each requires
 
 
 class _BadCall(Exception):
@@ -40,6 +45,8 @@ class Call(NamedTuple):
     error: str | None
     dropped: bool
 
+
+# --- Values ---------------------------------------------------------------------------------------------------------
 
 _scan: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
 
@@ -64,6 +71,46 @@ def _value(text: str) -> Any:
         return text
 
 
+# A head gives a name and where its value begins, the first at or after a position. Those that repeat without an end
+# are not tried one by one.
+_Head: TypeAlias = Callable[[str, int], "tuple[str, int] | None"]
+
+
+def _named(opening: str, middle: str, text: str, at: int) -> tuple[str, int] | None:
+    """The next ``opening name middle``, with the shortest name."""
+    start = text.find(opening, at)
+    found = re.compile(middle).search(text, start + len(opening)) if start >= 0 else None
+    return (text[start + len(opening) : found.start()], found.end()) if found else None
+
+
+def _tag(opening: str, text: str, at: int) -> tuple[str, int] | None:
+    """The next ``opening name>``, whose name is not empty and has no line break."""
+    while found := _named(opening, r"[>\n]", text, at):
+        if found[0] and text[found[1] - 1] == ">":
+            return found
+        at = found[1] - 1
+    return None
+
+
+def _quoted(opening: str, text: str, at: int) -> tuple[str, int] | None:
+    """The next ``opening name">``, whose name is not empty and has no quotation mark."""
+    found = re.compile(opening + r'([^"]+)">').search(text, at)
+    return (found[1], found.end()) if found else None
+
+
+def _pairs(text: str, head: _Head, tail: str) -> dict[str, Any]:
+    """Arguments written as ``head value tail``."""
+    arguments = {}
+    at = 0
+    while (found := head(text, at)) and (end := text.find(tail, found[1])) >= 0:
+        arguments[found[0].strip()] = _value(text[found[1] : end].strip())
+        at = end + len(tail)
+    return arguments
+
+
+# --- Calls: the text of one to its name and arguments -----------------------------------------------------------------
+
+
 def _read_json_call(text: str) -> tuple[str, Any]:
     try:
         call = _loads(text)
@@ -81,51 +128,33 @@ def _read_json_call(text: str) -> tuple[str, Any]:
 
 
 def _read_arguments(text: str) -> tuple[str, Any]:
+    """Arguments that veRL's loop reads, not its parser; those that it cannot read it answers with an error."""
     try:
         return "", _loads(text)
     except (ValueError, RecursionError):
         raise _BadCall("the arguments are not valid JSON") from None
 
 
-# Names and keys are bounded (veRL's are not): without a bound, repeated markers cost quadratic time.
-_GLM_PAIR = re.compile(r"<arg_key>(.{0,256}?)</arg_key>[^\S\x1c-\x1f]*<arg_value>", re.DOTALL)
-_SEED_FUNCTION = re.compile(r"<function=([^>\n]{1,256})>")
-_SEED_PARAMETER = re.compile(r"<parameter=([^>\n]{1,256})>")
-_MINIMAX_INVOKE = re.compile(rb'<invoke name="[^"]{1,256}">')
-_MINIMAX_PARAMETER = re.compile(r'<parameter name="([^"]{1,256})">')
-_KIMI_NAME = re.compile(r"functions\.(.+):\d+", re.DOTALL)
-
-
-def _pairs(text: str, head: re.Pattern[str], tail: str) -> dict[str, Any]:
-    """Arguments written as ``head value tail``, the name being the head's group."""
-    arguments = {}
-    at = 0
-    while (match := head.search(text, at)) and (end := text.find(tail, match.end())) >= 0:
-        arguments[match[1].strip()] = _value(text[match.end() : end].strip())
-        at = end + len(tail)
-    return arguments
-
-
 def _read_glm(text: str) -> tuple[str, Any]:
-    first = text.find("<arg_key>")
-    if first < 0:
-        return text.strip(), {}
-    return text[:first].strip(), _pairs(text[first:], _GLM_PAIR, "</arg_value>")
+    name, key, _ = text.partition("<arg_key>")
+    # What veRL's `regex` takes for white space.
+    head = partial(_named, "<arg_key>", r"</arg_key>[^\S\x1c-\x1f]*<arg_value>")
+    return name.strip(), _pairs(text[len(name) :], head, "</arg_value>") if key else {}
 
 
 def _read_seed(text: str) -> tuple[str, Any]:
-    match = _SEED_FUNCTION.search(text)
-    end = text.find("</function>", match.end()) if match else -1
-    if match is None or end < 0:
+    found = _tag("<function=", text, 0)
+    end = text.find("</function>", found[1]) if found else -1
+    if found is None or end < 0:
         raise _BadCall("the call has no <function=...> ... </function>", dropped=True)
-    return match[1].strip(), _pairs(text[match.end() : end], _SEED_PARAMETER, "</parameter>")
+    return found[0].strip(), _pairs(text[found[1] : end], partial(_tag, "<parameter="), "</parameter>")
 
 
 def _read_minimax(text: str) -> tuple[str, Any]:
-    match = re.match(r'<invoke name="([^"]+)">', text)
-    if match is None:
+    found = _quoted('<invoke name="', text, 0)
+    if found is None:
         raise _BadCall('the call has no <invoke name="..."> ... </invoke>', dropped=True)
-    return match[1].strip(), _pairs(text[match.end() :], _MINIMAX_PARAMETER, "</parameter>")
+    return found[0].strip(), _pairs(text[found[1] :], partial(_quoted, '<parameter name="'), "</parameter>")
 
 
 def _read_qwen3_coder(text: str) -> tuple[str, Any]:
@@ -146,21 +175,122 @@ def _read_qwen3_coder(text: str) -> tuple[str, Any]:
     return name, arguments
 
 
-def _read_kimi(text: str) -> tuple[str, Any]:
+def _read_kimi(text: str, tools: Tools | None = None) -> tuple[str, Any]:
     name, separator, raw = text.partition("<|tool_call_argument_begin|>")
     if not separator:
         raise _BadCall("the call has no <|tool_call_argument_begin|>", dropped=True)
     name = name.strip()
-    # Kimi calls tools `functions.NAME:NUMBER`; veRL finds the tool whose name that contains.
-    match = _KIMI_NAME.fullmatch(name)
     arguments = _value(raw.strip())
     # As veRL: arguments that cannot be read are none, and the tool is called.
-    return match[1] if match else name, arguments if isinstance(arguments, dict) else {}
+    arguments = arguments if isinstance(arguments, dict) else {}
+    return _kimi_tool(name, arguments, tools) if tools else _kimi_name(name), arguments
+
+
+def _kimi_name(name: str) -> str:
+    """The tool in an id that should be ``functions.NAME:NUMBER`` and may lack the prefix, the dot or the colon."""
+    stem = name.rstrip("0123456789")
+    if stem != name and stem.endswith(":"):
+        stem = stem[:-1]
+    elif name.startswith("functions.") or not name.startswith("functions"):
+        stem = name
+    tool = stem.removeprefix("functions.")
+    if tool == stem != name and stem[len("functions") :][:1].isalnum():
+        tool = stem.removeprefix("functions")
+    return tool or name
+
+
+def _kimi_tool(name: str, arguments: Mapping[str, Any], tools: Tools) -> str:
+    """The tool that veRL executes: of the name, or the one whose name that contains, or that takes the arguments."""
+    if name in tools:
+        return name
+    compact = name.lower().replace("-", "_")
+    within = [tool for tool in tools if tool.lower() in compact]
+    fitting = [tool for tool, required in tools.items() if required and set(required) <= set(arguments)]
+    return next((found[0] for found in (within, fitting) if len(found) == 1), _kimi_name(name))
+
+
+def _read_deepseek(text: str) -> tuple[str, Any]:
+    name, separator, text = text.partition('">')
+    if not separator:
+        raise _BadCall('the call has no <｜DSML｜invoke name="..."> ... </｜DSML｜invoke>', dropped=True)
+    arguments: dict[str, Any] = {}
+    at = 0
+    head = '" string="(?:true|false)">'
+    while found := _named('<｜DSML｜parameter name="', head, text, at):
+        end = text.find("</｜DSML｜parameter>", found[1])
+        if end < 0:
+            break
+        value, is_text = text[found[1] : end], text.endswith('"true">', 0, found[1])
+        arguments[found[0]] = value if is_text else _value(value)
+        at = end
+    return name, arguments
+
+
+def _read_gpt_oss(text: str) -> tuple[str, Any]:
+    name, separator, arguments = text.partition(" <|constrain|>json<|message|>")
+    if not separator:
+        raise _BadCall(
+            "it is not <|start|>assistant<|channel|>... to=functions.NAME <|constrain|>json<|message|>", dropped=True
+        )
+    return name, _read_arguments(arguments)[1]
+
+
+_GEMMA_QUOTE = '<|"|>'
+
+
+def _is_word(character: str) -> bool:
+    """What veRL's ``regex`` takes for a part of a word."""
+    kind = unicodedata.category(character)
+    return kind[0] in "LM" or kind in ("Nd", "Nl", "Pc") or character in "\u200c\u200d"
+
+
+def _read_gemma(text: str) -> tuple[str, Any]:
+    call, name, rest = text.partition("call:")
+    name, brace, rest = rest.partition("{")
+    if call or not brace or not name or not all(map(_is_word, name)):
+        raise _BadCall("the call is not call:NAME{...}", dropped=True)
+    arguments: dict[str, Any] = {}
+    at = 0
+    while (colon := rest.find(":", at)) >= 0:
+        first = colon
+        while first > at and _is_word(rest[first - 1]):
+            first -= 1
+        start = at = colon + 1
+        if first == colon:
+            continue
+        end = -1
+        if rest.startswith(_GEMMA_QUOTE, start):
+            end = rest.find(_GEMMA_QUOTE, start + len(_GEMMA_QUOTE))
+        if end >= 0:
+            value: Any = rest[start + len(_GEMMA_QUOTE) : end]
+            at = end + len(_GEMMA_QUOTE)
+        else:
+            closing = re.compile("[,}]").search(rest, start)
+            at = closing.start() if closing else len(rest)
+            value = _bare(rest[start:at].strip())
+        arguments[rest[first:colon]] = value
+    return name, arguments
+
+
+def _bare(text: str) -> Any:
+    """A value that Gemma writes without quotation marks."""
+    known = {"true": True, "false": False, "null": None}
+    if text.lower() in known:
+        return known[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return text
+
+
+# --- Turns: the bytes of one to the texts of its calls ----------------------------------------------------------------
 
 
 def _whole(block: bytes) -> list[Element]:
     """A block that is one call."""
-    return [(0, len(block), decode(block))]
+    return [(0, len(block), block)]
 
 
 def _functions(block: bytes) -> list[Element]:
@@ -171,53 +301,174 @@ def _functions(block: bytes) -> list[Element]:
         start = at + len(b"<function=")
         end = block.find(b"</function>", start)
         stop = end + len(b"</function>") if end >= 0 else len(block)
-        found.append((at, stop, decode(block[start : end if end >= 0 else stop])))
+        found.append((at, stop, block[start : end if end >= 0 else stop]))
         at = block.find(b"<function=", stop)
     return found
 
 
 def _invokes(block: bytes) -> list[Element]:
     """Calls ``<invoke name="...">...</invoke>`` of a block, and what lies between them and looks like one."""
-    found = []
+    found: list[Element] = []
     at = 0
     while at < len(block):
-        match = _MINIMAX_INVOKE.search(block, at)
+        match = re.compile(rb'<invoke name="[^"]+">').search(block, at)
         end = block.find(b"</invoke>", match.end()) if match else -1
         start = match.start() if match and end >= 0 else len(block)
         if (bad := block.find(b"<invoke", at, start)) >= 0:
-            found.append((bad, start, ""))
+            found.append((bad, start, b""))
         at = end + len(b"</invoke>") if start < len(block) else start
         if start < at:
-            found.append((start, at, decode(block[start:end])))
+            found.append((start, at, block[start:end]))
     return found
 
 
+_DSML_INVOKE, _DSML_END = '<｜DSML｜invoke name="'.encode(), "</｜DSML｜invoke>".encode()
+
+
+def _dsml_invokes(block: bytes) -> list[Element]:
+    """Calls of DeepSeek's markup in a block."""
+    found: list[Element] = []
+    at = 0
+    while (start := block.find(_DSML_INVOKE, at)) >= 0:
+        name = block.find(b'">', start + len(_DSML_INVOKE))
+        end = block.find(_DSML_END, name) if name >= 0 else -1
+        if end < 0:
+            return [*found, (start, len(block), b"")]
+        at = end + len(_DSML_END)
+        found.append((start, at, block[start + len(_DSML_INVOKE) : end]))
+    return found
+
+
+def _blocks(fmt: Format, text: bytes) -> tuple[list[Element], bool]:
+    """The calls in blocks ``opening ... closing``, and whether the last block is not closed."""
+    found: list[Element] = []
+    if fmt.section not in text:
+        return found, False
+    last = text.rfind(fmt.closing)
+    at = inner = 0
+    while (start := text.find(fmt.opening, at)) >= 0:
+        body = start + len(fmt.opening)
+        if 0 <= inner < body:
+            inner = text.find(fmt.inner, body)
+        end = text.find(fmt.closing, max(inner, body) if inner < last else body)
+        if end < 0 and not fmt.unclosed:
+            return found, True
+        # Where it may be closed by the turn's end, veRL's `$` leaves out one line break.
+        block = text[body:end] if end >= 0 else text[body:].removesuffix(b"\n")
+        at = end + len(fmt.closing) if end >= 0 else len(text)
+        parts = fmt.parts(block)
+        if not parts and end < 0:
+            return found, True
+        if len(parts) < 2:
+            found.append((start, at, parts[0][2] if parts else b""))
+        else:
+            found += [(body + first, body + stop, part) for first, stop, part in parts]
+    return found, False
+
+
+_GEMMA_HEAD = re.compile(rb"call:([^{<]+)\{")
+
+
+def _gemma_calls(fmt: Format, text: bytes) -> tuple[list[Element], bool]:
+    found: list[Element] = []
+    at = 0
+    while (start := text.find(fmt.opening, at)) >= 0:
+        at = body = start + len(fmt.opening)
+        head = _GEMMA_HEAD.match(text, body)
+        if head and all(map(_is_word, decode(head[1]))):
+            end = text.find(b"}" + fmt.closing, head.end())
+            if end < 0:
+                return found, True
+            at = end + 1 + len(fmt.closing)
+            found.append((start, at, text[body:end]))
+            continue
+        after = text.find(fmt.opening, body)
+        end = text.find(fmt.closing, body, after if after >= 0 else len(text))
+        if end >= 0:
+            at = end + len(fmt.closing)
+            found.append((start, at, b""))
+        elif after < 0:
+            return found, True
+    return found, False
+
+
+_HARMONY_ROLE = b"<|start|>assistant"
+_HARMONY = _HARMONY_ROLE + b"<|channel|>"
+_HARMONY_TOOL, _HARMONY_JSON = b" to=functions.", b"<|constrain|>json<|message|>"
+
+
+def _without(opening: bytes, closing: bytes, text: bytes, origin: IntArray) -> tuple[bytes, IntArray]:
+    """The text without what stands between the two, and where each byte of it was."""
+    kept = []
+    at = 0
+    while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start + len(opening))) >= 0:
+        kept.append(slice(at, start))
+        at = end + len(closing)
+    kept.append(slice(at, len(text)))
+    return b"".join([text[part] for part in kept]), np.concatenate([origin[part] for part in kept])
+
+
+def _harmony_calls(fmt: Format, text: bytes) -> tuple[list[Element], bool]:
+    """Calls outside of thoughts, and other messages that end like one."""
+    origin = np.arange(len(text))
+    for thought in (_HARMONY + b"analysis<|message|>", b"<|channel|>analysis<|message|>"):
+        text, origin = _without(thought, b"<|end|>", text, origin)
+    calls: list[Element] = []
+    at, unclosed = 0, False
+    while (start := text.find(_HARMONY, at)) >= 0 and not unclosed:
+        at = start + len(_HARMONY)
+        tag = text.find(b"<", at)
+        # The name has a character at least, and a space after it.
+        name = text.rfind(_HARMONY_TOOL, at, tag - 2)
+        if tag < 0 or name < 0 or text[tag - 1 : tag] != b" " or not text.startswith(_HARMONY_JSON, tag):
+            continue
+        end = text.find(fmt.closing, tag)
+        unclosed = end < 0
+        if not unclosed:
+            at = end + len(fmt.closing)
+            calls.append((start, at, text[name + len(_HARMONY_TOOL) : end]))
+    found: list[Element] = []
+    at = 0
+    for call in [*calls, (len(text), len(text), b"")]:
+        while (end := text.find(fmt.closing, at, call[0])) >= 0:
+            start = text.rfind(fmt.opening, at, end)
+            if start >= 0:
+                start -= len(_HARMONY_ROLE) * text.endswith(_HARMONY_ROLE, at, start)
+                found.append((start, end + len(fmt.closing), b""))
+            at = end + len(fmt.closing)
+        found.append(call)
+        at = call[1]
+    return [(int(origin[start]), int(origin[stop - 1]) + 1, part) for start, stop, part in found[:-1]], unclosed
+
+
 class Format(NamedTuple):
-    """A tool-call format: blocks ``opening ... (inner ...) closing`` with one or more calls each."""
+    """A tool-call format. Most write blocks ``opening ... closing`` with one or more calls each."""
 
     opening: bytes
     closing: bytes
     read: Callable[[str], tuple[str, Any]]
-    elements: Callable[[bytes], list[Element]] = _whole
+    """Name and arguments of the call that is written as a text; raises `_BadCall`."""
+    parts: Callable[[bytes], list[Element]] = _whole
+    """The calls of a block."""
+    find: Callable[[Format, bytes], tuple[list[Element], bool]] = _blocks
+    """The calls of a turn, and whether the last one is not closed."""
     inner: bytes = b""
-    """Must stand between opening and closing."""
+    """Stands between opening and closing."""
     section: bytes = b""
-    """Must stand somewhere in the turn."""
+    """Stands somewhere in the turn, before its calls where they are written as they should be."""
     unclosed: bool = False
     """A block may be closed by the turn's end."""
     responses: tuple[bytes, ...] = (b"<tool_response>",)
-    """What an answer of a tool begins with, the preferred one first; two at most."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether every block is one call, from its opening to its closing marker."""
-        return self.elements is _whole and not (self.unclosed or self.section or self.inner)
+    """What an answer of a tool begins with, the preferred one first."""
+    silent: tuple[str, ...] = ()
+    """Which tokens of the tokenizer veRL's parser leaves out before it looks for calls."""
 
 
+_XML = b"<tool_call>", b"</tool_call>"
 FORMATS = {
-    "hermes": Format(b"<tool_call>", b"</tool_call>", _read_json_call),
-    "qwen3_coder": Format(b"<tool_call>", b"</tool_call>", _read_qwen3_coder, _functions, unclosed=True),
-    "glm": Format(b"<tool_call>", b"</tool_call>", _read_glm, responses=(b"<tool_response>", b"<|observation|>")),
+    "hermes": Format(*_XML, _read_json_call),
+    "qwen3_coder": Format(*_XML, _read_qwen3_coder, _functions, unclosed=True),
+    "glm": Format(*_XML, _read_glm, responses=(b"<tool_response>", b"<|observation|>")),
     "seed": Format(
         b"<seed:tool_call>", b"</seed:tool_call>", _read_seed, responses=(b"<seed:bos>tool", b"<tool_response>")
     ),
@@ -232,10 +483,41 @@ FORMATS = {
         section=b"<|tool_calls_section_begin|>",
         responses=(b"## Return of",),
     ),
+    "deepseek_v4": Format(
+        "<｜DSML｜tool_calls>".encode(),
+        "</｜DSML｜tool_calls>".encode(),
+        _read_deepseek,
+        _dsml_invokes,
+        responses=(b"<tool_result>",),
+        silent=("pad_token_id", "eos_token_id"),
+    ),
+    "gemma4": Format(
+        b"<|tool_call>",
+        b"<tool_call|>",
+        _read_gemma,
+        find=_gemma_calls,
+        responses=(b"<|tool_response>",),
+        silent=("pad_token_id",),
+    ),
+    "gpt-oss": Format(
+        b"<|channel|>",
+        b"<|call|>",
+        _read_gpt_oss,
+        find=_harmony_calls,
+        section=b"<|start|>",
+        responses=(b"<|start|>functions.",),
+        silent=("pad_token_id",),
+    ),
 }
 FALLBACK = Format(b"", b"", _read_arguments)
 NATIVE_FORMATS: tuple[str, ...] = tuple(FORMATS)
-"""Formats that are parsed here, with exact spans."""
+"""Formats that are parsed here, with exact spans: all that veRL 0.9.1 has."""
+
+
+def format_for(name: str, tools: Tools | None = None) -> Format | None:
+    """The format of that name, for calls of these tools; None where it is not one of `NATIVE_FORMATS`."""
+    fmt = FORMATS.get(name)
+    return fmt._replace(read=partial(_read_kimi, tools=tools)) if fmt and fmt.read is _read_kimi else fmt
 
 
 def decode(data: bytes) -> str:
@@ -279,28 +561,5 @@ def read_call(fmt: Format, text: str, start: int, end: int) -> Call:
 
 def read_text(fmt: Format, text: bytes) -> tuple[list[Call], int]:
     """The calls of a turn's text, and 1 where a last opening marker begins no call, else 0."""
-    calls: list[Call] = []
-    if fmt.section and fmt.section not in text:
-        return calls, 0
-    opening, closing = fmt.opening, fmt.closing
-    at = 0
-    while (start := text.find(opening, at)) >= 0:
-        body = start + len(opening)
-        end = -1
-        if fmt.inner and (inner := text.find(fmt.inner, body)) >= 0:
-            end = text.find(closing, inner + len(fmt.inner))
-        if end < 0:
-            end = text.find(closing, body)
-        closed = end >= 0
-        if not closed and not fmt.unclosed:
-            return calls, 1
-        block = text[body:end] if closed else text[body:].removesuffix(b"\n")
-        at = end + len(closing) if closed else len(text)
-        elements = fmt.elements(block)
-        if not elements and not closed:
-            return calls, 1
-        if len(elements) < 2:
-            calls.append(read_call(fmt, elements[0][2] if elements else "", start, at))
-        else:
-            calls += [read_call(fmt, part, body + first, body + last) for first, last, part in elements]
-    return calls, 0
+    found, unclosed = fmt.find(fmt, text)
+    return [read_call(fmt, decode(part), start, stop) for start, stop, part in found], int(unclosed)
