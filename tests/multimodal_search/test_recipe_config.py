@@ -48,7 +48,7 @@ def test_what_the_issue_names_is_there():
     assert LOSSES == ["grpo", "gspo", "sapo"]
 
 
-@pytest.mark.parametrize(("policy", "loss"), itertools.product(POLICIES, LOSSES))
+@pytest.mark.parametrize(("policy", "loss"), list(itertools.product(POLICIES, LOSSES)))
 def test_composes_and_passes_verl_s_checks(policy, loss):
     for advantage, nodes in (("tapo", 8), ("grpo", 1)):
         config = composed(

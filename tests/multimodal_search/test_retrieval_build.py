@@ -171,7 +171,7 @@ class TestCorpus:
         ("name", "bytes_", "message"),
         [
             ("a.parquet", b"PAR1 not parquet", "cannot be read as parquet"),
-            ("a.jsonl.gz", gzip.compress(b"{}" * 9999)[:-20], "cannot be read to its end"),
+            ("a.jsonl.gz", gzip.compress(b"{}" * 9999, mtime=0)[:-20], "cannot be read to its end"),
             ("a.jsonl", b"", "no passages"),
             ("a.csv", b"id,text", "neither"),
             ("a.jsonl", b'{"id": "1", "contents": "the of and"}', "no passage holds a word"),
