@@ -404,8 +404,10 @@ def test_toolbox_on_the_command_line(tmp_path, monkeypatch, capsys):
     [
         ("- a list", "tools.yaml: "),
         ("{", "tools.yaml: "),
-        ("tools: [{class_name: search_agent.tools.Zom, config: {type: native}}]", "tools.yaml: .*Zom"),
-        ("tools: [{class_name: no_such_module.Zoom, config: {type: native}}]", "tools.yaml: "),
+        (ZOOM.replace("Zoom", "Zom"), "tools.yaml: class_name: there is no search_agent.tools.Zom"),
+        (ZOOM.replace("search_agent", "serch_agent"), "tools.yaml: No module named 'serch_agent'"),
+        (ZOOM.replace("search_agent.tools.", ""), "tools.yaml: class_name: there is no Zoom"),
+        (ZOOM.replace("type: native", "timeout_s: 3"), "tools.yaml: Missing key type"),
         (ZOOM.replace("native", "native, colour: red"), "the tool zoom: colour: "),
         (ZOOM.replace("native", "native, max_pixels: '${oc.env:NO_SUCH}'"), "'NO_SUCH' not found"),
         (

@@ -219,13 +219,17 @@ async def _judge_problems(function: Any) -> list[str]:
 
 
 def _tools(multi_turn: Any) -> list[Any]:
-    from verl.tools.tool_registry import load_all_tools
+    from verl.tools.function_tool import load_function_tools_from_path
 
-    for key in ("tool_config_path", "function_tool_path"):
+    from search_agent.tools.toolbox import load_tools
+
+    tools: list[Any] = []
+    for key, load in (("tool_config_path", load_tools), ("function_tool_path", load_function_tools_from_path)):
         file = multi_turn.get(key)
         if file and not Path(file).is_file():
             raise FileNotFoundError(f"actor_rollout_ref.rollout.multi_turn.{key}: there is no file {file}")
-    return list(load_all_tools(multi_turn.tool_config_path, multi_turn.get("function_tool_path")))
+        tools += load(file) if file else []
+    return tools
 
 
 def _tool_problems(config: Any, tools: Sequence[Any]) -> Iterator[str]:

@@ -11,11 +11,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from verl.tools.tool_registry import initialize_tools_from_config
@@ -28,10 +30,27 @@ from verl_tapo.records import CallStatus
 
 FAILED = "Error executing tool '"
 """How the text of a failed call begins."""
-
-
 MAX_PIXELS = 100_000_000  # of an image on the command line
 _NAME_CHARS = 100  # of a tool's name that does not exist are repeated
+
+
+def load_tools(path: str | Path) -> list[Any]:
+    """The tools of a file as veRL's ``multi_turn.tool_config_path`` takes it.
+
+    Raises:
+        ValueError: The file is none, there is no such class, its settings are wrong, or its provider's key is missing.
+        FileNotFoundError
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        for tool in OmegaConf.load(path).tools:
+            module, _, name = tool.class_name.rpartition(".")
+            if not module or not hasattr(import_module(module), name):  # veRL would speak of None
+                raise AttributeError(f"class_name: there is no {tool.class_name}")
+        return list(initialize_tools_from_config(str(path)))
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ImportError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 @dataclass
@@ -58,18 +77,8 @@ class Toolbox:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Toolbox:
-        """The tools of a file as veRL's ``multi_turn.tool_config_path`` takes it.
-
-        Raises:
-            ValueError: The file is none, or a tool's settings are wrong, or the key of its provider is missing.
-            FileNotFoundError
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        try:
-            return cls(initialize_tools_from_config(str(path)))
-        except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ImportError) as error:
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        """The tools of a file, see `load_tools`."""
+        return cls(load_tools(path))
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
