@@ -144,7 +144,8 @@ def test_images_of_tools_join_the_conversation_and_are_counted_on(stand_ins, fol
     assert len(entry["images"]) == len(entry["tapo_steps"]["images"]) == 3
     files = [folder / "out" / "images" / name for name in entry["images"]]
     assert files[0].read_bytes() == picture(1)
-    assert Image.open(files[1]).size == (32, 24)  # what the stand-in cuts out
+    with Image.open(files[1]) as shown:
+        assert shown.size == (32, 24)  # what the stand-in cuts out
     # On the wire: images as data URLs; where tools may say only text, in a user's message after the answer.
     last = server.requests[-1]["messages"]
     urls = [

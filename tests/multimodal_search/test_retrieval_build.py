@@ -1,5 +1,6 @@
 """Building an index: what is read, what is refused, what an interruption leaves, what the searches find."""
 
+import gc
 import gzip
 import io
 import json
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import bm25s
@@ -668,6 +670,20 @@ class TestResuming:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with pytest.raises(IndexProblem, match="another process is building"):
                 build(Plan(tmp_path / "index", (corpus,)))
+
+    def test_no_file_is_left_open(self, tmp_path):
+        corpus, images = write_jsonl(tmp_path / "a.jsonl", passages()), write_scenes(tmp_path / "images.parquet", 3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ResourceWarning)
+            build(Plan(tmp_path / "index", (corpus,), images=images))
+            index = Index(tmp_path / "index")
+            assert found(index, "museum in Paris") == ["3", "0"]
+            del index
+            (tmp_path / "index" / "passages.data").write_bytes(b"")
+            with pytest.raises(IndexProblem, match="damaged"):
+                Index(tmp_path / "index")
+            gc.collect()
+        assert [str(each.message) for each in caught if each.category is ResourceWarning] == []
 
     def test_records_written_in_part_are_no_records(self, tmp_path):
         writer = RecordWriter(tmp_path / "x")

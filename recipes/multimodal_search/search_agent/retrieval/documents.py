@@ -62,17 +62,17 @@ class Records:
     """Reads what a `RecordWriter` wrote. Safe to use from several threads."""
 
     def __init__(self, path: Path):
+        file = _data_file(path)
         try:
             self._ends = np.load(_ends_file(path), mmap_mode="r")
-            self._file = _data_file(path).open("rb")
+            with file.open("rb") as data:
+                size = os.fstat(data.fileno()).st_size
+                self._map = mmap.mmap(data.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         except (OSError, ValueError) as error:
             raise IndexProblem(f"the index is damaged: {error}") from error
-        size = os.fstat(self._file.fileno()).st_size
-        problem = self._problem(size)
-        if problem:
-            self._file.close()
-            raise IndexProblem(f"the index is damaged: {_data_file(path)} {problem}")
-        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        if problem := self._problem(size):
+            self.close()
+            raise IndexProblem(f"the index is damaged: {file} {problem}")
 
     def _problem(self, size: int) -> str:
         ends = self._ends
@@ -96,7 +96,6 @@ class Records:
     def close(self) -> None:
         if isinstance(self._map, mmap.mmap):
             self._map.close()
-        self._file.close()
 
 
 def encode_document(identifier: str, title: str, contents: str, url: str) -> bytes:

@@ -30,6 +30,7 @@ _ALIKE = str.maketrans(
         **dict.fromkeys("\u2018\u2019\u02bc\u02b9\u2032\u00b4`", "'"),
         **dict.fromkeys("\u2266\u2a7d", "\u2264"),
         **dict.fromkeys("\u2267\u2a7e", "\u2265"),
+        "\u066a": "%",
         "\u066b": ".",
         "\u066c": ",",
         "\u266f": "#",
@@ -37,14 +38,15 @@ _ALIKE = str.maketrans(
     }
 )
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2012\u2013\u2014\u2015\u2212", "-"))
-# Right after a word, where more words follow, a long dash is punctuation; at the end it is a sign, as in Cl–.
-_PARTING_DASH = re.compile(r"(?<=\w)[\u2013-\u2015](?=\s*\w)")
+# Right after a word, where more words follow, a long dash is punctuation; at the end it is a sign, as in Cl–. A short one
+# is where the word is none that has a sign.
+_PARTING_DASH = re.compile(r"(?<=\w)[\u2013-\u2015](?=\s*\w)|(?<=[^\W\d_]{4})-(?=\s+\w)")
 # 10⁶ and 1½: NFKC would make them 106 and 11⁄2.
 _RAISED = re.compile("(?<=[0-9₀-₉])(?=[⁺⁻]?[⁰¹²³⁴-⁹]|[½¼¾⅐-⅞↉])")
 _OTHER_DIGIT = re.compile(r"[^\D0-9]")
 
 # Signs, which are put right before their number: "< 5", "-$5", "minus 5", and "- 5" as the whole answer.
-_COMPARING = "<>±\u2264\u2265"
+_COMPARING = "<>±\u2213\u2260\u2264\u2265"
 _CURRENCIES = "$\u00a2-\u00a5\u0e3f\u20a0-\u20c0"
 _LONG_SIGNS = re.compile(r"(\+/-|\+-(?=\.?\d))|(<=)|>=")
 _TAG = re.compile(r"</?([a-z]\w{0,20})>")
@@ -158,6 +160,8 @@ def _is_sign(character: str, before: str, after: str) -> bool:
         return before.isdecimal() and after.isdecimal()
     if character in "+#\u266d":  # C++, C#, 18+, B♭
         return in_word or before == "+"
+    if character in "√∛∜":
+        return after.isalnum()
     return character == "&" and in_word and after.isalnum()  # AT&T
 
 
