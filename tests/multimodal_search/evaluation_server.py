@@ -59,7 +59,7 @@ SCRIPTS = {
         says("", call("text_search", {"query": "fact 2"}, "a"), call("text_search", {"query": "fact 3"}, "b")),
         answer("value 3"),
     ],
-    # Half a surrogate pair: as a turn's text, a tool's name, and an argument, as JSON lets one write it.
+    # Half a surrogate pair as a turn's text, a tool's name, and an argument.
     "halves": [
         says("\ud83d", call("\ud83d", {})),
         says("\ud83d", call("text_search", {"query": "\ud83d"}), call("text_search", '{"query": "\ud83d"}', "c2")),

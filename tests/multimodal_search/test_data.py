@@ -217,7 +217,7 @@ ENCODED = base64.b64encode(TINY).decode()
 
 
 def one_image(tmp_path, value, **more):
-    """What becomes of a row with that as its image, beside a good one: its image's bytes, or why it was left out."""
+    """What becomes of a row with that image, beside a good one: the image's key, or the reason."""
     (tmp_path / "good.png").write_bytes(picture(0))
     rows = [{"question": "Q", "answer": "a", "image": "good.png"}, {"question": "R", "answer": "a", "image": value}]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -47,7 +47,7 @@ def test_mcnemar_is_the_exact_sign_test(pairs):
 @pytest.mark.parametrize("sizes", [(40, 200), (8,), (8, 12), (30, 30, 30)])
 @pytest.mark.parametrize("effect", [0.0, 0.4])
 def test_the_interval_covers_what_it_should(sizes, effect):
-    # Where there is an effect of that size, 95 of 100 intervals hold it; a little more of few questions.
+    # 95 of 100 intervals hold the real effect, and a few more where there are few questions.
     rng = np.random.default_rng(1)
     chances = [0.25 * (1 - effect), 0.5 * (1 - effect), 0.25 * (1 - effect) + effect]
     covered = 0

@@ -639,7 +639,7 @@ def test_the_record_of_a_real_rollout_costs_the_format():
 
 
 def own_reward(tmp_path, code, settings=None, truth=("Paris",), **function):
-    """What the check says of a reward function in a file of the user's own; None: of the recipe's."""
+    """What the check says of a user's own reward function; of the recipe's where ``code`` is None."""
     from search_agent.check import _reward_problems
 
     if code is not None:

@@ -315,7 +315,7 @@ def test_numbers_of_an_answer():
 
 @pytest.mark.parametrize("unit", [" 111", ",111", ".111", "'111", ",11", "1", "1.", " 1,", "- ", "<", " minus"])
 def test_reading_takes_no_more_than_linear_time(unit):
-    """Each character is read a bounded number of times: eight times the text, not sixty-four times the time."""
+    """Eight times the text takes about eight times the time, not sixty-four times."""
 
     def seconds(count):
         text = f"1 111{unit * count}!"

@@ -226,7 +226,10 @@ def _is_file(path: Path) -> bool:
 
 
 def _from_base64(text: str) -> bytes | None:
-    """What a text is the base64 of, with or without line ends and padding, for URLs or not; None where it is none's."""
+    """The bytes that a text encodes; None where it is no base64.
+
+    Line ends, missing padding and the alphabet for URLs are accepted.
+    """
     text = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
@@ -235,7 +238,7 @@ def _from_base64(text: str) -> bytes | None:
 
 
 def kind_of(data: bytes) -> str | None:
-    """What sort of file this is the beginning of: images, and what is often found in their place."""
+    """The kind of file that begins so: an image, or what is often found in its place."""
     if data[4:8] == b"ftyp":
         return "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIC"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":

@@ -76,9 +76,10 @@ def mcnemar(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> 
 
 
 def interval(differences: Sequence[npt.NDArray[np.float64]]) -> tuple[float, float]:
-    """Of the mean over benchmarks of the mean difference: a 95 % interval that holds for few questions, too.
+    """The 95 % interval of the mean over benchmarks of the mean difference.
 
-    Each benchmark counts one question more that got better, and one that got worse (Bonett and Price 2012).
+    It holds for few questions too: each benchmark counts one more question that got better and one
+    that got worse (Bonett and Price 2012).
 
     Args:
         differences: for each benchmark, its questions' differences (N,), from -1 to 1.
@@ -90,8 +91,10 @@ def interval(differences: Sequence[npt.NDArray[np.float64]]) -> tuple[float, flo
 
 
 def sign_test(differences: Sequence[npt.NDArray[np.float64]], seed: int = 0) -> float:
-    """Two-sided p value of the mean over benchmarks of the mean difference: each question might as well have gone the
-    other way. Of one benchmark it is McNemar's.
+    """The two-sided p value of the mean over benchmarks of the mean difference.
+
+    By chance, each question's difference might as well have the other sign. For one benchmark this
+    is McNemar's exact test.
 
     Args:
         differences: see `interval`.

@@ -111,7 +111,7 @@ def opening(question: Question, pictures: Pictures) -> list[Message]:
 
 
 def whole(text: str) -> str:
-    """Text with a question mark for every half of a surrogate pair, which can neither be sent nor written."""
+    """The text with a question mark for each half of a surrogate pair, which UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -139,7 +139,7 @@ def read_call(name: Any, arguments: Any, identity: str | None = None) -> Request
 
 
 def is_broken(arguments: Mapping[str, Any]) -> bool:
-    """Whether a text among a call's arguments holds half a surrogate pair, which JSON lets a model write."""
+    """Whether a call's arguments hold half a surrogate pair, which JSON lets a model write."""
     try:
         json.dumps(arguments, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -35,7 +35,7 @@ class Refused(Exception):
 
 
 def _arguments(call: RequestedCall, written: Any) -> str:
-    """A call's arguments as they are sent back: the model's own text, where it can be sent and read."""
+    """A call's arguments as they are sent back: the model's own text where a server can read it."""
     if isinstance(written, str) and written and not is_broken(call.arguments):
         return whole(written)
     return whole(json.dumps(call.arguments, ensure_ascii=False))

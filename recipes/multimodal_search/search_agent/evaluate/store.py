@@ -46,8 +46,8 @@ class Store:
             must agree for the files that both runs name.
 
     Raises:
-        ValueError: the folder holds results of other or unknown settings, or what is none, or another process is
-            writing to it.
+        ValueError: the folder's results have other or unknown settings or cannot be read, or another
+            process is writing to it.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
@@ -74,8 +74,8 @@ class Store:
             for name in (DONE, FAILED):
                 if (self.folder / name).stat().st_size:
                     raise ValueError(
-                        f"{self.folder} holds {name} and no {SETTINGS}, which says what the results are of: bring it "
-                        "back, or name another folder"
+                        f"{self.folder} holds {name} and no {SETTINGS}: nobody knows how the results were made. Bring "
+                        "it back, or name another folder"
                     )
         else:
             before = _read_settings(file)
@@ -171,7 +171,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
     except ValueError as error:
         problem = str(error)
     raise ValueError(
-        f"{file} cannot be read ({problem}), so nobody knows what the results beside it are of: bring it back, or name "
+        f"{file} cannot be read ({problem}): nobody knows how the results beside it were made. Bring it back, or name "
         "another folder"
     )
 

@@ -39,7 +39,8 @@ Hits = list[tuple[int, float]]
 """Positions and scores, best first, ties by position."""
 
 _MARKS = combining_marks()
-# A character that is a word by itself, or letters and digits; with their marks, without which Hindi falls apart.
+# A word is one character of a script without spaces, or a run of letters and digits. Its combining
+# marks belong to it: without them Hindi falls apart.
 _WORD = re.compile(rf"(?=[^\W_])[{ALONE}][{_MARKS}]*|[^\W_{ALONE}]+(?:[{_MARKS}]+[^\W_{ALONE}]*)*")
 _ASCII_WORD = re.compile("[a-z0-9]+")
 # Accents, vowel signs that most texts leave out, and what is not seen within a word.
@@ -201,7 +202,7 @@ def _search(
 
 @njit(nogil=True)
 def _wrong_postings(data: Any, indices: Any, passages: int) -> int:
-    """How many are of no passage, or not positive: `_search` writes where they say."""
+    """The number of postings that name no passage or are not positive. `_search` trusts them."""
     wrong = 0
     for entry in range(len(data)):
         wrong += not (0 <= indices[entry] < passages and 0 < data[entry] < np.inf)

@@ -141,8 +141,9 @@ def _read(value: Any) -> Iterator[str | Range]:
 
 
 def _content(text: str) -> Any:
-    """What a text holds that is JSON, or Python as ``str`` prints it, of a list or a mapping; None where it is neither:
-    an answer may begin with a bracket.
+    """The list or mapping that a text holds as JSON or as Python prints it.
+
+    None where it holds neither: an answer may begin with a bracket.
     """
     if text[-1] not in "]}":
         return None

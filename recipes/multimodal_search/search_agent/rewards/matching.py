@@ -38,14 +38,14 @@ _ALIKE = str.maketrans(
     }
 )
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2012\u2013\u2014\u2015\u2212", "-"))
-# Right after a word, where more words follow, a long dash is punctuation; at the end it is a sign, as in Cl–. A short one
-# is where the word is none that has a sign.
+# A long dash right after a word is punctuation where more words follow, and a sign at the end (Cl–).
+# A hyphen there is punctuation after a word that is no formula, grade or blood group.
 _PARTING_DASH = re.compile(r"(?<=\w)[\u2013-\u2015](?=\s*\w)|(?<=[^\W\d_]{4})-(?=\s+\w)")
 # 10⁶ and 1½: NFKC would make them 106 and 11⁄2.
 _RAISED = re.compile("(?<=[0-9₀-₉])(?=[⁺⁻]?[⁰¹²³⁴-⁹]|[½¼¾⅐-⅞↉])")
 _OTHER_DIGIT = re.compile(r"[^\D0-9]")
 
-# Signs, which are put right before their number: "< 5", "-$5", "minus 5", and "- 5" as the whole answer.
+# Signs are put right before their number: "< 5", "-$5", "minus 5", and "- 5" as the whole answer.
 _COMPARING = "<>±\u2213\u2260\u2264\u2265"
 _CURRENCIES = "$\u00a2-\u00a5\u0e3f\u20a0-\u20c0"
 _LONG_SIGNS = re.compile(r"(\+/-|\+-(?=\.?\d))|(<=)|>=")
@@ -56,7 +56,7 @@ _BARE_FRACTION = re.compile(r"(?<![\w.,'])\.(?=\d)")
 _COMPARED = re.compile(rf"([{_COMPARING}]) (?=-?\d)")
 _SIGN_OF_MONEY = re.compile(rf"(?<!\w)([-{_COMPARING}]) ?([{_CURRENCIES}]) ?(?=\d)")
 
-# Numbers: a run of digits and single separators is read as a whole, so that none is looked at twice.
+# A run of digits and single separators is read as a whole, so that no digit is looked at twice.
 _RUN = re.compile(r"\d+(?:[.,' ]\d+)*")
 _BY_SPACES = re.compile(r"[1-9]\d{0,2}(?: \d{3})+(?:\.\d+|,\d{1,2})?")
 # Groups of three (of two in India), then maybe a fraction.
@@ -190,8 +190,11 @@ def f1(answer: Tokens, accepted: Tokens) -> float:
 
 
 def in_range(answer: str, low: float, high: float) -> bool:
-    """Whether an answer is right by InfoSeek's rule: its number is in the range; where it has two, the first not the
-    larger, they are a range, which is in the other or overlaps with at least half of both together.
+    """Whether an answer is right by InfoSeek's rule.
+
+    Its first number must be in the range. Where it has two numbers and the first is not the larger,
+    they are a range themselves, which must be within the other one or have an intersection over
+    union of at least a half.
     """
     found = numbers(answer)[:2]
     if not found:
