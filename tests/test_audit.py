@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from verl_tapo import TapoConfig, transfer_credit
+from verl_tapo import TapoConfig, similarity, transfer_credit
 from verl_tapo.audit import ReadOptions, audit, terminal
 from verl_tapo.audit.analysis import Sweep, analyse, figures, star
 from verl_tapo.audit.batches import batch_from_dump
@@ -67,6 +67,36 @@ def two_of_four(step=1, uid="p"):
         line(search_then(query, answer), score, uid, number, step)
         for number, (query, answer, score) in enumerate(outputs)
     ]
+
+
+def record_header(step=1, **settings):
+    return {"kind": "tapo_step_records", "version": 1, "step": step, "settings": settings}
+
+
+def record_call(query, **changes):
+    return {
+        "tool": "search", "arguments": {"query": query}, "turn": [0, 40], "call": [12, 40], "turn_tokens": 40,
+        "call_tokens": 28, "ok": True, "status": "ok", "latency_s": 0.1, "fault": None, "role": "none", "gate": "",
+        "similarity": 0.0, "support": 0.0, "alpha": 0.0, "reference_advantage": 0.0, "transfer": 0.0, "witness": None,
+    } | changes  # fmt: skip
+
+
+def record_row(number, query, success, **changes):
+    return {
+        "key": f"p_{number}_0", "uid": "p", "trajectory": number, "score": float(success), "success": success,
+        "advantage": 0.9 if success else -0.9, "tokens": 60, "length": 80, "changed_tokens": 0,
+        "calls": [record_call(query)],
+    } | changes  # fmt: skip
+
+
+def recorded_group():
+    """Two that succeed with a call, one that fails with the same, one with another."""
+    queries = ["capital of Oman", "capital of Oman", "capital of Oman", "currency of Chile"]
+    return [record_row(number, query, number < 2) for number, query in enumerate(queries)]
+
+
+def codes(result):
+    return {warned["code"]: warned["level"] for warned in result["warnings"]}
 
 
 class TestText:
@@ -315,6 +345,48 @@ class TestReading:
                 rewards, mask, np.array(groups), norm_adv_by_std_in_grpo=estimator == "grpo"
             )
         assert [t.advantage for t in batch.trajectories] == expected[:, 0].tolist()
+
+
+class TestStrangers:
+    """A file never chooses code, a model or the network, whatever it holds."""
+
+    @pytest.mark.parametrize(
+        "kernel", ["embedding", {"kernel": "embedding", "model": "./model"}, "their_own", {"kernel": ["x"]}, {}, 7]
+    )
+    def test_a_record_chooses_no_kernel_that_loads_anything(self, tmp_path, monkeypatch, kernel):
+        def loads(*_):
+            raise AssertionError("a model was asked for")
+
+        monkeypatch.setattr("verl_tapo.similarity._sentence_transformer", loads)
+        monkeypatch.setitem(similarity._REGISTRY, "their_own", loads)
+        header = record_header(tools={"search": {"query": kernel, "page": "exact"}})
+        path = write_dump(tmp_path / "000001.jsonl", [header, *recorded_group()])
+        result = audit(path).result
+        assert codes(result) == {"kernels_not_used": "error"}
+        assert "for query of search" in result["warnings"][0]["text"]
+        assert result["settings"]["tools"] == {"search": {"query": "text", "page": "exact"}}
+        assert result["totals"]["corrected_steps"] == 1
+
+    def test_the_caller_may_choose_it(self, tmp_path, monkeypatch):
+        asked = []
+
+        class Model:
+            def encode(self, texts, **_):
+                return [[1.0, 0.0] if "oman" in text else [0.0, 1.0] for text in texts]
+
+        monkeypatch.setattr(similarity, "_sentence_transformer", lambda *given: asked.append(given) or Model())
+        header = record_header(tools={"search": {"query": {"kernel": "embedding", "model": "./model"}}})
+        path = write_dump(tmp_path / "000001.jsonl", [header, *recorded_group()])
+        mine = {"search": {"query": {"kernel": "embedding", "model": "mine"}}}
+        assert codes(audit(path, settings={"tools": mine}).result) == {}
+        assert set(asked) == {("mine", None)}
+
+    def test_harmless_kernels_are_as_recorded(self, tmp_path):
+        tools = {"search": {"query": {"kernel": "text"}, "page": {"kernel": "number", "scale": 2}}, "zoom": None}
+        path = write_dump(tmp_path / "000001.jsonl", [record_header(tools=tools), *recorded_group()])
+        result = audit(path).result
+        assert result["settings"]["tools"] == tools
+        assert "kernels_not_used" not in codes(result)
 
 
 class TestImages:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -32,6 +32,8 @@ class Tally:
     """Times that a training step came again."""
     disagreements: int = 0
     """Calls whose recorded outcome is not the rule's."""
+    replaced_kernels: Sequence[str] = ()
+    """Kernels that records name and that were not used, because a file chooses nothing that is loaded."""
 
 
 class Warned(NamedTuple):
@@ -88,6 +90,16 @@ def _about_data(totals: Counts, tally: Tally, skipped: int) -> Iterator[Warned]:
             "error",
             f"For {tally.disagreements:,} recorded calls the rule says otherwise than the record.",
             "The records are of another version of verl-tapo, or broken. Please report it where neither is so.",
+        )
+    if tally.replaced_kernels:
+        names = "; ".join(tally.replaced_kernels[:5])
+        more = f" and {len(tally.replaced_kernels) - 5} more" if len(tally.replaced_kernels) > 5 else ""
+        yield Warned(
+            "kernels_not_used",
+            "error",
+            f"The records name kernels that may load a model or code, and they were not used: {names}{more}.",
+            "A file does not choose what is loaded. These parameters were compared as their names suggest, and the "
+            "figures are not those of training. To use such kernels name them yourself: --set tools=...",
         )
     if not totals["calls"]:
         yield Warned(

@@ -94,9 +94,11 @@ class Collector:
         skipped: int,
         base_estimator: str,
         recorded_steps: int,
+        replaced_kernels: Sequence[str],
     ) -> dict[str, Any]:
         """The audit as JSON can hold it, see `verl_tapo.audit.Audit.result`."""
         rule = _rule(self._settings)
+        self._tally.replaced_kernels = replaced_kernels
         tools = sorted(self._tools.items(), key=lambda item: (-item[1]["calls"], item[0]))
         warnings = find_warnings(self._totals, dict(tools), self._tally, self._settings, skipped)
         return {

@@ -15,7 +15,7 @@ from verl_tapo.audit.collect import Collector
 from verl_tapo.audit.model import StepBatch
 from verl_tapo.audit.result import Audit, call_rows
 from verl_tapo.audit.sources import Found, Problems, Row, find_sources, read_dump
-from verl_tapo.config import TapoSettings
+from verl_tapo.config import TapoSettings, default_kernel
 from verl_tapo.step_records import read_step_records
 
 BETAS = (0.2, 0.5, 0.8, 1.0)
@@ -23,6 +23,8 @@ THETAS = (0.6, 0.7, 0.8, 0.9, 0.95)
 ALPHA_MINS = (0.0, 0.1, 0.2, 0.4, 0.6)
 BROWSE = 200
 """Prompt groups kept with their texts."""
+_KERNELS_FROM_FILES = frozenset({"exact", "text", "iou", "number", "ignore"})
+"""Kernels that a record's header may name: they load nothing. Any other is used only where the caller names it."""
 
 
 def audit(
@@ -78,7 +80,7 @@ def audit(
         collector.add(analysis)
         if batch.settings is not None:
             recorded += 1
-            if not overrides:
+            if not overrides and not reader.replaced_kernels:
                 collector.disagree(sum(j.call.recorded_gate != j.credit.gate for j in analysis.calls))
         if keep_calls:
             calls += call_rows(analysis)
@@ -96,6 +98,7 @@ def audit(
         skipped=problems.skipped,
         base_estimator="as recorded" if recorded else options.base_estimator,
         recorded_steps=recorded,
+        replaced_kernels=sorted(reader.replaced_kernels),
     )
     return Audit(result, calls if keep_calls else None)
 
@@ -121,6 +124,8 @@ class _Reader:
         self._problems, self._advance = problems, advance
         self._recorded: set[int] = set()
         self._consumed: set[Path] = set()
+        self.replaced_kernels: set[str] = set()
+        """Kernels that headers name and that were not used, as "embedding for query of search"."""
 
     def batches(self) -> Iterator[tuple[StepBatch, TapoSettings]]:
         """Each with the settings it is judged by."""
@@ -135,7 +140,27 @@ class _Reader:
                         yield batch_from_dump(step, rows, dumped, self._options), dumped
 
     def _settings(self, recorded: Mapping[str, Any]) -> TapoSettings:
-        return _settings(json.dumps({**recorded, **self._overrides}))
+        settings = {**recorded, **self._overrides}
+        if "tools" not in self._overrides:
+            settings["tools"] = self._harmless(recorded.get("tools"))
+        return _settings(json.dumps(settings))
+
+    def _harmless(self, tools: Any) -> Any:
+        """The tools of a header, with the kernel by name in place of any that may load code or a model.
+
+        Records come from strangers, and a kernel's options may name a folder beside them or a model on a hub.
+        """
+        if not isinstance(tools, Mapping):
+            return tools
+        harmless: dict[str, Any] = {}
+        for tool, parameters in tools.items():
+            harmless[tool] = dict(parameters) if isinstance(parameters, Mapping) else parameters
+            for name, spec in parameters.items() if isinstance(parameters, Mapping) else ():
+                kernel = spec.get("kernel") if isinstance(spec, Mapping) else spec
+                if not isinstance(kernel, str) or kernel not in _KERNELS_FROM_FILES:
+                    harmless[tool][name] = default_kernel(name)
+                    self.replaced_kernels.add(f"{str(kernel)[:60]} for {name} of {tool}")
+        return harmless
 
     def _records(self, path: Path) -> Iterator[tuple[StepBatch, TapoSettings]]:
         try:
