@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas
@@ -28,6 +29,7 @@ from verl_tapo.audit.sources import Problems, Row, find_sources, read_dump
 from verl_tapo.audit.text import find_calls, split_turns
 from verl_tapo.cli import main
 from verl_tapo.config import TapoSettings
+from verl_tapo.formats import FORMATS
 from verl_tapo.parsing import NOT_EXECUTED_PREFIX
 from verl_tapo.steps import ToolStep
 
@@ -192,6 +194,88 @@ class TestText:
         text = "<tool_call>\n<function=search>\n<parameter=query>\nOman\n</parameter>\n</function>\n</tool_call>"
         (call,) = find_calls(text + answers("A") + "end", "qwen3_coder").calls
         assert (call.tool, call.arguments, call.status) == ("search", {"query": "Oman"}, "ok")
+
+    @pytest.mark.parametrize("header", ["{}\n\n", "<|eot_id|><|start_header_id|>{}<|end_header_id|>\n\n"])
+    @pytest.mark.parametrize("tool", ["tool", "ipython"])
+    def test_headers_right_behind_the_text(self, tool, header):
+        """As Llama's template leaves them: no line of their own, an empty line behind."""
+        tool, assistant = header.format(tool), header.format("assistant")
+        a, b, c = (call_text("search", query=query) for query in "abc")
+        answer = "A research assistant\n\nworks as a teaching-assistant\n\nwith a tool\n\nin Paris."
+        text = f"Hm.{a}{tool}{answer}{assistant}{b}{c}{tool}B{tool}C{assistant}The end."
+        found = find_calls(text, "hermes")
+        assert [(of.arguments["query"], of.status, of.result, of.turn) for of in found.calls] == [
+            ("a", "ok", answer, 0),
+            ("b", "ok", "B", 1),
+            ("c", "ok", "C", 1),
+        ]
+        assert found.size == len(f"Hm.{a}{b}{c}The end.")
+        assert not found.unclear
+        assert find_calls(f"{a}{tool}Paris{assistant}", "hermes").calls[0].result == "Paris"
+
+    @pytest.mark.parametrize(
+        ("user", "assistant"),
+        [
+            ("\nuser\n", "\nmodel\n"),
+            ("\nuser\n", "\nAI:\n"),
+            ("<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>ai\n"),
+            ("<end_of_turn>\n<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"),
+        ],
+    )
+    def test_assistants_of_other_names(self, user, assistant):
+        a, b, c = (call_text("search", query=query) for query in "abc")
+        A, B, C = (f"{user}<tool_response>\n{answer}\n</tool_response>" for answer in "ABC")
+        found = find_calls(a + A + assistant + b + c + B + C + assistant + "The end.", "hermes")
+        assert [(of.result, of.turn) for of in found.calls] == [("A", 0), ("B", 1), ("C", 1)]
+        assert not found.unclear
+
+    @pytest.mark.parametrize(
+        ("text", "unclear"),
+        [
+            ("{a}It is Paris<answer>Paris</answer>", True),
+            ("{a}It is Paris<think>hm</think>{b}", True),
+            ("{a}\ntool\nIt is Paris|AI|{b}", True),  # an observation that nothing known ends
+            ("{a}\nuser\n<tool_response>\nIt is Paris|AI|{b}", True),
+            ("{a}", False),
+            ("{a}\n{b}\n<|im_end|>\n", False),
+            ("<answer>Paris</answer>", False),
+            ("{a}\nuser\n<tool_response>\nIt is Paris\n</tool_response>\nassistant\n<answer>Paris</answer>", False),
+            ("{a}\nuser\n<tool_response>\nIt is Par", False),
+            ("{a}\nuser\n<tool_response>\nIt is Paris\n</tool_response>\nassist", False),
+        ],
+    )
+    def test_turns_that_cannot_be_told_apart(self, text, unclear):
+        a, b = call_text("search", query="a"), call_text("search", query="b")
+        found = find_calls(text.replace("{a}", a).replace("{b}", b), "hermes")
+        assert found.unclear == unclear
+
+    PIECES = (
+        *(" ", "\n", "\r\n \t", "\u3000", "<", "<a>", "{", "[", '"', "\\", "assistant", "assistant ", "assistant\n"),
+        *("\nassistant", "assistant\n\n", "\nuser\n", "\ntool\n", "tool\n\n", "user\n<tool_response>"),
+        *("<|im_end|>", "<|im_end|>\n", "<|eot_id|> ", "<|end_header_id|>\n", "<seed:eos>", "<seed:bos>tool"),
+        *("<tool_response>", "</tool_response>", "</tool_response>\n", "</tool_response> assistant "),
+        *("</tool_response>\nAI\nuser\n<tool_response>", "<response>", "</response>", "## Return of"),
+        *("<function=a>", "</function>", "<parameter=a>", "</parameter>", '<parameter name="a">', "<invoke"),
+        *('<invoke name="a">', "<arg_key>", "</arg_key>", "<arg_value>", "<|observation|>"),
+    )
+
+    @pytest.mark.parametrize("tool_format", FORMATS)
+    def test_time_grows_with_the_text_whatever_repeats(self, tool_format):
+        fmt = FORMATS[tool_format]
+        opening, closing = fmt.opening.decode(), fmt.closing.decode()
+        own = [opening, closing, f"{closing}\nuser\n", f"{opening}x{closing}\nuser\n", fmt.inner.decode() or " "]
+        answer = f"{opening}x{closing}\nuser\n{fmt.responses[0].decode()}"
+
+        def seconds(text):
+            start = time.process_time()
+            find_calls(text, tool_format)
+            return time.process_time() - start
+
+        for piece in (*self.PIECES, *own):
+            for head in (fmt.section.decode() + opening, answer):
+                few, many = (head + piece * (length // len(piece)) for length in (4_000, 64_000))
+                # 16 times the text; were time quadratic, 256 times as long.
+                assert min(seconds(many) for _ in range(3)) < 80 * min(seconds(few) for _ in range(3)) + 0.02, piece
 
     @given(st.text(max_size=300))
     @settings(max_examples=300, deadline=None)
@@ -591,6 +675,16 @@ class TestWarnings:
 
     def test_no_calls(self, tmp_path):
         assert self.codes(tmp_path, [line("hm", 1.0), line("hm", 0.0, session=1)]) == {"no_calls": "error"}
+
+    @pytest.mark.parametrize(("share", "level"), [(4, "error"), (1, "warning"), (0, None)])
+    def test_turns_that_cannot_be_told_apart(self, tmp_path, share, level):
+        """Nothing is left of the template's headers."""
+        lines = [e for group in range(4) for e in two_of_four(uid=f"g{group}")]
+        for entry in lines:
+            if int(entry["uid"][1]) < share:
+                for header in ("\nuser\n<tool_response>\n", "\n</tool_response>\nassistant\n"):
+                    entry["output"] = entry["output"].replace(header, "")
+        assert self.codes(tmp_path, lines) == ({"turns_unclear": level} if level else {})
 
     def test_one_rollout_a_prompt(self, tmp_path):
         lines = [line(search_then("Oman", "end"), 1.0, uid=f"p{k}") for k in range(5)]

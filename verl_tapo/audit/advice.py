@@ -16,6 +16,7 @@ LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 _ENOUGH = 20  # calls, or steps, before a share says something
 _ROUNDING = 1e-9
 _INEXACT = 0.2
+_UNCLEAR = 0.05
 _LUCKY = 0.1
 """Of matched calls; at most 0.05 in healthy worlds, 0.16 where successes are guesses (docs/evidence.md)"""
 
@@ -28,6 +29,10 @@ class Tally:
     """Failing steps whose best similarity is less than 0.1 below theta."""
     told_by_history: int = 0
     """Calls with an image that is told apart by the calls made before it."""
+    calling: int = 0
+    """Rollouts read from text that hold a call."""
+    unclear: int = 0
+    """Those of them whose turns cannot be told apart."""
     repeated_steps: int = 0
     """Times that a training step came again."""
     disagreements: int = 0
@@ -110,12 +115,22 @@ def _about_data(totals: Counts, tally: Tally, skipped: int) -> Iterator[Warned]:
             "cannot be found in dumps, which leave these out: record the run with algorithm.tapo.record_dir.",
         )
         return
+    unclear = _share(tally.unclear, tally.calling)
+    if unclear > _UNCLEAR:
+        yield Warned(
+            "turns_unclear",
+            "error" if unclear > 0.5 else "warning",
+            f"In {tally.unclear:,} of {tally.calling:,} rollouts with calls the turns cannot be told apart: no header "
+            "that is known here stands between what the policy wrote and what the tools answered.",
+            "Their calls count as unanswered and take no part. This chat template cannot be read from text without "
+            "its special tokens: record the run with algorithm.tapo.record_dir.",
+        )
     for name, what, advice in (
         ("malformed", "cannot be parsed", "Look at some; where nearly all are, --format is wrong."),
         ("unanswered", "have no answer", "The rollouts end there: response_length or the limits on turns are small."),
     ):
         share = _share(totals[f"{name}_calls"], totals["calls"])
-        if share > 0.1:
+        if share > 0.1 and not (name == "unanswered" and unclear > _UNCLEAR):
             yield Warned(f"{name}_calls", "warning", f"{percent(share)} of the calls {what}.", advice)
     if tally.told_by_history:
         yield Warned(
@@ -156,7 +171,7 @@ def _about_tools(totals: Counts, tools: Mapping[str, Counts], settings: TapoSett
         worked = calls - counts["failed_calls"]
         if calls < _ENOUGH or counts["malformed_calls"] == calls:
             continue
-        failed = _share(counts["failed_calls"], calls)
+        failed = _share(counts["failed_calls"] - counts["unanswered_calls"], calls)
         if failed > 0.2:
             yield Warned(
                 "failing_tool",

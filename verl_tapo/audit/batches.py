@@ -92,11 +92,13 @@ def _trajectory(
     texts: list[str] = []
     calls: list[Call] = []
     size = turns = begin = 0
+    unclear = False
     for row in outputs:
         text = row.value["output"]
         found = find_calls(text, options.tool_format, settings.error_markers)
         calls += [_moved(call, turns, begin) for call in found.calls] if begin else found.calls
         size += found.size
+        unclear |= found.unclear
         turns += 1 + max((call.turn for call in found.calls), default=0)
         begin += len(text) + 1
         texts.append(text)
@@ -114,6 +116,7 @@ def _trajectory(
         text="\n".join(texts),
         prompt=prompt if isinstance(prompt, str) else "",
         ground_truth=first.get("gts"),
+        unclear=unclear,
     )
 
 

@@ -79,6 +79,8 @@ class Collector:
         if batch.settings is None:  # read from text
             calls = [call for trajectory in batch.trajectories for call in trajectory.calls]
             self._tally.told_by_history += sum(call.compared is not call.arguments for call in calls)
+            self._tally.unclear += sum(trajectory.unclear for trajectory in batch.trajectories)
+            self._tally.calling += sum(bool(trajectory.calls) for trajectory in batch.trajectories)
 
     def disagree(self, calls: int) -> None:
         """Takes note of calls that were recorded with another outcome."""

@@ -61,6 +61,8 @@ class Trajectory:
     text: str = ""
     prompt: str = ""
     ground_truth: Any = None
+    unclear: bool = False
+    """Whether its text does not show where the policy's turns end, see `verl_tapo.audit.text.TextCalls`."""
     changed: int | None = None
     """Policy tokens whose advantage TAPO changed in training; None where that is not known."""
 
