@@ -6,7 +6,9 @@ import csv
 import gzip
 import json
 import os
+import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -406,6 +408,112 @@ class TestReading:
         by_score = audit(path, settings={"success_key": "score"}).result["totals"]
         assert (by_score["failing_trajectories"], by_score["corrected_steps"]) == (2, 1)
 
+    def test_however_a_file_is_compressed_encoded_or_named(self, tmp_path):
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in two_of_four())
+        text = text.replace("Oman", "Öman 🐪")
+        files = {
+            "bom.jsonl": text.encode("utf-8-sig"),
+            "utf16.jsonl": text.encode("utf-16"),
+            "utf16_be.jsonl": "\ufeff".encode("utf-16-be") + text.encode("utf-16-be"),
+            "utf16_bare.jsonl": text.encode("utf-16-le"),
+            "utf32.jsonl": text.encode("utf-32"),
+            "windows.jsonl": text.replace("\n", "\r\n").encode("utf-8-sig"),
+            "packed.jsonl": gzip.compress(text.encode()),
+            "plain.jsonl.gz": text.encode(),
+            "bom.jsonl.gz": gzip.compress(text.encode("utf-8-sig")),
+            "utf16.jsonl.gz": gzip.compress(text.encode("utf-16")),
+            "two_parts.jsonl.gz": gzip.compress(text[:900].encode()) + gzip.compress(text[900:].encode()),
+            "x.ndjson": text.encode(),
+            "x.ndjson.gz": gzip.compress(text.encode()),
+            "X.JSONL": text.encode(),
+        }
+        expected = None
+        for name, data in files.items():
+            folder = tmp_path / name.replace(".", "_")
+            folder.mkdir()
+            (folder / name).write_bytes(data)
+            result = audit(folder).result
+            assert codes(result) == {}, name
+            groups = [{**group, "trajectories": group["trajectories"]} for group in result["groups"]]
+            expected = expected or groups
+            assert groups == expected, name
+
+    def test_records_are_read_alike(self, tmp_path):
+        text = "".join(json.dumps(value) + "\r\n" for value in [record_header(), *recorded_group()])
+        for name, data in {
+            "bom.jsonl": text.encode("utf-8-sig"),
+            "packed.jsonl": gzip.compress(text.encode()),
+            "1.jsonl.gz": text.encode("utf-16"),
+        }.items():
+            (tmp_path / name).write_bytes(data)
+            result = audit(tmp_path / name).result
+            assert (result["settings"]["recorded_steps"], result["totals"]["corrected_steps"]) == (1, 1)
+            assert (result["skipped"], result["problems"]) == (0, [])
+
+    @pytest.mark.parametrize(
+        ("data", "reason"),
+        [
+            (b"BZh91AY&SY", "compressed with bzip2"),
+            (b"\x28\xb5\x2f\xfd\x00", "compressed with zstd"),
+            (b"PK\x03\x04", "compressed with zip"),
+            (b"", "the file is empty"),
+            (b"\n \n", "the file is empty"),
+            (b"hello\n", "line 1 is no JSON: 'hello'"),
+            (b"[{\n", "line 1 is no JSON"),
+            (b"[1]\n", "line 1 is no JSON object but list"),
+            (b'{"step": 1, "data": {}}\n', "no 'output' in line 1; fields: data, step"),
+            (b"\x00\x01\x02\x03" * 1000, "line 1 is no JSON"),
+        ],
+    )
+    def test_why_a_file_holds_no_rollouts(self, tmp_path, data, reason):
+        path = tmp_path / "2.jsonl"
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            audit(path)
+        with pytest.raises(ValueError, match=re.escape(f"2.jsonl ({reason}")):
+            audit(tmp_path)
+        write_dump(tmp_path / "1.jsonl", two_of_four())
+        result = audit(tmp_path).result
+        assert result["left_out"][0].startswith(f"{path} ({reason}")
+
+    def test_what_breaks_off_is_an_error(self, tmp_path, capsys):
+        write_dump(tmp_path / "1.jsonl", two_of_four(1))
+        cut = write_dump(tmp_path / "2.jsonl.gz", [e for k in range(40) for e in two_of_four(2, f"g{k}")])
+        cut.write_bytes(cut.read_bytes()[:-100])
+        result = audit(tmp_path).result
+        assert codes(result) == {"unread_files": "error"}
+        assert 4 < result["totals"]["trajectories"] < 164
+        assert [(p["file"], p["line"]) for p in result["problems"]] == [(str(cut), None)]
+        assert run_main(capsys, tmp_path)[0] == 1
+        cut.write_bytes(cut.read_bytes()[:12])
+        result = audit(tmp_path).result
+        assert codes(result) == {"unread_files": "error"}
+        assert "cannot be read" in result["problems"][0]["reason"]
+
+    def test_more_lines_lost_than_read_is_an_error(self, tmp_path):
+        path = write_dump(tmp_path / "1.jsonl", [*two_of_four(), *["torn"] * 4])
+        assert codes(audit(path).result) == {"skipped_lines": "warning"}
+        path = write_dump(tmp_path / "1.jsonl", [*two_of_four(), *["torn"] * 5])
+        assert codes(audit(path).result) == {"skipped_lines": "error"}
+
+    def test_what_is_no_utf8_is_said(self, tmp_path):
+        text = json.dumps(two_of_four()[0] | {"input": "Grüße"}, ensure_ascii=False).encode("latin-1")
+        path = tmp_path / "1.jsonl"
+        path.write_bytes(text + b"\n" + "".join(json.dumps(e) + "\n" for e in two_of_four()[1:]).encode())
+        result = audit(path).result
+        assert codes(result) == {"read_otherwise": "info"}
+        assert "1.jsonl:1: not UTF-8" in result["warnings"][0]["text"]
+        assert result["groups"][0]["prompt"] == "Gr\ufffd\ufffde"
+
+    def test_lines_beyond_all_measure_are_left_out(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("verl_tapo.text_files.MAX_LINE", 2000)
+        long = json.dumps(line("x" * 9000, 1.0, session=9))
+        path = write_dump(tmp_path / "1.jsonl", [*two_of_four()[:2], long, *two_of_four()[2:], long])
+        result = audit(path).result
+        assert result["totals"]["trajectories"] == 4
+        assert [p["line"] for p in result["problems"]] == [3, 6]
+        assert all("longer than" in p["reason"] for p in result["problems"])
+
     def test_the_read_is_reported_to_the_last_byte(self, tmp_path):
         path = write_dump(tmp_path / "1.jsonl", two_of_four() * 100)
         told = []
@@ -429,6 +537,183 @@ class TestReading:
                 rewards, mask, np.array(groups), norm_adv_by_std_in_grpo=estimator == "grpo"
             )
         assert [t.advantage for t in batch.trajectories] == expected[:, 0].tolist()
+
+
+class TestFiles:
+    """Which files are read: each once, and nothing but plain ones."""
+
+    def test_links_that_lead_back(self, tmp_path):
+        folder = tmp_path / "rollouts"
+        folder.mkdir()
+        write_dump(folder / "1.jsonl", two_of_four())
+        for name in ("latest", "newest", "0"):
+            (folder / name).symlink_to(".")
+        (folder / "up").symlink_to(tmp_path)
+        (folder / "0.jsonl").symlink_to("1.jsonl")
+        (folder / "2.jsonl").hardlink_to(folder / "1.jsonl")
+        result = audit(tmp_path, folder, folder / "latest", folder / "1.jsonl", folder / "latest" / "1.jsonl").result
+        assert (result["totals"]["trajectories"], codes(result)) == (4, {})
+        assert result["sources"] == [str(folder / "1.jsonl")]
+
+    def test_what_is_no_plain_file_is_named_and_never_opened(self, tmp_path):
+        write_dump(tmp_path / "1.jsonl", two_of_four())
+        os.mkfifo(tmp_path / "2.jsonl")
+        (tmp_path / "3.jsonl").symlink_to("/dev/zero")
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(tmp_path / "4.jsonl"))
+        result = audit(tmp_path).result
+        assert (result["totals"]["trajectories"], codes(result)) == (4, {})
+        assert result["left_out"] == [
+            f"{tmp_path}/2.jsonl (a named pipe, not a plain file)",
+            f"{tmp_path}/4.jsonl (a socket, not a plain file)",
+            f"{tmp_path}/3.jsonl (a device, not a plain file)",
+        ]
+        result = audit(tmp_path / "1.jsonl", tmp_path / "2.jsonl").result  # named on purpose
+        assert (result["totals"]["trajectories"], codes(result)) == (4, {"unread_files": "error"})
+        assert result["problems"][0]["reason"] == "a named pipe, not a plain file"
+        for path, what in ((tmp_path / "2.jsonl", "a named pipe"), ("/dev/zero", "a device")):
+            with pytest.raises(ValueError, match=f"no rollouts in .*{what}"):
+                audit(path)
+
+    def test_what_cannot_be_entered_or_is_gone(self, tmp_path, monkeypatch):
+        for name in ("open", "closed"):
+            (tmp_path / name).mkdir()
+            write_dump(tmp_path / name / "1.jsonl", two_of_four())
+        (tmp_path / "2.jsonl").symlink_to("gone")
+        (tmp_path / "round").symlink_to("round")
+        scandir = os.scandir
+
+        def refuse(path):
+            if str(path).endswith("closed"):  # whoever runs the tests may enter any folder
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        result = audit(tmp_path).result
+        assert (result["totals"]["trajectories"], codes(result)) == (4, {"unread_files": "error"})
+        assert {(Path(p["file"]).name, p["reason"]) for p in result["problems"]} == {
+            ("closed", "cannot be read: Permission denied"),
+            ("2.jsonl", "cannot be read: No such file or directory"),
+            ("round", "cannot be read: Too many levels of symbolic links"),
+        }
+
+    def test_deep_folders(self, tmp_path):
+        deep = tmp_path.joinpath(*["d"] * 800)
+        deep.mkdir(parents=True)
+        write_dump(deep / "1.jsonl", two_of_four())
+        assert audit(tmp_path).result["totals"]["trajectories"] == 4
+
+    def test_a_copy_of_a_dump_counts_once(self, tmp_path):
+        whole = write_dump(tmp_path / "1.jsonl", two_of_four(1) + two_of_four(1, "q"))
+        write_dump(tmp_path / "1.jsonl.gz", two_of_four(1) + two_of_four(1, "q"))
+        result = audit(tmp_path).result
+        assert codes(result) == {"copied_lines": "warning", "repeated_steps": "warning"}
+        assert result["totals"] == audit(whole).result["totals"]
+
+    def test_a_dump_in_parts(self, tmp_path):
+        """Groups are whole, whichever files their lines are in."""
+        lines = [e for step in (1, 2) for uid in "pq" for e in two_of_four(step, uid)]
+        write_dump(tmp_path / "whole.jsonl", lines)
+        (tmp_path / "parts").mkdir()
+        write_dump(tmp_path / "parts" / "rank_0.jsonl", lines[::2])
+        write_dump(tmp_path / "parts" / "rank_1.jsonl.gz", lines[1::2])
+        whole, parts = audit(tmp_path / "whole.jsonl").result, audit(tmp_path / "parts").result
+        assert codes(parts) == {"repeated_steps": "warning"}
+        assert parts["steps"] == whole["steps"]
+
+
+class TestStepsAndKeys:
+    @pytest.mark.parametrize("name", ["all.jsonl", "all.jsonl.gz"])
+    def test_steps_in_any_order(self, tmp_path, name):
+        lines = [e for step in (1, 2, 3) for uid in "pq" for e in two_of_four(step, uid)]
+        in_order = audit(write_dump(tmp_path / "sorted.jsonl", lines)).result
+        random.Random(1).shuffle(lines)
+        result = audit(write_dump(tmp_path / name, ["torn", *lines])).result
+        assert [step["step"] for step in result["steps"]] == [1, 2, 3]
+        for step, expected in zip(result["steps"], in_order["steps"], strict=True):
+            assert step == pytest.approx(expected)
+        assert codes(result) == {"skipped_lines": "warning"}
+
+    @pytest.mark.parametrize(
+        ("name", "step"),
+        [
+            *(("7.jsonl", 7), ("0012.jsonl", 12), ("step_3.jsonl.gz", 3), ("run2_step-10.jsonl", 10)),
+            *(("Step4.jsonl", 4), ("rollouts-5.jsonl", 5), ("step_6/rollouts.jsonl", 6), ("rollouts.jsonl", 0)),
+            (f"{'9' * 400}.jsonl"[-200:], 0),
+        ],
+    )
+    def test_the_step_in_a_name(self, tmp_path, name, step):
+        lines = [{k: v for k, v in entry.items() if k != "step"} for entry in two_of_four()]
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        path = write_dump(tmp_path / name, lines)
+        result = audit(path).result
+        assert [of["step"] for of in result["steps"]] == [step]
+        assert codes(result) == ({} if step else {"read_otherwise": "info"})
+
+    @pytest.mark.parametrize("given", ["4", 4.0, " 4 "])
+    def test_steps_of_other_types(self, tmp_path, given):
+        path = write_dump(tmp_path / "9.jsonl", [entry | {"step": given} for entry in two_of_four()])
+        result = audit(path).result
+        assert ([of["step"] for of in result["steps"]], codes(result)) == ([4], {})
+
+    @pytest.mark.parametrize("given", ["four", 4.5, True, [4], {}, 10**400, float("inf"), "", -(10**16)])
+    def test_steps_that_are_none(self, tmp_path, given):
+        path = write_dump(tmp_path / "9.jsonl", [entry | {"step": given} for entry in two_of_four()])
+        result = audit(path).result
+        assert ([of["step"] for of in result["steps"]], codes(result)) == ([9], {"read_otherwise": "info"})
+
+    def test_a_uid_that_all_rollouts_of_a_prompt_share(self, tmp_path):
+        lines = []
+        for number, prompt in enumerate(("first", "second", "third")):
+            for entry in two_of_four():
+                lines.append(entry | {"uid": f"nq_{number}_0", "input": prompt})
+        result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        totals = result["totals"]
+        assert (totals["trajectories"], totals["prompts"], totals["corrected_steps"]) == (12, 3, 3)
+        assert codes(result) == {"foreign_uids": "warning"}
+
+    def test_uids_that_name_data_set_question_and_rollout(self, tmp_path):
+        lines = []
+        for number in (11, 12, 13):
+            for rollout, entry in enumerate(two_of_four()):
+                lines.append(entry | {"uid": f"nq_{number}_{rollout}", "gts": [f"truth {number}"]})
+        result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        totals = result["totals"]
+        assert (totals["trajectories"], totals["prompts"], totals["corrected_steps"]) == (12, 3, 3)
+        assert codes(result) == {"foreign_uids": "warning"}
+
+    @pytest.mark.parametrize("uid", ["question 7", 7])
+    def test_uids_without_veRLs_numbers_are_prompts(self, tmp_path, uid):
+        result = audit(write_dump(tmp_path / "1.jsonl", [entry | {"uid": uid} for entry in two_of_four()])).result
+        # Two of the four say the same, so that they are no copies.
+        assert (result["totals"]["trajectories"], result["totals"]["prompts"]) == (4, 1)
+
+    def test_a_dump_appended_to_itself_counts_once(self, tmp_path):
+        lines = [e for uid in "pq" for e in two_of_four(1, uid)]
+        once = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        twice = audit(write_dump(tmp_path / "1.jsonl", lines + lines)).result
+        assert twice["totals"] == once["totals"]
+        assert codes(twice) == {"copied_lines": "warning"}
+        assert "1.jsonl:9" in twice["warnings"][0]["text"]
+
+    def test_two_runs_in_one_dump(self, tmp_path):
+        """The same keys, other rollouts: each line is one."""
+        other = [entry | {"output": search_then("river of Peru", "x")} for entry in two_of_four()]
+        result = audit(write_dump(tmp_path / "1.jsonl", two_of_four() + other)).result
+        assert (result["totals"]["trajectories"], result["totals"]["prompts"]) == (8, 1)
+        assert codes(result) == {"foreign_uids": "warning"}
+
+    def test_texts_of_records_come_from_any_dump(self, tmp_path):
+        (tmp_path / "records").mkdir()
+        for step in (1, 2, 3):
+            write_dump(tmp_path / "records" / f"{step:06d}.jsonl.gz", [record_header(step), *recorded_group()])
+        lines = [e for step in (1, 2, 3) for e in two_of_four(step)]
+        random.Random(2).shuffle(lines)
+        write_dump(tmp_path / "all.jsonl.gz", lines)
+        result = audit(tmp_path).result
+        assert result["settings"]["recorded_steps"] == 3
+        assert result["totals"]["trajectories"] == 12
+        assert all(t["text"] and t["calls"][0]["result"] for g in result["groups"] for t in g["trajectories"])
 
 
 class TestStrangers:
@@ -503,8 +788,6 @@ class TestImages:
 
 
 def random_batch(seed, rows=12):
-    import random
-
     r = random.Random(seed)
     trajectories = []
     for number in range(rows):
@@ -668,6 +951,50 @@ class TestWarnings:
     def codes(self, tmp_path, lines, **options):
         result = audit(write_dump(tmp_path / "1.jsonl", lines), **options).result
         return {warned["code"]: warned["level"] for warned in result["warnings"]}
+
+    @pytest.mark.parametrize(
+        ("values", "threshold"), [((0.5, 1.5), "=1,"), ((0.0, 0.1), "=0.05,"), ((0.6, 1.0), "=0.8,")]
+    )
+    def test_scores_on_one_side_of_the_threshold(self, tmp_path, values, threshold):
+        lines = [entry | {"score": values[int(entry["score"])]} for k in range(5) for entry in two_of_four(uid=f"g{k}")]
+        path = write_dump(tmp_path / "1.jsonl", lines)
+        result = audit(path).result
+        assert codes(result) == {"one_sided_threshold": "error"}
+        (warned,) = result["warnings"]
+        assert f"run from {values[0]:g} to {values[1]:g}" in warned["text"]
+        assert f"--set success_threshold{threshold}" in warned["advice"]
+        fit = audit(path, settings={"success_threshold": sum(values) / 2}).result
+        assert (fit["totals"]["corrected_steps"], codes(fit)) == (5, {})
+
+    def test_all_fail_by_their_own_field(self, tmp_path):
+        lines = [entry | {"acc": 0.0} for k in range(5) for entry in two_of_four(uid=f"g{k}")]
+        result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        assert codes(result)["one_sided_groups"] == "warning"
+        assert "though scores differ in 100%" in next(w["text"] for w in result["warnings"] if "sided" in w["code"])
+
+    @pytest.mark.parametrize(
+        ("yes", "no"),
+        [("1.0", "0.0"), ("True", "False"), (" true", "FALSE"), (True, False), (1, 0), ("1", "0.2"), (10**400, "-inf")],
+    )
+    def test_success_as_text(self, tmp_path, yes, no):
+        lines = [
+            entry | {"score": 0.6 + entry["score"] / 4, "acc": yes if entry["score"] else no} for entry in two_of_four()
+        ]
+        result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        assert (result["totals"]["successes"], result["totals"]["corrected_steps"], codes(result)) == (2, 1, {})
+
+    @pytest.mark.parametrize("acc", ["yes", "", [1.0], {"a": 1}, "nan", float("nan")])
+    def test_success_that_cannot_be_read(self, tmp_path, acc):
+        lines = [entry | {"acc": acc} for entry in two_of_four()]
+        result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        assert codes(result) == {"unread_success": "error"}
+        assert "acc of 4 rollouts" in result["warnings"][0]["text"]
+        assert "1.jsonl:1" in result["warnings"][0]["text"]
+        assert result["totals"]["successes"] == 2  # by the score
+
+    def test_scores_as_text(self, tmp_path):
+        lines = [entry | {"score": str(entry["score"])} for entry in two_of_four()]
+        assert audit(write_dump(tmp_path / "1.jsonl", lines)).result["totals"]["corrected_steps"] == 1
 
     def test_a_sound_run_has_none(self, tmp_path):
         lines = [e for group in range(10) for e in two_of_four(uid=f"g{group}")]
