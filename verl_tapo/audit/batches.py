@@ -310,7 +310,7 @@ def _recorded(
         for call in row["calls"]:
             turn = turns.setdefault((output, *call["turn"]), len(turns))
             status = call["status"] or ("ok" if call["ok"] else "error")
-            arguments, sizes = call["arguments"], (call["turn_tokens"], call["call_tokens"])
+            arguments, sizes = json_value(call["arguments"]), (call["turn_tokens"], call["call_tokens"])
             calls.append(
                 Call(call["tool"], arguments, arguments, turn, call["ok"], status, *sizes, recorded_gate=call["gate"])
             )

@@ -112,7 +112,10 @@ def audit(
 @lru_cache(maxsize=64)
 def _settings(flat: str) -> TapoSettings:
     """Kept, so that kernels keep what they have loaded."""
-    return TapoSettings.from_mapping(json.loads(flat))
+    try:
+        return TapoSettings.from_mapping(json.loads(flat))
+    except (TypeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"algorithm.tapo: {error}") from None
 
 
 _OPEN_DUMPS = 32  # files that stay open between two of their steps
