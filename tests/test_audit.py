@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pandas
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
@@ -758,6 +759,153 @@ class TestStrangers:
         assert "kernels_not_used" not in codes(result)
 
 
+DEEP: list = []
+for _ in range(300):
+    DEEP = [DEEP]
+ODD = [
+    *(None, True, False, 0, 1, -1, 2**63, -(2**64), 10**400, 1e308, -1e308, 3.5e38, float("nan"), float("inf"), 1.5),
+    *("", "x", "1", "nan", "\ud800", "\x1b[2J", "\x00", "9" * 5000, [], [None], [1, 2], [10**400, 1e308], DEEP),
+    *({}, {"": 1}, {"\ud800": "\udfff"}, {"a": float("nan")}, {"kernel": "embedding"}),
+]
+MISSING = object()
+
+
+def with_value(value, path, odd):
+    """A deep copy with another value at a path."""
+    copy = json.loads(json.dumps(value))
+    at = copy
+    for name in path[:-1]:
+        at = at[name]
+    if odd is MISSING:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = odd
+    return copy
+
+
+class TestOddValues:
+    """No value of any field ends an audit: its line is read, or named with its reason, and the rest is audited."""
+
+    def check(self, path):
+        found = audit(path)
+        assert json.loads(found.to_json())["version"] == 1
+        assert len(found.calls) == found.result["totals"]["calls"]
+        return found.result
+
+    @pytest.mark.parametrize("name", ["input", "output", "gts", "score", "step", "uid", "acc", "more"])
+    def test_in_dumps(self, tmp_path, name):
+        odd = [line("no call", 0.0, "odd", number) | {name: value} for number, value in enumerate(ODD)]
+        lines = [*two_of_four(), *map(json.dumps, odd), *two_of_four(uid="q")]
+        result = self.check(write_dump(tmp_path / "1.jsonl", lines))
+        assert result["totals"]["trajectories"] + result["skipped"] == len(lines)
+        assert result["totals"]["corrected_steps"] >= 2
+        if name == "score":
+            reasons = {p["reason"] for p in result["problems"]}
+            assert "the score is '1e+308', beyond veRL's arithmetic" in reasons
+            assert "the score is 'inf', not a finite number" in reasons
+            assert "the score is a list, not a finite number" in reasons
+
+    def test_in_the_arguments_of_calls(self, tmp_path):
+        lines = []
+        for number, value in enumerate(ODD):
+            for session, name in enumerate(("query", "bbox", "image", "other")):
+                text = call_text("search", **{name: json.loads(json.dumps(value))}) + answers("A") + "end"
+                lines += [json.dumps(line(text, float(k), f"{name}{number}", 2 * session + k)) for k in (0, 1)]
+        result = self.check(write_dump(tmp_path / "1.jsonl", [*lines, *two_of_four()]))
+        assert result["totals"]["trajectories"] == len(lines) + 4
+        assert result["totals"]["corrected_steps"] > 4 * len(ODD) / 2
+
+    PATHS = (
+        *(("key",), ("uid",), ("trajectory",), ("score",), ("success",), ("advantage",), ("tokens",), ("length",)),
+        *(("changed_tokens",), ("calls",), ("calls", 0), ("more",)),
+        *(("calls", 0, name) for name in ("tool", "arguments", "turn", "call", "turn_tokens", "call_tokens", "ok")),
+        *(("calls", 0, name) for name in ("status", "gate", "witness", "latency_s", "more")),
+        *(("calls", 0, "arguments", name) for name in ("query", "bbox", "image")),
+    )
+
+    @pytest.mark.parametrize("path", PATHS, ids=lambda path: ".".join(map(str, path)))
+    def test_in_records(self, tmp_path, path):
+        row = record_row(9, "capital of Oman", False)
+        known = path[-1] not in ("more", "bbox", "image")
+        odd = [with_value(row | {"trajectory": 100 + number, "key": f"p_{number}_0"}, path, value)
+               for number, value in enumerate([*ODD, MISSING] if known else ODD)]  # fmt: skip
+        good = [row | {"trajectory": 1000 + row["trajectory"]} for row in recorded_group()]
+        rows = [record_header(), *good, *odd]
+        result = self.check(write_dump(tmp_path / "000001.jsonl", list(map(json.dumps, rows))))
+        assert result["totals"]["corrected_steps"] >= 1
+        assert result["totals"]["trajectories"] + result["skipped"] == len(rows) - 1
+        for problem in result["problems"]:
+            assert problem["line"]
+            assert problem["reason"].startswith((path[0], "not a row of step records", "not JSON", "20 more"))
+
+    @pytest.mark.parametrize(
+        ("path", "odd", "reason"),
+        [
+            (("calls",), None, "calls is None, not a list"),
+            (("calls", 0), 7, "calls[0] is int, not a mapping"),
+            (("calls", 0, "turn"), None, "calls[0].turn is None, not a span"),
+            (("calls", 0, "ok"), MISSING, "calls[0].ok is missing, not true or false"),
+            (("advantage",), "x", "advantage is 'x', not a number that can be reckoned with"),
+            (("advantage",), float("nan"), "advantage is nan, not a number that can be reckoned with"),
+            (("trajectory",), [0], "trajectory is a list, not a whole number"),
+            (("uid",), None, "uid is None, not a text"),
+            (("success",), "yes", "success is 'yes', not true or false"),
+            (("score",), 10**400, f"score is {str(10**400)[:40]}, not a number that can be reckoned with or null"),
+        ],
+    )
+    def test_line_and_field_are_named(self, tmp_path, path, odd, reason):
+        rows = [record_header(), with_value(record_row(8, "x", False), path, odd), *recorded_group()]
+        result = self.check(write_dump(tmp_path / "000001.jsonl", list(map(json.dumps, rows))))
+        assert [(p["line"], p["reason"]) for p in result["problems"]] == [(2, reason)]
+        assert result["totals"]["trajectories"] == 4
+
+    SETTINGS = (
+        *("beta", "theta", "alpha_min", "token_scope", "scope", "use_support", "clip", "tools", "success_key"),
+        *("success_threshold", "error_markers", "image_parameters", "image_index_base", "record_dir", "unheard_of"),
+    )
+
+    def test_in_headers(self, tmp_path):
+        header = record_header(tools={"search": {"query": "text"}})
+        paths = [*((name,) for name in header), *(("settings", name) for name in self.SETTINGS)]
+        paths += [("settings", "tools", "search"), ("settings", "tools", "search", "query")]
+        odd = [with_value(header, path, value) for path in paths for value in ODD]
+        for number, value in enumerate(odd):
+            rows = [with_value(row, ("uid",), f"u{number}") for row in recorded_group()]
+            write_dump(tmp_path / f"{number:06d}.jsonl", list(map(json.dumps, [value, *rows])))
+        write_dump(tmp_path / "999999.jsonl", [record_header(999999), *recorded_group()])
+        result = self.check(tmp_path)
+        assert result["steps"][-1]["step"] == 999999
+        read = result["totals"]["trajectories"] // 4
+        unread = next(w["text"] for w in result["warnings"] if w["code"] == "unread_files")
+        assert f"{len(odd) + 1 - read - len(result['left_out'])} files" in unread
+        reasons = {p["reason"].split(": ", 1)[-1] for p in result["problems"]}
+        assert "the header's step is missing, not a whole number" not in reasons
+        assert "the header's settings is None, not a mapping" in reasons
+
+    @pytest.mark.parametrize("name", ["step", "settings"])
+    def test_headers_that_lack_something(self, tmp_path, name):
+        write_dump(tmp_path / "000001.jsonl", [with_value(record_header(), (name,), MISSING), *recorded_group()])
+        write_dump(tmp_path / "000002.jsonl", [record_header(2), *recorded_group()])
+        result = self.check(tmp_path)
+        assert result["totals"]["trajectories"] == 4
+        assert f"the header's {name} is missing" in result["problems"][0]["reason"]
+
+    def test_parquet_files_of_something_else(self, tmp_path):
+        pandas.DataFrame({"a": [1]}).to_parquet(tmp_path / "1.parquet")
+        (tmp_path / "2.parquet").write_bytes(b"PAR1 and no more")
+        table = pyarrow.table({"uid": ["u"], "calls": [[{"arguments": "{"}]]})
+        header = json.dumps(record_header())
+        pyarrow.parquet.write_table(
+            table.replace_schema_metadata({"tapo_step_records": header}), tmp_path / "3.parquet"
+        )
+        write_dump(tmp_path / "4.jsonl", two_of_four(4))
+        result = self.check(tmp_path)
+        assert result["totals"]["trajectories"] == 4
+        assert result["left_out"] == [f"{tmp_path}/1.parquet (a Parquet file of something else)"]
+        places = [(Path(problem["file"]).name, problem["line"]) for problem in result["problems"]]
+        assert places == [("2.parquet", None), ("3.parquet", 1)]
+
+
 class TestImages:
     """``image: 2`` is the same image only where it was made in the same way."""
 
@@ -970,7 +1118,7 @@ class TestWarnings:
         lines = [entry | {"acc": 0.0} for k in range(5) for entry in two_of_four(uid=f"g{k}")]
         result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
         assert codes(result)["one_sided_groups"] == "warning"
-        assert "though scores differ in 100%" in next(w["text"] for w in result["warnings"] if "sided" in w["code"])
+        assert "though scores differ in 100 %" in next(w["text"] for w in result["warnings"] if "sided" in w["code"])
 
     @pytest.mark.parametrize(
         ("yes", "no"),

@@ -300,8 +300,11 @@ def _is_own(path: Path) -> bool:
 
 
 def _first_line(path: Path) -> Any:
-    with open_utf8(path) as stream:
-        line = read_line(stream, 0)
+    try:
+        with open_utf8(path) as stream:
+            line = read_line(stream, 0)
+    except BROKEN:
+        return None
     return None if line is None else _parsed(line.text)[0]
 
 
