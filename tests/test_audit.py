@@ -6,19 +6,23 @@ import csv
 import gzip
 import json
 import os
+import random
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from verl_tapo import TapoConfig, transfer_credit
+from verl_tapo import TapoConfig, similarity, transfer_credit
 from verl_tapo.audit import ReadOptions, audit, terminal
 from verl_tapo.audit.analysis import Sweep, analyse, figures, star
 from verl_tapo.audit.batches import batch_from_dump
@@ -28,6 +32,7 @@ from verl_tapo.audit.sources import Problems, Row, find_sources, read_dump
 from verl_tapo.audit.text import find_calls, split_turns
 from verl_tapo.cli import main
 from verl_tapo.config import TapoSettings
+from verl_tapo.formats import FORMATS
 from verl_tapo.parsing import NOT_EXECUTED_PREFIX
 from verl_tapo.steps import ToolStep
 
@@ -67,6 +72,36 @@ def two_of_four(step=1, uid="p"):
         line(search_then(query, answer), score, uid, number, step)
         for number, (query, answer, score) in enumerate(outputs)
     ]
+
+
+def record_header(step=1, **settings):
+    return {"kind": "tapo_step_records", "version": 1, "step": step, "settings": settings}
+
+
+def record_call(query, **changes):
+    return {
+        "tool": "search", "arguments": {"query": query}, "turn": [0, 40], "call": [12, 40], "turn_tokens": 40,
+        "call_tokens": 28, "ok": True, "status": "ok", "latency_s": 0.1, "fault": None, "role": "none", "gate": "",
+        "similarity": 0.0, "support": 0.0, "alpha": 0.0, "reference_advantage": 0.0, "transfer": 0.0, "witness": None,
+    } | changes  # fmt: skip
+
+
+def record_row(number, query, success, **changes):
+    return {
+        "key": f"p_{number}_0", "uid": "p", "trajectory": number, "score": float(success), "success": success,
+        "advantage": 0.9 if success else -0.9, "tokens": 60, "length": 80, "changed_tokens": 0,
+        "calls": [record_call(query)],
+    } | changes  # fmt: skip
+
+
+def recorded_group():
+    """Two that succeed with a call, one that fails with the same, one with another."""
+    queries = ["capital of Oman", "capital of Oman", "capital of Oman", "currency of Chile"]
+    return [record_row(number, query, number < 2) for number, query in enumerate(queries)]
+
+
+def codes(result):
+    return {warned["code"]: warned["level"] for warned in result["warnings"]}
 
 
 class TestText:
@@ -162,6 +197,88 @@ class TestText:
         text = "<tool_call>\n<function=search>\n<parameter=query>\nOman\n</parameter>\n</function>\n</tool_call>"
         (call,) = find_calls(text + answers("A") + "end", "qwen3_coder").calls
         assert (call.tool, call.arguments, call.status) == ("search", {"query": "Oman"}, "ok")
+
+    @pytest.mark.parametrize("header", ["{}\n\n", "<|eot_id|><|start_header_id|>{}<|end_header_id|>\n\n"])
+    @pytest.mark.parametrize("tool", ["tool", "ipython"])
+    def test_headers_right_behind_the_text(self, tool, header):
+        """As Llama's template leaves them: no line of their own, an empty line behind."""
+        tool, assistant = header.format(tool), header.format("assistant")
+        a, b, c = (call_text("search", query=query) for query in "abc")
+        answer = "A research assistant\n\nworks as a teaching-assistant\n\nwith a tool\n\nin Paris."
+        text = f"Hm.{a}{tool}{answer}{assistant}{b}{c}{tool}B{tool}C{assistant}The end."
+        found = find_calls(text, "hermes")
+        assert [(of.arguments["query"], of.status, of.result, of.turn) for of in found.calls] == [
+            ("a", "ok", answer, 0),
+            ("b", "ok", "B", 1),
+            ("c", "ok", "C", 1),
+        ]
+        assert found.size == len(f"Hm.{a}{b}{c}The end.")
+        assert not found.unclear
+        assert find_calls(f"{a}{tool}Paris{assistant}", "hermes").calls[0].result == "Paris"
+
+    @pytest.mark.parametrize(
+        ("user", "assistant"),
+        [
+            ("\nuser\n", "\nmodel\n"),
+            ("\nuser\n", "\nAI:\n"),
+            ("<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>ai\n"),
+            ("<end_of_turn>\n<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"),
+        ],
+    )
+    def test_assistants_of_other_names(self, user, assistant):
+        a, b, c = (call_text("search", query=query) for query in "abc")
+        A, B, C = (f"{user}<tool_response>\n{answer}\n</tool_response>" for answer in "ABC")
+        found = find_calls(a + A + assistant + b + c + B + C + assistant + "The end.", "hermes")
+        assert [(of.result, of.turn) for of in found.calls] == [("A", 0), ("B", 1), ("C", 1)]
+        assert not found.unclear
+
+    @pytest.mark.parametrize(
+        ("text", "unclear"),
+        [
+            ("{a}It is Paris<answer>Paris</answer>", True),
+            ("{a}It is Paris<think>hm</think>{b}", True),
+            ("{a}\ntool\nIt is Paris|AI|{b}", True),  # an observation that nothing known ends
+            ("{a}\nuser\n<tool_response>\nIt is Paris|AI|{b}", True),
+            ("{a}", False),
+            ("{a}\n{b}\n<|im_end|>\n", False),
+            ("<answer>Paris</answer>", False),
+            ("{a}\nuser\n<tool_response>\nIt is Paris\n</tool_response>\nassistant\n<answer>Paris</answer>", False),
+            ("{a}\nuser\n<tool_response>\nIt is Par", False),
+            ("{a}\nuser\n<tool_response>\nIt is Paris\n</tool_response>\nassist", False),
+        ],
+    )
+    def test_turns_that_cannot_be_told_apart(self, text, unclear):
+        a, b = call_text("search", query="a"), call_text("search", query="b")
+        found = find_calls(text.replace("{a}", a).replace("{b}", b), "hermes")
+        assert found.unclear == unclear
+
+    PIECES = (
+        *(" ", "\n", "\r\n \t", "\u3000", "<", "<a>", "{", "[", '"', "\\", "assistant", "assistant ", "assistant\n"),
+        *("\nassistant", "assistant\n\n", "\nuser\n", "\ntool\n", "tool\n\n", "user\n<tool_response>"),
+        *("<|im_end|>", "<|im_end|>\n", "<|eot_id|> ", "<|end_header_id|>\n", "<seed:eos>", "<seed:bos>tool"),
+        *("<tool_response>", "</tool_response>", "</tool_response>\n", "</tool_response> assistant "),
+        *("</tool_response>\nAI\nuser\n<tool_response>", "<response>", "</response>", "## Return of"),
+        *("<function=a>", "</function>", "<parameter=a>", "</parameter>", '<parameter name="a">', "<invoke"),
+        *('<invoke name="a">', "<arg_key>", "</arg_key>", "<arg_value>", "<|observation|>"),
+    )
+
+    @pytest.mark.parametrize("tool_format", FORMATS)
+    def test_time_grows_with_the_text_whatever_repeats(self, tool_format):
+        fmt = FORMATS[tool_format]
+        opening, closing = fmt.opening.decode(), fmt.closing.decode()
+        own = [opening, closing, f"{closing}\nuser\n", f"{opening}x{closing}\nuser\n", fmt.inner.decode() or " "]
+        answer = f"{opening}x{closing}\nuser\n{fmt.responses[0].decode()}"
+
+        def seconds(text):
+            start = time.process_time()
+            find_calls(text, tool_format)
+            return time.process_time() - start
+
+        for piece in (*self.PIECES, *own):
+            for head in (fmt.section.decode() + opening, answer):
+                few, many = (head + piece * (length // len(piece)) for length in (4_000, 64_000))
+                # 16 times the text; were time quadratic, 256 times as long.
+                assert min(seconds(many) for _ in range(3)) < 80 * min(seconds(few) for _ in range(3)) + 0.02, piece
 
     @given(st.text(max_size=300))
     @settings(max_examples=300, deadline=None)
@@ -292,6 +409,112 @@ class TestReading:
         by_score = audit(path, settings={"success_key": "score"}).result["totals"]
         assert (by_score["failing_trajectories"], by_score["corrected_steps"]) == (2, 1)
 
+    def test_however_a_file_is_compressed_encoded_or_named(self, tmp_path):
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in two_of_four())
+        text = text.replace("Oman", "Öman 🐪")
+        files = {
+            "bom.jsonl": text.encode("utf-8-sig"),
+            "utf16.jsonl": text.encode("utf-16"),
+            "utf16_be.jsonl": "\ufeff".encode("utf-16-be") + text.encode("utf-16-be"),
+            "utf16_bare.jsonl": text.encode("utf-16-le"),
+            "utf32.jsonl": text.encode("utf-32"),
+            "windows.jsonl": text.replace("\n", "\r\n").encode("utf-8-sig"),
+            "packed.jsonl": gzip.compress(text.encode()),
+            "plain.jsonl.gz": text.encode(),
+            "bom.jsonl.gz": gzip.compress(text.encode("utf-8-sig")),
+            "utf16.jsonl.gz": gzip.compress(text.encode("utf-16")),
+            "two_parts.jsonl.gz": gzip.compress(text[:900].encode()) + gzip.compress(text[900:].encode()),
+            "x.ndjson": text.encode(),
+            "x.ndjson.gz": gzip.compress(text.encode()),
+            "X.JSONL": text.encode(),
+        }
+        expected = None
+        for name, data in files.items():
+            folder = tmp_path / name.replace(".", "_")
+            folder.mkdir()
+            (folder / name).write_bytes(data)
+            result = audit(folder).result
+            assert codes(result) == {}, name
+            groups = [{**group, "trajectories": group["trajectories"]} for group in result["groups"]]
+            expected = expected or groups
+            assert groups == expected, name
+
+    def test_records_are_read_alike(self, tmp_path):
+        text = "".join(json.dumps(value) + "\r\n" for value in [record_header(), *recorded_group()])
+        for name, data in {
+            "bom.jsonl": text.encode("utf-8-sig"),
+            "packed.jsonl": gzip.compress(text.encode()),
+            "1.jsonl.gz": text.encode("utf-16"),
+        }.items():
+            (tmp_path / name).write_bytes(data)
+            result = audit(tmp_path / name).result
+            assert (result["settings"]["recorded_steps"], result["totals"]["corrected_steps"]) == (1, 1)
+            assert (result["skipped"], result["problems"]) == (0, [])
+
+    @pytest.mark.parametrize(
+        ("data", "reason"),
+        [
+            (b"BZh91AY&SY", "compressed with bzip2"),
+            (b"\x28\xb5\x2f\xfd\x00", "compressed with zstd"),
+            (b"PK\x03\x04", "compressed with zip"),
+            (b"", "the file is empty"),
+            (b"\n \n", "the file is empty"),
+            (b"hello\n", "line 1 is no JSON: 'hello'"),
+            (b"[{\n", "line 1 is no JSON"),
+            (b"[1]\n", "line 1 is no JSON object but list"),
+            (b'{"step": 1, "data": {}}\n', "no 'output' in line 1; fields: data, step"),
+            (b"\x00\x01\x02\x03" * 1000, "line 1 is no JSON"),
+        ],
+    )
+    def test_why_a_file_holds_no_rollouts(self, tmp_path, data, reason):
+        path = tmp_path / "2.jsonl"
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            audit(path)
+        with pytest.raises(ValueError, match=re.escape(f"2.jsonl ({reason}")):
+            audit(tmp_path)
+        write_dump(tmp_path / "1.jsonl", two_of_four())
+        result = audit(tmp_path).result
+        assert result["left_out"][0].startswith(f"{path} ({reason}")
+
+    def test_what_breaks_off_is_an_error(self, tmp_path, capsys):
+        write_dump(tmp_path / "1.jsonl", two_of_four(1))
+        cut = write_dump(tmp_path / "2.jsonl.gz", [e for k in range(40) for e in two_of_four(2, f"g{k}")])
+        cut.write_bytes(cut.read_bytes()[:-100])
+        result = audit(tmp_path).result
+        assert codes(result) == {"unread_files": "error"}
+        assert 4 < result["totals"]["trajectories"] < 164
+        assert [(p["file"], p["line"]) for p in result["problems"]] == [(str(cut), None)]
+        assert run_main(capsys, tmp_path)[0] == 1
+        cut.write_bytes(cut.read_bytes()[:12])
+        result = audit(tmp_path).result
+        assert codes(result) == {"unread_files": "error"}
+        assert "cannot be read" in result["problems"][0]["reason"]
+
+    def test_more_lines_lost_than_read_is_an_error(self, tmp_path):
+        path = write_dump(tmp_path / "1.jsonl", [*two_of_four(), *["torn"] * 4])
+        assert codes(audit(path).result) == {"skipped_lines": "warning"}
+        path = write_dump(tmp_path / "1.jsonl", [*two_of_four(), *["torn"] * 5])
+        assert codes(audit(path).result) == {"skipped_lines": "error"}
+
+    def test_what_is_no_utf8_is_said(self, tmp_path):
+        text = json.dumps(two_of_four()[0] | {"input": "Grüße"}, ensure_ascii=False).encode("latin-1")
+        path = tmp_path / "1.jsonl"
+        path.write_bytes(text + b"\n" + "".join(json.dumps(e) + "\n" for e in two_of_four()[1:]).encode())
+        result = audit(path).result
+        assert codes(result) == {"read_otherwise": "info"}
+        assert "1.jsonl:1: not UTF-8" in result["warnings"][0]["text"]
+        assert result["groups"][0]["prompt"] == "Gr\ufffd\ufffde"
+
+    def test_lines_beyond_all_measure_are_left_out(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("verl_tapo.text_files.MAX_LINE", 2000)
+        long = json.dumps(line("x" * 9000, 1.0, session=9))
+        path = write_dump(tmp_path / "1.jsonl", [*two_of_four()[:2], long, *two_of_four()[2:], long])
+        result = audit(path).result
+        assert result["totals"]["trajectories"] == 4
+        assert [p["line"] for p in result["problems"]] == [3, 6]
+        assert all("longer than" in p["reason"] for p in result["problems"])
+
     def test_the_read_is_reported_to_the_last_byte(self, tmp_path):
         path = write_dump(tmp_path / "1.jsonl", two_of_four() * 100)
         told = []
@@ -315,6 +538,372 @@ class TestReading:
                 rewards, mask, np.array(groups), norm_adv_by_std_in_grpo=estimator == "grpo"
             )
         assert [t.advantage for t in batch.trajectories] == expected[:, 0].tolist()
+
+
+class TestFiles:
+    """Which files are read: each once, and nothing but plain ones."""
+
+    def test_links_that_lead_back(self, tmp_path):
+        folder = tmp_path / "rollouts"
+        folder.mkdir()
+        write_dump(folder / "1.jsonl", two_of_four())
+        for name in ("latest", "newest", "0"):
+            (folder / name).symlink_to(".")
+        (folder / "up").symlink_to(tmp_path)
+        (folder / "0.jsonl").symlink_to("1.jsonl")
+        (folder / "2.jsonl").hardlink_to(folder / "1.jsonl")
+        result = audit(tmp_path, folder, folder / "latest", folder / "1.jsonl", folder / "latest" / "1.jsonl").result
+        assert (result["totals"]["trajectories"], codes(result)) == (4, {})
+        assert result["sources"] == [str(folder / "1.jsonl")]
+
+    def test_what_is_no_plain_file_is_named_and_never_opened(self, tmp_path):
+        write_dump(tmp_path / "1.jsonl", two_of_four())
+        os.mkfifo(tmp_path / "2.jsonl")
+        (tmp_path / "3.jsonl").symlink_to("/dev/zero")
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(tmp_path / "4.jsonl"))
+        result = audit(tmp_path).result
+        assert (result["totals"]["trajectories"], codes(result)) == (4, {})
+        assert result["left_out"] == [
+            f"{tmp_path}/2.jsonl (a named pipe, not a plain file)",
+            f"{tmp_path}/4.jsonl (a socket, not a plain file)",
+            f"{tmp_path}/3.jsonl (a device, not a plain file)",
+        ]
+        result = audit(tmp_path / "1.jsonl", tmp_path / "2.jsonl").result  # named on purpose
+        assert (result["totals"]["trajectories"], codes(result)) == (4, {"unread_files": "error"})
+        assert result["problems"][0]["reason"] == "a named pipe, not a plain file"
+        for path, what in ((tmp_path / "2.jsonl", "a named pipe"), ("/dev/zero", "a device")):
+            with pytest.raises(ValueError, match=f"no rollouts in .*{what}"):
+                audit(path)
+
+    def test_what_cannot_be_entered_or_is_gone(self, tmp_path, monkeypatch):
+        for name in ("open", "closed"):
+            (tmp_path / name).mkdir()
+            write_dump(tmp_path / name / "1.jsonl", two_of_four())
+        (tmp_path / "2.jsonl").symlink_to("gone")
+        (tmp_path / "round").symlink_to("round")
+        scandir = os.scandir
+
+        def refuse(path):
+            if str(path).endswith("closed"):  # whoever runs the tests may enter any folder
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        result = audit(tmp_path).result
+        assert (result["totals"]["trajectories"], codes(result)) == (4, {"unread_files": "error"})
+        assert {(Path(p["file"]).name, p["reason"]) for p in result["problems"]} == {
+            ("closed", "cannot be read: Permission denied"),
+            ("2.jsonl", "cannot be read: No such file or directory"),
+            ("round", "cannot be read: Too many levels of symbolic links"),
+        }
+
+    def test_deep_folders(self, tmp_path):
+        deep = tmp_path.joinpath(*["d"] * 800)
+        deep.mkdir(parents=True)
+        write_dump(deep / "1.jsonl", two_of_four())
+        assert audit(tmp_path).result["totals"]["trajectories"] == 4
+
+    def test_a_copy_of_a_dump_counts_once(self, tmp_path):
+        whole = write_dump(tmp_path / "1.jsonl", two_of_four(1) + two_of_four(1, "q"))
+        write_dump(tmp_path / "1.jsonl.gz", two_of_four(1) + two_of_four(1, "q"))
+        result = audit(tmp_path).result
+        assert codes(result) == {"copied_lines": "warning", "repeated_steps": "warning"}
+        assert result["totals"] == audit(whole).result["totals"]
+
+    def test_a_dump_in_parts(self, tmp_path):
+        """Groups are whole, whichever files their lines are in."""
+        lines = [e for step in (1, 2) for uid in "pq" for e in two_of_four(step, uid)]
+        write_dump(tmp_path / "whole.jsonl", lines)
+        (tmp_path / "parts").mkdir()
+        write_dump(tmp_path / "parts" / "rank_0.jsonl", lines[::2])
+        write_dump(tmp_path / "parts" / "rank_1.jsonl.gz", lines[1::2])
+        whole, parts = audit(tmp_path / "whole.jsonl").result, audit(tmp_path / "parts").result
+        assert codes(parts) == {"repeated_steps": "warning"}
+        assert parts["steps"] == whole["steps"]
+
+
+class TestStepsAndKeys:
+    @pytest.mark.parametrize("name", ["all.jsonl", "all.jsonl.gz"])
+    def test_steps_in_any_order(self, tmp_path, name):
+        lines = [e for step in (1, 2, 3) for uid in "pq" for e in two_of_four(step, uid)]
+        in_order = audit(write_dump(tmp_path / "sorted.jsonl", lines)).result
+        random.Random(1).shuffle(lines)
+        result = audit(write_dump(tmp_path / name, ["torn", *lines])).result
+        assert [step["step"] for step in result["steps"]] == [1, 2, 3]
+        for step, expected in zip(result["steps"], in_order["steps"], strict=True):
+            assert step == pytest.approx(expected)
+        assert codes(result) == {"skipped_lines": "warning"}
+
+    @pytest.mark.parametrize(
+        ("name", "step"),
+        [
+            *(("7.jsonl", 7), ("0012.jsonl", 12), ("step_3.jsonl.gz", 3), ("run2_step-10.jsonl", 10)),
+            *(("Step4.jsonl", 4), ("rollouts-5.jsonl", 5), ("step_6/rollouts.jsonl", 6), ("rollouts.jsonl", 0)),
+            (f"{'9' * 400}.jsonl"[-200:], 0),
+        ],
+    )
+    def test_the_step_in_a_name(self, tmp_path, name, step):
+        lines = [{k: v for k, v in entry.items() if k != "step"} for entry in two_of_four()]
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        path = write_dump(tmp_path / name, lines)
+        result = audit(path).result
+        assert [of["step"] for of in result["steps"]] == [step]
+        assert codes(result) == ({} if step else {"read_otherwise": "info"})
+
+    @pytest.mark.parametrize("given", ["4", 4.0, " 4 "])
+    def test_steps_of_other_types(self, tmp_path, given):
+        path = write_dump(tmp_path / "9.jsonl", [entry | {"step": given} for entry in two_of_four()])
+        result = audit(path).result
+        assert ([of["step"] for of in result["steps"]], codes(result)) == ([4], {})
+
+    @pytest.mark.parametrize("given", ["four", 4.5, True, [4], {}, 10**400, float("inf"), "", -(10**16)])
+    def test_steps_that_are_none(self, tmp_path, given):
+        path = write_dump(tmp_path / "9.jsonl", [entry | {"step": given} for entry in two_of_four()])
+        result = audit(path).result
+        assert ([of["step"] for of in result["steps"]], codes(result)) == ([9], {"read_otherwise": "info"})
+
+    def test_a_uid_that_all_rollouts_of_a_prompt_share(self, tmp_path):
+        lines = []
+        for number, prompt in enumerate(("first", "second", "third")):
+            for entry in two_of_four():
+                lines.append(entry | {"uid": f"nq_{number}_0", "input": prompt})
+        result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        totals = result["totals"]
+        assert (totals["trajectories"], totals["prompts"], totals["corrected_steps"]) == (12, 3, 3)
+        assert codes(result) == {"foreign_uids": "warning"}
+
+    def test_uids_that_name_data_set_question_and_rollout(self, tmp_path):
+        lines = []
+        for number in (11, 12, 13):
+            for rollout, entry in enumerate(two_of_four()):
+                lines.append(entry | {"uid": f"nq_{number}_{rollout}", "gts": [f"truth {number}"]})
+        result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        totals = result["totals"]
+        assert (totals["trajectories"], totals["prompts"], totals["corrected_steps"]) == (12, 3, 3)
+        assert codes(result) == {"foreign_uids": "warning"}
+
+    @pytest.mark.parametrize("uid", ["question 7", 7])
+    def test_uids_without_veRLs_numbers_are_prompts(self, tmp_path, uid):
+        result = audit(write_dump(tmp_path / "1.jsonl", [entry | {"uid": uid} for entry in two_of_four()])).result
+        # Two of the four say the same, so that they are no copies.
+        assert (result["totals"]["trajectories"], result["totals"]["prompts"]) == (4, 1)
+
+    def test_a_dump_appended_to_itself_counts_once(self, tmp_path):
+        lines = [e for uid in "pq" for e in two_of_four(1, uid)]
+        once = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        twice = audit(write_dump(tmp_path / "1.jsonl", lines + lines)).result
+        assert twice["totals"] == once["totals"]
+        assert codes(twice) == {"copied_lines": "warning"}
+        assert "1.jsonl:9" in twice["warnings"][0]["text"]
+
+    def test_two_runs_in_one_dump(self, tmp_path):
+        """The same keys, other rollouts: each line is one."""
+        other = [entry | {"output": search_then("river of Peru", "x")} for entry in two_of_four()]
+        result = audit(write_dump(tmp_path / "1.jsonl", two_of_four() + other)).result
+        assert (result["totals"]["trajectories"], result["totals"]["prompts"]) == (8, 1)
+        assert codes(result) == {"foreign_uids": "warning"}
+
+    def test_texts_of_records_come_from_any_dump(self, tmp_path):
+        (tmp_path / "records").mkdir()
+        for step in (1, 2, 3):
+            write_dump(tmp_path / "records" / f"{step:06d}.jsonl.gz", [record_header(step), *recorded_group()])
+        lines = [e for step in (1, 2, 3) for e in two_of_four(step)]
+        random.Random(2).shuffle(lines)
+        write_dump(tmp_path / "all.jsonl.gz", lines)
+        result = audit(tmp_path).result
+        assert result["settings"]["recorded_steps"] == 3
+        assert result["totals"]["trajectories"] == 12
+        assert all(t["text"] and t["calls"][0]["result"] for g in result["groups"] for t in g["trajectories"])
+
+
+class TestStrangers:
+    """A file never chooses code, a model or the network, whatever it holds."""
+
+    @pytest.mark.parametrize(
+        "kernel", ["embedding", {"kernel": "embedding", "model": "./model"}, "their_own", {"kernel": ["x"]}, {}, 7]
+    )
+    def test_a_record_chooses_no_kernel_that_loads_anything(self, tmp_path, monkeypatch, kernel):
+        def loads(*_):
+            raise AssertionError("a model was asked for")
+
+        monkeypatch.setattr("verl_tapo.similarity._sentence_transformer", loads)
+        monkeypatch.setitem(similarity._REGISTRY, "their_own", loads)
+        header = record_header(tools={"search": {"query": kernel, "page": "exact"}})
+        path = write_dump(tmp_path / "000001.jsonl", [header, *recorded_group()])
+        result = audit(path).result
+        assert codes(result) == {"kernels_not_used": "error"}
+        assert "for query of search" in result["warnings"][0]["text"]
+        assert result["settings"]["tools"] == {"search": {"query": "text", "page": "exact"}}
+        assert result["totals"]["corrected_steps"] == 1
+
+    def test_the_caller_may_choose_it(self, tmp_path, monkeypatch):
+        asked = []
+
+        class Model:
+            def encode(self, texts, **_):
+                return [[1.0, 0.0] if "oman" in text else [0.0, 1.0] for text in texts]
+
+        monkeypatch.setattr(similarity, "_sentence_transformer", lambda *given: asked.append(given) or Model())
+        header = record_header(tools={"search": {"query": {"kernel": "embedding", "model": "./model"}}})
+        path = write_dump(tmp_path / "000001.jsonl", [header, *recorded_group()])
+        mine = {"search": {"query": {"kernel": "embedding", "model": "mine"}}}
+        assert codes(audit(path, settings={"tools": mine}).result) == {}
+        assert set(asked) == {("mine", None)}
+
+    def test_harmless_kernels_are_as_recorded(self, tmp_path):
+        tools = {"search": {"query": {"kernel": "text"}, "page": {"kernel": "number", "scale": 2}}, "zoom": None}
+        path = write_dump(tmp_path / "000001.jsonl", [record_header(tools=tools), *recorded_group()])
+        result = audit(path).result
+        assert result["settings"]["tools"] == tools
+        assert "kernels_not_used" not in codes(result)
+
+
+DEEP: list = []
+for _ in range(300):
+    DEEP = [DEEP]
+ODD = [
+    *(None, True, False, 0, 1, -1, 2**63, -(2**64), 10**400, 1e308, -1e308, 3.5e38, float("nan"), float("inf"), 1.5),
+    *("", "x", "1", "nan", "\ud800", "\x1b[2J", "\x00", "9" * 5000, [], [None], [1, 2], [10**400, 1e308], DEEP),
+    *({}, {"": 1}, {"\ud800": "\udfff"}, {"a": float("nan")}, {"kernel": "embedding"}),
+]
+MISSING = object()
+
+
+def with_value(value, path, odd):
+    """A deep copy with another value at a path."""
+    copy = json.loads(json.dumps(value))
+    at = copy
+    for name in path[:-1]:
+        at = at[name]
+    if odd is MISSING:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = odd
+    return copy
+
+
+class TestOddValues:
+    """No value of any field ends an audit: its line is read, or named with its reason, and the rest is audited."""
+
+    def check(self, path):
+        found = audit(path)
+        assert json.loads(found.to_json())["version"] == 1
+        assert len(found.calls) == found.result["totals"]["calls"]
+        return found.result
+
+    @pytest.mark.parametrize("name", ["input", "output", "gts", "score", "step", "uid", "acc", "more"])
+    def test_in_dumps(self, tmp_path, name):
+        odd = [line("no call", 0.0, "odd", number) | {name: value} for number, value in enumerate(ODD)]
+        lines = [*two_of_four(), *map(json.dumps, odd), *two_of_four(uid="q")]
+        result = self.check(write_dump(tmp_path / "1.jsonl", lines))
+        assert result["totals"]["trajectories"] + result["skipped"] == len(lines)
+        assert result["totals"]["corrected_steps"] >= 2
+        if name == "score":
+            reasons = {p["reason"] for p in result["problems"]}
+            assert "the score is '1e+308', beyond veRL's arithmetic" in reasons
+            assert "the score is 'inf', not a finite number" in reasons
+            assert "the score is a list, not a finite number" in reasons
+
+    def test_in_the_arguments_of_calls(self, tmp_path):
+        lines = []
+        for number, value in enumerate(ODD):
+            for session, name in enumerate(("query", "bbox", "image", "other")):
+                text = call_text("search", **{name: json.loads(json.dumps(value))}) + answers("A") + "end"
+                lines += [json.dumps(line(text, float(k), f"{name}{number}", 2 * session + k)) for k in (0, 1)]
+        result = self.check(write_dump(tmp_path / "1.jsonl", [*lines, *two_of_four()]))
+        assert result["totals"]["trajectories"] == len(lines) + 4
+        assert result["totals"]["corrected_steps"] > 4 * len(ODD) / 2
+
+    PATHS = (
+        *(("key",), ("uid",), ("trajectory",), ("score",), ("success",), ("advantage",), ("tokens",), ("length",)),
+        *(("changed_tokens",), ("calls",), ("calls", 0), ("more",)),
+        *(("calls", 0, name) for name in ("tool", "arguments", "turn", "call", "turn_tokens", "call_tokens", "ok")),
+        *(("calls", 0, name) for name in ("status", "gate", "witness", "latency_s", "more")),
+        *(("calls", 0, "arguments", name) for name in ("query", "bbox", "image")),
+    )
+
+    @pytest.mark.parametrize("path", PATHS, ids=lambda path: ".".join(map(str, path)))
+    def test_in_records(self, tmp_path, path):
+        row = record_row(9, "capital of Oman", False)
+        known = path[-1] not in ("more", "bbox", "image")
+        odd = [with_value(row | {"trajectory": 100 + number, "key": f"p_{number}_0"}, path, value)
+               for number, value in enumerate([*ODD, MISSING] if known else ODD)]  # fmt: skip
+        good = [row | {"trajectory": 1000 + row["trajectory"]} for row in recorded_group()]
+        rows = [record_header(), *good, *odd]
+        result = self.check(write_dump(tmp_path / "000001.jsonl", list(map(json.dumps, rows))))
+        assert result["totals"]["corrected_steps"] >= 1
+        assert result["totals"]["trajectories"] + result["skipped"] == len(rows) - 1
+        for problem in result["problems"]:
+            assert problem["line"]
+            assert problem["reason"].startswith((path[0], "not a row of step records", "not JSON", "20 more"))
+
+    @pytest.mark.parametrize(
+        ("path", "odd", "reason"),
+        [
+            (("calls",), None, "calls is None, not a list"),
+            (("calls", 0), 7, "calls[0] is int, not a mapping"),
+            (("calls", 0, "turn"), None, "calls[0].turn is None, not a span"),
+            (("calls", 0, "ok"), MISSING, "calls[0].ok is missing, not true or false"),
+            (("advantage",), "x", "advantage is 'x', not a number that can be reckoned with"),
+            (("advantage",), float("nan"), "advantage is nan, not a number that can be reckoned with"),
+            (("trajectory",), [0], "trajectory is a list, not a whole number"),
+            (("uid",), None, "uid is None, not a text"),
+            (("success",), "yes", "success is 'yes', not true or false"),
+            (("score",), 10**400, f"score is {str(10**400)[:40]}, not a number that can be reckoned with or null"),
+        ],
+    )
+    def test_line_and_field_are_named(self, tmp_path, path, odd, reason):
+        rows = [record_header(), with_value(record_row(8, "x", False), path, odd), *recorded_group()]
+        result = self.check(write_dump(tmp_path / "000001.jsonl", list(map(json.dumps, rows))))
+        assert [(p["line"], p["reason"]) for p in result["problems"]] == [(2, reason)]
+        assert result["totals"]["trajectories"] == 4
+
+    SETTINGS = (
+        *("beta", "theta", "alpha_min", "token_scope", "scope", "use_support", "clip", "tools", "success_key"),
+        *("success_threshold", "error_markers", "image_parameters", "image_index_base", "record_dir", "unheard_of"),
+    )
+
+    def test_in_headers(self, tmp_path):
+        header = record_header(tools={"search": {"query": "text"}})
+        paths = [*((name,) for name in header), *(("settings", name) for name in self.SETTINGS)]
+        paths += [("settings", "tools", "search"), ("settings", "tools", "search", "query")]
+        odd = [with_value(header, path, value) for path in paths for value in ODD]
+        for number, value in enumerate(odd):
+            rows = [with_value(row, ("uid",), f"u{number}") for row in recorded_group()]
+            write_dump(tmp_path / f"{number:06d}.jsonl", list(map(json.dumps, [value, *rows])))
+        write_dump(tmp_path / "999999.jsonl", [record_header(999999), *recorded_group()])
+        result = self.check(tmp_path)
+        assert result["steps"][-1]["step"] == 999999
+        read = result["totals"]["trajectories"] // 4
+        unread = next(w["text"] for w in result["warnings"] if w["code"] == "unread_files")
+        assert f"{len(odd) + 1 - read - len(result['left_out'])} files" in unread
+        reasons = {p["reason"].split(": ", 1)[-1] for p in result["problems"]}
+        assert "the header's step is missing, not a whole number" not in reasons
+        assert "the header's settings is None, not a mapping" in reasons
+
+    @pytest.mark.parametrize("name", ["step", "settings"])
+    def test_headers_that_lack_something(self, tmp_path, name):
+        write_dump(tmp_path / "000001.jsonl", [with_value(record_header(), (name,), MISSING), *recorded_group()])
+        write_dump(tmp_path / "000002.jsonl", [record_header(2), *recorded_group()])
+        result = self.check(tmp_path)
+        assert result["totals"]["trajectories"] == 4
+        assert f"the header's {name} is missing" in result["problems"][0]["reason"]
+
+    def test_parquet_files_of_something_else(self, tmp_path):
+        pandas.DataFrame({"a": [1]}).to_parquet(tmp_path / "1.parquet")
+        (tmp_path / "2.parquet").write_bytes(b"PAR1 and no more")
+        table = pyarrow.table({"uid": ["u"], "calls": [[{"arguments": "{"}]]})
+        header = json.dumps(record_header())
+        pyarrow.parquet.write_table(
+            table.replace_schema_metadata({"tapo_step_records": header}), tmp_path / "3.parquet"
+        )
+        write_dump(tmp_path / "4.jsonl", two_of_four(4))
+        result = self.check(tmp_path)
+        assert result["totals"]["trajectories"] == 4
+        assert result["left_out"] == [f"{tmp_path}/1.parquet (a Parquet file of something else)"]
+        places = [(Path(problem["file"]).name, problem["line"]) for problem in result["problems"]]
+        assert places == [("2.parquet", None), ("3.parquet", 1)]
 
 
 class TestImages:
@@ -347,8 +936,6 @@ class TestImages:
 
 
 def random_batch(seed, rows=12):
-    import random
-
     r = random.Random(seed)
     trajectories = []
     for number in range(rows):
@@ -513,12 +1100,66 @@ class TestWarnings:
         result = audit(write_dump(tmp_path / "1.jsonl", lines), **options).result
         return {warned["code"]: warned["level"] for warned in result["warnings"]}
 
+    @pytest.mark.parametrize(
+        ("values", "threshold"), [((0.5, 1.5), "=1,"), ((0.0, 0.1), "=0.05,"), ((0.6, 1.0), "=0.8,")]
+    )
+    def test_scores_on_one_side_of_the_threshold(self, tmp_path, values, threshold):
+        lines = [entry | {"score": values[int(entry["score"])]} for k in range(5) for entry in two_of_four(uid=f"g{k}")]
+        path = write_dump(tmp_path / "1.jsonl", lines)
+        result = audit(path).result
+        assert codes(result) == {"one_sided_threshold": "error"}
+        (warned,) = result["warnings"]
+        assert f"run from {values[0]:g} to {values[1]:g}" in warned["text"]
+        assert f"--set success_threshold{threshold}" in warned["advice"]
+        fit = audit(path, settings={"success_threshold": sum(values) / 2}).result
+        assert (fit["totals"]["corrected_steps"], codes(fit)) == (5, {})
+
+    def test_all_fail_by_their_own_field(self, tmp_path):
+        lines = [entry | {"acc": 0.0} for k in range(5) for entry in two_of_four(uid=f"g{k}")]
+        result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        assert codes(result)["one_sided_groups"] == "warning"
+        assert "though scores differ in 100 %" in next(w["text"] for w in result["warnings"] if "sided" in w["code"])
+
+    @pytest.mark.parametrize(
+        ("yes", "no"),
+        [("1.0", "0.0"), ("True", "False"), (" true", "FALSE"), (True, False), (1, 0), ("1", "0.2"), (10**400, "-inf")],
+    )
+    def test_success_as_text(self, tmp_path, yes, no):
+        lines = [
+            entry | {"score": 0.6 + entry["score"] / 4, "acc": yes if entry["score"] else no} for entry in two_of_four()
+        ]
+        result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        assert (result["totals"]["successes"], result["totals"]["corrected_steps"], codes(result)) == (2, 1, {})
+
+    @pytest.mark.parametrize("acc", ["yes", "", [1.0], {"a": 1}, "nan", float("nan")])
+    def test_success_that_cannot_be_read(self, tmp_path, acc):
+        lines = [entry | {"acc": acc} for entry in two_of_four()]
+        result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        assert codes(result) == {"unread_success": "error"}
+        assert "acc of 4 rollouts" in result["warnings"][0]["text"]
+        assert "1.jsonl:1" in result["warnings"][0]["text"]
+        assert result["totals"]["successes"] == 2  # by the score
+
+    def test_scores_as_text(self, tmp_path):
+        lines = [entry | {"score": str(entry["score"])} for entry in two_of_four()]
+        assert audit(write_dump(tmp_path / "1.jsonl", lines)).result["totals"]["corrected_steps"] == 1
+
     def test_a_sound_run_has_none(self, tmp_path):
         lines = [e for group in range(10) for e in two_of_four(uid=f"g{group}")]
         assert self.codes(tmp_path, lines) == {}
 
     def test_no_calls(self, tmp_path):
         assert self.codes(tmp_path, [line("hm", 1.0), line("hm", 0.0, session=1)]) == {"no_calls": "error"}
+
+    @pytest.mark.parametrize(("share", "level"), [(4, "error"), (1, "warning"), (0, None)])
+    def test_turns_that_cannot_be_told_apart(self, tmp_path, share, level):
+        """Nothing is left of the template's headers."""
+        lines = [e for group in range(4) for e in two_of_four(uid=f"g{group}")]
+        for entry in lines:
+            if int(entry["uid"][1]) < share:
+                for header in ("\nuser\n<tool_response>\n", "\n</tool_response>\nassistant\n"):
+                    entry["output"] = entry["output"].replace(header, "")
+        assert self.codes(tmp_path, lines) == ({"turns_unclear": level} if level else {})
 
     def test_one_rollout_a_prompt(self, tmp_path):
         lines = [line(search_then("Oman", "end"), 1.0, uid=f"p{k}") for k in range(5)]

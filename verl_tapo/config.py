@@ -107,6 +107,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and read_number(value) is not None
 
 
+def success_number(value: Any) -> float | None:
+    """A success value as a number, also where it is written as a text; None where it is neither number nor truth.
+
+    Beyond the range of floats it is infinite.
+    """
+    if isinstance(value, str):
+        text = value.strip().lower()
+        value = {"true": 1.0, "false": 0.0}.get(text, text)
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError):
+        return None
+    return None if math.isnan(number) else number
+
+
 def _check_number(name: str, value: Any, upper: float) -> None:
     if not _is_number(value) or not 0 <= value <= upper:
         span = f"in [0, {upper:g}]" if math.isfinite(upper) else ">= 0"

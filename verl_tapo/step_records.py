@@ -31,13 +31,13 @@ import math
 import os
 import re
 import tempfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,7 @@ from verl_tapo.config import RecordFormat, TapoSettings
 from verl_tapo.credit import CreditReport
 from verl_tapo.records import fault_of
 from verl_tapo.steps import MAX_DEPTH, IntArray, ToolStep
+from verl_tapo.text_files import BROKEN, UnknownCompression, open_utf8, read_line
 
 logger = logging.getLogger("verl_tapo")
 
@@ -55,10 +56,8 @@ VERSION = 1
 _WAITING = 2  # steps that may wait to be written; more would pile up their tensors
 _SUFFIX: dict[RecordFormat, str] = {"jsonl": "jsonl.gz", "parquet": "parquet"}
 _NAME = re.compile(r"(\d+)(?:_(\d+))?\.(jsonl\.gz|parquet)")
-_HEAD = f'{{"kind": "{KIND}"'
-BROKEN = (OSError, EOFError, zlib.error)
-"""What reading a file raises that is cut short or damaged."""
-_ROW_KEYS = frozenset("key uid trajectory score success advantage tokens length changed_tokens calls".split())
+HEAD = f'{{"kind": "{KIND}"'
+"""What the first line of a file in JSON lines begins with."""
 
 
 # --- What is written ------------------------------------------------------------------------------------------------
@@ -296,16 +295,17 @@ def _is_own(path: Path) -> bool:
     record_format: RecordFormat = "parquet" if named[3] == "parquet" else "jsonl"
     if path.name != _file_name(int(named[1]), int(named[2] or 0), record_format):
         return False
-    header = _parquet_header(path) if record_format == "parquet" else _first_line(path)
+    header = parquet_header(path) if record_format == "parquet" else _first_line(path)
     return isinstance(header, dict) and header.get("step") == int(named[1])
 
 
 def _first_line(path: Path) -> Any:
     try:
-        with _open(path) as file:
-            return json.loads(file.readline())
-    except (*BROKEN, ValueError):
+        with open_utf8(path) as stream:
+            line = read_line(stream, 0)
+    except BROKEN:
         return None
+    return None if line is None else _parsed(line.text)[0]
 
 
 def _write_lines(path: Path, snapshot: StepSnapshot) -> None:
@@ -398,8 +398,8 @@ class StepFile(NamedTuple):
 
     header: dict[str, Any]
     rows: list[dict[str, Any]]
-    problems: list[tuple[int, str]]
-    """Lines that were left out, and why; none in Parquet files."""
+    problems: list[tuple[int | None, str]]
+    """Lines that were left out (rows, in Parquet files), and why; None for all that would have followed."""
 
 
 def is_step_records(path: Path) -> bool:
@@ -408,11 +408,11 @@ def is_step_records(path: Path) -> bool:
         return False  # a named pipe would be waited for
     try:
         if path.suffix == ".parquet":
-            return _parquet_header(path) is not None
-        with _open(path) as file:
-            head: str = file.read(len(_HEAD))
-            return head == _HEAD
-    except (*BROKEN, ImportError):
+            return parquet_header(path) is not None
+        with open_utf8(path) as stream:
+            line = read_line(stream, 0)
+            return line is not None and line.text.startswith(HEAD)
+    except (*BROKEN, UnknownCompression, ImportError):
         return False
 
 
@@ -423,66 +423,176 @@ def read_step_records(path: Path) -> StepFile:
         ValueError: the file holds no step records, or of another version, or cannot be read.
     """
     try:
-        return _read_parquet(path) if path.suffix == ".parquet" else _read_lines(path)
-    except OSError as error:
+        return _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_lines(path)
+    except (OSError, UnknownCompression) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def _open(path: Path) -> Any:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8", errors="replace")
 
 
 def _checked_header(path: Path, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("kind") != KIND:
         raise ValueError(f"{path} holds no step records")
     if value.get("version") != VERSION:
-        raise ValueError(f"{path}: step records of version {value.get('version')!r}, expected {VERSION}")
+        raise ValueError(f"{path}: step records of version {str(value.get('version'))[:40]}, expected {VERSION}")
+    for name, (fits, what) in _HEADER_FIELDS.items():
+        if not fits(value.get(name)):
+            raise ValueError(f"{path}: the header's {name} is {_shown(value, name)}, not {what}")
     return value
+
+
+def _shown(value: Mapping[str, Any], name: str) -> str:
+    if name not in value:
+        return "missing"
+    shown = value[name][:40] if isinstance(value[name], str) else value[name]
+    return f"a {type(shown).__name__}" if isinstance(shown, dict | list) else repr(shown)[:40]
+
+
+_Field: TypeAlias = tuple[Callable[[Any], bool], str]
+_LARGEST = 1e15  # beyond, sums and squares overflow
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and isinstance(value, int)
+
+
+def _is_span(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and value >= 0
+
+
+def _or_null(field: _Field) -> _Field:
+    return (lambda value: value is None or field[0](value)), f"{field[1]} or null"
+
+
+_TEXT: _Field = (lambda value: isinstance(value, str)), "a text"
+_TRUTH: _Field = (lambda value: isinstance(value, bool)), "true or false"
+_MAPPING: _Field = (lambda value: isinstance(value, dict)), "a mapping"
+_LIST: _Field = (lambda value: isinstance(value, list)), "a list"
+_NUMBER: _Field = _is_number, "a number that can be reckoned with"
+_WHOLE: _Field = _is_whole, "a whole number"
+_COUNT: _Field = _is_count, "a count"
+_SPAN: _Field = _is_span, "a span"
+
+_HEADER_FIELDS: dict[str, _Field] = {"step": _WHOLE, "settings": _MAPPING}
+_ROW_FIELDS: dict[str, _Field] = {
+    "key": _or_null(_TEXT),
+    "uid": _TEXT,
+    "trajectory": _WHOLE,
+    "score": _or_null(_NUMBER),
+    "success": _TRUTH,
+    "advantage": _NUMBER,
+    "tokens": _COUNT,
+    "length": _COUNT,
+    "changed_tokens": _COUNT,
+    "calls": _LIST,
+}
+_CALL_FIELDS: dict[str, _Field] = {
+    "tool": _TEXT,
+    "arguments": _MAPPING,
+    "turn": _SPAN,
+    "turn_tokens": _COUNT,
+    "call_tokens": _COUNT,
+    "ok": _TRUTH,
+    "status": _or_null(_TEXT),
+    "gate": _TEXT,
+}
+
+
+def _what_is_wrong(row: Any) -> str | None:
+    """What keeps a line from being a row of step records: the first field that cannot be used."""
+    if not isinstance(row, dict) or not row.keys() >= _ROW_FIELDS.keys():
+        return "not a row of step records"
+    for name, (fits, what) in _ROW_FIELDS.items():
+        if not fits(row[name]):
+            return f"{name} is {_shown(row, name)}, not {what}"
+    for number, call in enumerate(row["calls"]):
+        if not isinstance(call, dict):
+            return f"calls[{number}] is {type(call).__name__}, not a mapping"
+        for name, (fits, what) in _CALL_FIELDS.items():
+            if name not in call or not fits(call[name]):
+                return f"calls[{number}].{name} is {_shown(call, name)}, not {what}"
+    return None
 
 
 def _read_lines(path: Path) -> StepFile:
     rows: list[dict[str, Any]] = []
-    problems: list[tuple[int, str]] = []
+    problems: list[tuple[int | None, str]] = []
     header: dict[str, Any] | None = None
-    number = 0
+    at = 0
     try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    value = json.loads(line)
-                except ValueError:
-                    value = None
+        with open_utf8(path) as stream:
+            for number in count(1):
+                line = read_line(stream, at)
+                if line is None:
+                    break
+                at = line.end
+                if line.text.isspace():
+                    continue
+                value, wrong = _parsed(line.text)
                 if header is None:
                     header = _checked_header(path, value)
-                elif isinstance(value, dict) and value.keys() >= _ROW_KEYS:
-                    rows.append(value)
+                elif wrong := wrong or _what_is_wrong(value):
+                    problems.append((number, wrong))
                 else:
-                    problems.append((number, "not a row of step records" if value is not None else "not JSON"))
+                    rows.append(value)
     except BROKEN as error:
-        problems.append((number + 1, f"the file breaks off: {error}"))
+        problems.append((None, f"the file breaks off: {error}"))
     if header is None:
         raise ValueError(f"{path} holds no step records")
     return StepFile(header, rows, problems)
 
 
-def _parquet_header(path: Path) -> Any:
+def _parsed(text: str) -> tuple[Any, str | None]:
+    """A line's value, and why there is none."""
+    try:
+        return json.loads(text), None
+    except RecursionError:
+        return None, "nested too deeply"
+    except ValueError:
+        return None, "not JSON"
+
+
+def parquet_header(path: Path) -> Any:
+    """The header of a Parquet file of step records; None for a Parquet file of something else.
+
+    Raises:
+        OSError: the file is damaged.
+        ImportError: pyarrow is not installed.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
         metadata = pyarrow.parquet.read_schema(path).metadata or {}
-        return json.loads(metadata[KIND.encode()])
-    except (pyarrow.ArrowInvalid, KeyError, ValueError):
-        return None
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)[:200]) from None
+    return _parsed(metadata[KIND.encode()].decode("utf-8", "replace"))[0] if KIND.encode() in metadata else None
 
 
 def _read_parquet(path: Path) -> StepFile:
+    import pyarrow
     import pyarrow.parquet
 
-    header = _checked_header(path, _parquet_header(path))
-    rows = pyarrow.parquet.read_table(path).to_pylist()
-    for row in rows:
-        for call in row["calls"]:
-            call["arguments"] = json.loads(call["arguments"])
-    return StepFile(header, rows, [])
+    header = _checked_header(path, parquet_header(path))
+    try:
+        values = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, MemoryError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error)[:200]}") from None
+    rows: list[dict[str, Any]] = []
+    problems: list[tuple[int | None, str]] = []
+    for number, row in enumerate(values, 1):
+        for call in row["calls"] if isinstance(row.get("calls"), list) else ():
+            if isinstance(call, dict) and isinstance(call.get("arguments"), str):
+                call["arguments"] = _parsed(call["arguments"])[0]
+        wrong = _what_is_wrong(row)
+        if wrong:
+            problems.append((number, wrong))
+        else:
+            rows.append(row)
+    return StepFile(header, rows, problems)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from verl_tapo.audit.analysis import Counts
+from verl_tapo.audit.sources import Problems
 from verl_tapo.audit.units import percent, points
 from verl_tapo.config import TapoSettings
 
@@ -16,6 +18,7 @@ LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 _ENOUGH = 20  # calls, or steps, before a share says something
 _ROUNDING = 1e-9
 _INEXACT = 0.2
+_UNCLEAR = 0.05
 _LUCKY = 0.1
 """Of matched calls; at most 0.05 in healthy worlds, 0.16 where successes are guesses (docs/evidence.md)"""
 
@@ -28,10 +31,18 @@ class Tally:
     """Failing steps whose best similarity is less than 0.1 below theta."""
     told_by_history: int = 0
     """Calls with an image that is told apart by the calls made before it."""
+    calling: int = 0
+    """Rollouts read from text that hold a call."""
+    unclear: int = 0
+    """Those of them whose turns cannot be told apart."""
+    judged: tuple[float, float] = (math.inf, -math.inf)
+    """The least and the largest value that decided over success, of rollouts read from text."""
     repeated_steps: int = 0
-    """Times that a training step came again."""
+    """Times that a training step came again, from another file."""
     disagreements: int = 0
     """Calls whose recorded outcome is not the rule's."""
+    replaced_kernels: Sequence[str] = ()
+    """Kernels that records name and that were not used, because a file chooses nothing that is loaded."""
 
 
 class Warned(NamedTuple):
@@ -48,12 +59,13 @@ def find_warnings(
     tools: Mapping[str, Counts],
     tally: Tally,
     settings: TapoSettings,
-    skipped: int,
+    problems: Problems,
 ) -> list[dict[str, str]]:
     """All that is worth saying, the gravest first."""
     found = [
-        *_about_data(totals, tally, skipped),
-        *_about_groups(totals),
+        *_about_reading(totals, settings, problems),
+        *_about_data(totals, tally),
+        *_about_groups(totals, tally, settings),
         *_about_tools(totals, tools, settings),
         *_about_transfer(totals, tally, settings),
         *_about_similarity(tools, settings),
@@ -65,22 +77,69 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _about_data(totals: Counts, tally: Tally, skipped: int) -> Iterator[Warned]:
-    rollouts = totals["trajectories"]
-    if skipped:
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _about_reading(totals: Counts, settings: TapoSettings, problems: Problems) -> Iterator[Warned]:
+    if problems.skipped:
         yield Warned(
             "skipped_lines",
-            "warning",
-            f"{skipped:,} {'line' if skipped == 1 else 'lines'} could not be read; the figures leave them out.",
+            "error" if problems.skipped > totals["trajectories"] else "warning",
+            f"{_counted(problems.skipped, 'line')} could not be read; the figures leave them out.",
             "They are listed under what could not be read. Groups that lost rollouts have other advantages than in "
             "training.",
         )
+    if problems.files:
+        yield Warned(
+            "unread_files",
+            "error",
+            f"{problems.files:,} files or folders could not be read, or not to their end: the figures are of a part "
+            "of the run.",
+            "They are listed under what could not be read, with the reason.",
+        )
+    success, uids, copies, texts = (problems.notes[kind] for kind in ("success", "uid", "copy", "text"))
+    if success.lines:
+        yield Warned(
+            "unread_success",
+            "error",
+            f"{settings.success_key} of {success.lines:,} rollouts is neither a number nor a truth value "
+            f"({success.first}): there the score decided whether they succeeded.",
+            "Name the field that says so: --set success_key=..., with score itself where that is meant.",
+        )
+    if uids.lines:
+        yield Warned(
+            "foreign_uids",
+            "warning",
+            f"The uids of {uids.lines:,} lines are no keys of veRL's ({uids.first}): they repeat, or put several "
+            "ground truths into one group. Each line counts as a rollout.",
+            "Where several dumps were put into one, audit them one by one.",
+        )
+    if copies.lines:
+        yield Warned(
+            "copied_lines",
+            "warning",
+            f"{copies.lines:,} lines stand there twice, uid and all ({copies.first}), and count once.",
+            "A dump was appended to itself, or lies there a second time.",
+        )
+    if texts.lines:
+        yield Warned(
+            "read_otherwise",
+            "info",
+            f"{texts.lines:,} lines were read in another way than they are written ({texts.first}).",
+            "Bytes that are no UTF-8 show as \N{REPLACEMENT CHARACTER}; the step is that of the file's name where the "
+            "line's is no number.",
+        )
+
+
+def _about_data(totals: Counts, tally: Tally) -> Iterator[Warned]:
+    rollouts = totals["trajectories"]
     if tally.repeated_steps:
         yield Warned(
             "repeated_steps",
             "warning",
-            f"{tally.repeated_steps:,} times a training step came again, from another file or further down.",
-            "Their rollouts were added to the same step. Audit the files of one run only.",
+            f"{tally.repeated_steps:,} times a training step came again, from another file.",
+            "Their rollouts were taken for those of one step. Audit the files of one run only.",
         )
     if tally.disagreements:
         yield Warned(
@@ -88,6 +147,16 @@ def _about_data(totals: Counts, tally: Tally, skipped: int) -> Iterator[Warned]:
             "error",
             f"For {tally.disagreements:,} recorded calls the rule says otherwise than the record.",
             "The records are of another version of verl-tapo, or broken. Please report it where neither is so.",
+        )
+    if tally.replaced_kernels:
+        names = "; ".join(tally.replaced_kernels[:5])
+        more = f" and {len(tally.replaced_kernels) - 5} more" if len(tally.replaced_kernels) > 5 else ""
+        yield Warned(
+            "kernels_not_used",
+            "error",
+            f"The records name kernels that may load a model or code, and they were not used: {names}{more}.",
+            "A file does not choose what is loaded. These parameters were compared as their names suggest, and the "
+            "figures are not those of training. To use such kernels name them yourself: --set tools=...",
         )
     if not totals["calls"]:
         yield Warned(
@@ -98,12 +167,22 @@ def _about_data(totals: Counts, tally: Tally, skipped: int) -> Iterator[Warned]:
             "cannot be found in dumps, which leave these out: record the run with algorithm.tapo.record_dir.",
         )
         return
+    unclear = _share(tally.unclear, tally.calling)
+    if unclear > _UNCLEAR:
+        yield Warned(
+            "turns_unclear",
+            "error" if unclear > 0.5 else "warning",
+            f"In {tally.unclear:,} of {tally.calling:,} rollouts with calls the turns cannot be told apart: no header "
+            "that is known here stands between what the policy wrote and what the tools answered.",
+            "Their calls count as unanswered and take no part. This chat template cannot be read from text without "
+            "its special tokens: record the run with algorithm.tapo.record_dir.",
+        )
     for name, what, advice in (
         ("malformed", "cannot be parsed", "Look at some; where nearly all are, --format is wrong."),
         ("unanswered", "have no answer", "The rollouts end there: response_length or the limits on turns are small."),
     ):
         share = _share(totals[f"{name}_calls"], totals["calls"])
-        if share > 0.1:
+        if share > 0.1 and not (name == "unanswered" and unclear > _UNCLEAR):
             yield Warned(f"{name}_calls", "warning", f"{percent(share)} of the calls {what}.", advice)
     if tally.told_by_history:
         yield Warned(
@@ -115,7 +194,7 @@ def _about_data(totals: Counts, tally: Tally, skipped: int) -> Iterator[Warned]:
         )
 
 
-def _about_groups(totals: Counts) -> Iterator[Warned]:
+def _about_groups(totals: Counts, tally: Tally, settings: TapoSettings) -> Iterator[Warned]:
     prompts = totals["prompts"]
     single, right, wrong = (_share(totals[f"{name}_groups"], prompts) for name in ("single", "all_right", "all_wrong"))
     if single > 0.5:
@@ -127,14 +206,33 @@ def _about_groups(totals: Counts) -> Iterator[Warned]:
             "truth, which must then be equal to the letter.",
         )
         return
+    low, high = tally.judged
+    if low < high and totals["successes"] in (0, totals["trajectories"]):
+        between = (low + high) / 2
+        example = f"={between:g}, for example" if math.isfinite(between) else "=..."
+        what = "successes" if totals["successes"] else "failures"
+        yield Warned(
+            "one_sided_threshold",
+            "error",
+            f"All {int(totals['trajectories']):,} rollouts count as {what}, though their values "
+            f"({settings.success_key} or score) run from {low:g} to {high:g}: success_threshold is "
+            f"{settings.success_threshold:g}.",
+            f"Set a threshold between them (--set success_threshold{example}), in training too "
+            "(algorithm.tapo.success_threshold), or name the field that says whether a rollout succeeded "
+            "(success_key).",
+        )
+        return
     if right + wrong - single > 0.5:
+        scored = _share(totals["one_sided_scored_groups"], prompts)
+        learnt = f"though scores differ in {percent(scored)}" if scored else "and GRPO learns nothing from them either"
+        threshold = f" Is success_threshold = {settings.success_threshold:g} the right one?" if scored else ""
         yield Warned(
             "one_sided_groups",
             "warning",
             f"{percent(wrong)} of the prompt groups are all wrong and {percent(right)} all right: nothing can be "
-            f"transferred there, and GRPO learns nothing from them either.",
+            f"transferred there, {learnt}.",
             "Easier or harder prompts, more rollouts for each, or filtering such groups (DAPO) give more to learn "
-            "from than any setting of TAPO.",
+            f"from than any setting of TAPO.{threshold}",
         )
 
 
@@ -144,7 +242,7 @@ def _about_tools(totals: Counts, tools: Mapping[str, Counts], settings: TapoSett
         worked = calls - counts["failed_calls"]
         if calls < _ENOUGH or counts["malformed_calls"] == calls:
             continue
-        failed = _share(counts["failed_calls"], calls)
+        failed = _share(counts["failed_calls"] - counts["unanswered_calls"], calls)
         if failed > 0.2:
             yield Warned(
                 "failing_tool",
@@ -160,7 +258,7 @@ def _about_tools(totals: Counts, tools: Mapping[str, Counts], settings: TapoSett
                 f"{tool} takes no part, {how}; it has {int(calls):,} calls.",
                 "Tools that gather information belong in algorithm.tapo.tools, tools that run or make things do not.",
             )
-        elif worked >= _ENOUGH and not counts["witness_steps"]:
+        elif worked >= _ENOUGH and totals["successes"] and not counts["witness_steps"]:
             yield Warned(
                 "dead_tool",
                 "info",

@@ -88,6 +88,8 @@ class StepAnalysis:
             counts["single_groups"] += len(members) == 1
             counts["all_right_groups"] += right == len(members)
             counts["all_wrong_groups"] += right == 0
+            one_sided = right in (0, len(members))
+            counts["one_sided_scored_groups"] += one_sided and len({trajectory.score for trajectory in members}) > 1
         return counts
 
     def tool_counts(self) -> dict[str, Counts]:

@@ -8,16 +8,17 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
 from verl_tapo.audit.model import Call, StepBatch, Trajectory
-from verl_tapo.audit.sources import Row
+from verl_tapo.audit.sources import Problems, Row
 from verl_tapo.audit.text import find_calls
-from verl_tapo.config import TapoSettings
+from verl_tapo.config import TapoSettings, success_number
 from verl_tapo.formats import NATIVE_FORMATS
 from verl_tapo.images import image_index
+from verl_tapo.step_records import json_value
 from verl_tapo.steps import canonical
 
 BaseEstimator: TypeAlias = Literal["grpo", "dr_grpo", "rloo"]
@@ -25,6 +26,7 @@ BASE_ESTIMATORS: tuple[BaseEstimator, ...] = ("grpo", "dr_grpo", "rloo")
 """Those whose advantages are rebuilt from scores; ``dr_grpo`` is GRPO with ``norm_adv_by_std_in_grpo=False``."""
 NO_TEXT = "(records hold no texts; trainer.rollout_data_dir keeps them, to be audited along)"
 _EPSILON = 1e-6  # veRL's
+_VERL_KEY = re.compile(r"(.*)_([0-9]{1,9})_([0-9]{1,9})", re.DOTALL)  # {uid}_{session}_{output}
 _PADDING = re.compile(r"pad[0-9a-f]{32}_\d+_\d+")  # the keys of rows that fill up a batch (veRL's padding_utils.py)
 
 
@@ -50,39 +52,120 @@ class ReadOptions:
             raise ValueError(f"tool_format must be one of {', '.join(NATIVE_FORMATS)}, got {self.tool_format!r}")
 
 
-def batch_from_dump(step: int, rows: Sequence[Row], settings: TapoSettings, options: ReadOptions) -> StepBatch:
+def batch_from_dump(
+    step: int, rows: Sequence[Row], settings: TapoSettings, options: ReadOptions, problems: Problems | None = None
+) -> StepBatch:
     """The trajectories of a dump's lines; those with several outputs (veRL's ``{uid}_{session}_{output}``) are joined.
 
     Prompt groups are told by ``uid``, else by equal prompt and ground truth. Rows with which veRL fills up a batch are
-    left out.
+    left out, as are copies of a step that stands there twice. What is read in another way than it is written goes to
+    ``problems``.
     """
-    sessions: dict[str, list[tuple[int, Row]]] = defaultdict(list)
-    groups: dict[str, str] = {}
-    for row in rows:
-        if not row.value["output"] and _PADDING.fullmatch(str(row.value.get("uid"))):
-            continue
-        group, session, output = _key(row)
-        sessions[session].append((output, row))
-        groups[session] = group
-    trajectories = [
-        _trajectory(name, groups[name], [row for _, row in sorted(outputs)], settings, options)
-        for name, outputs in sessions.items()
-    ]
+    problems = Problems() if problems is None else problems
+    rows = [row for row in rows if row.value["output"] or not _PADDING.fullmatch(str(row.value.get("uid")))]
+    rows = _without_copies(rows, problems)
+    sessions: dict[str, list[tuple[_Key, Row]]] = defaultdict(list)
+    for key, row in zip(_keys(rows, problems), rows, strict=True):
+        sessions[key.session].append((key, row))
+    trajectories = []
+    for outputs in sessions.values():
+        outputs.sort(key=lambda output: output[0].output)
+        key, of = outputs[0][0], [row for _, row in outputs]
+        trajectories.append(_trajectory(key.name, key.group, of, settings, options))
+        _check_success(of[-1], settings, problems)
     _rebuild_advantages(trajectories, options.base_estimator)
     _tell_images_apart(trajectories, frozenset(settings.image_parameters))
     return StepBatch(step, trajectories)
 
 
-def _key(row: Row) -> tuple[str, str, int]:
-    """Prompt group, session and output."""
+class _Key(NamedTuple):
+    """Which rollout a row is of."""
+
+    group: str
+    session: str
+    output: int
+    name: str
+    """As it is shown."""
+
+
+def _uid(row: Row) -> str | None:
     uid = row.value.get("uid")
-    if isinstance(uid, str) and uid:
-        parts = uid.rsplit("_", 2)
-        if len(parts) == 3 and parts[1].isdecimal() and parts[2].isdecimal():
-            return parts[0], f"{parts[0]}_{parts[1]}", int(parts[2])
-        return uid, f"{uid} line {row.line}", 0
-    prompt = json.dumps([row.value.get("input"), row.value.get("gts")], default=str).encode("utf-8", "replace")
-    return f"prompt {hashlib.blake2b(prompt, digest_size=6).hexdigest()}", f"line {row.line}", 0
+    uid = str(uid) if isinstance(uid, int) else uid
+    return uid if isinstance(uid, str) and uid else None
+
+
+def _without_copies(rows: Sequence[Row], problems: Problems) -> Sequence[Row]:
+    """The rows less those of a dump that was appended to itself: every key that repeats does so with equal lines."""
+    first: dict[str, Row] = {}
+    copies: list[Row] = []
+    for row in rows:
+        uid = _uid(row)
+        if uid is not None and (known := first.setdefault(uid, row)) is not row:
+            if _digest(known.value) != _digest(row.value):
+                return rows
+            copies.append(row)
+    if not copies:
+        return rows
+    problems.notes["copy"].add(copies[0].file, copies[0].line, "equal to a line before", len(copies))
+    left_out = set(map(id, copies))
+    return [row for row in rows if id(row) not in left_out]
+
+
+def _keys(rows: Sequence[Row], problems: Problems) -> list[_Key]:
+    """Which rollout each row is of.
+
+    Where keys repeat, or the rows of a group have several ground truths, they are a user's own and not veRL's. Each
+    row is a rollout then; with several ground truths in a group, groups are told by prompt and ground truth instead.
+    """
+    keys = [_key(row) for row in rows]
+    named = [number for number, row in enumerate(rows) if _uid(row) is not None]
+    repeats = len({(keys[number].session, keys[number].output) for number in named}) < len(named)
+    first_of: dict[tuple[str, str], str] = {}
+    mixed = False
+    for number in named:
+        key, value = keys[number], rows[number].value
+        shared = ["gts"]
+        if key.output == 0 and (repeats or value.get("gts") is None):  # later outputs have longer prompts
+            shared.append("input")
+        for name in shared:
+            digest = _digest(value.get(name))
+            mixed |= first_of.setdefault((key.group, name), digest) != digest
+    if not (repeats or mixed):
+        return keys
+    first = rows[named[0]]
+    problems.notes["uid"].add(first.file, first.line, f"{_uid(first)!r:.60}", len(named))
+    for number in named:
+        row, own = rows[number], _uid(rows[number]) if repeats else None
+        group = _prompt_group(row, own) if mixed else keys[number].group
+        keys[number] = _Key(group, f"{row.file}:{row.line}", 0, f"{_uid(row)} line {row.line}")
+    return keys
+
+
+def _key(row: Row) -> _Key:
+    uid = _uid(row)
+    if uid is None:
+        return _Key(_prompt_group(row, str(row.file)), f"{row.file}:{row.line}", 0, f"line {row.line}")
+    if found := _VERL_KEY.fullmatch(uid):
+        session = f"{found[1]}_{found[2]}"
+        return _Key(found[1], session, int(found[3]), session)
+    return _Key(uid, f"{row.file}:{row.line}", 0, f"{uid} line {row.line}")
+
+
+def _prompt_group(row: Row, besides: str | None) -> str:
+    return f"prompt {_digest([row.value.get('input'), row.value.get('gts'), besides])}"
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(json_value(value)).encode("utf-8", "replace")
+    return hashlib.blake2b(text, digest_size=6).hexdigest()
+
+
+def _check_success(row: Row, settings: TapoSettings, problems: Problems) -> None:
+    """Notes a success value that says nothing: the score decides there."""
+    value = row.value.get(settings.success_key)
+    if value is not None and success_number(value) is None:
+        shown = f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(str(value)[:40])
+        problems.notes["success"].add(row.file, row.line, shown)
 
 
 def _trajectory(
@@ -92,28 +175,32 @@ def _trajectory(
     texts: list[str] = []
     calls: list[Call] = []
     size = turns = begin = 0
+    unclear = False
     for row in outputs:
         text = row.value["output"]
         found = find_calls(text, options.tool_format, settings.error_markers)
         calls += [_moved(call, turns, begin) for call in found.calls] if begin else found.calls
         size += found.size
+        unclear |= found.unclear
         turns += 1 + max((call.turn for call in found.calls), default=0)
         begin += len(text) + 1
         texts.append(text)
-    value = last.get(settings.success_key)
-    success = float(value if isinstance(value, int | float) else last["score"]) >= settings.success_threshold
+    value = success_number(last.get(settings.success_key))
+    value = last["score"] if value is None else value
     prompt = first.get("input")
     return Trajectory(
         name=name,
         group=group,
-        score=float(last["score"]),
-        success=success,
+        score=last["score"],
+        success=value >= settings.success_threshold,
         advantage=0.0,
         size=size,
         calls=calls,
         text="\n".join(texts),
-        prompt=prompt if isinstance(prompt, str) else "",
-        ground_truth=first.get("gts"),
+        prompt=prompt if isinstance(prompt, str) else "" if prompt is None else json.dumps(json_value(prompt)),
+        ground_truth=json_value(first.get("gts")),
+        judged=value,
+        unclear=unclear,
     )
 
 
@@ -223,7 +310,7 @@ def _recorded(
         for call in row["calls"]:
             turn = turns.setdefault((output, *call["turn"]), len(turns))
             status = call["status"] or ("ok" if call["ok"] else "error")
-            arguments, sizes = call["arguments"], (call["turn_tokens"], call["call_tokens"])
+            arguments, sizes = json_value(call["arguments"]), (call["turn_tokens"], call["call_tokens"])
             calls.append(
                 Call(call["tool"], arguments, arguments, turn, call["ok"], status, *sizes, recorded_gate=call["gate"])
             )

@@ -12,7 +12,8 @@ import numpy as np
 from verl_tapo.audit.advice import Tally, find_warnings
 from verl_tapo.audit.analysis import Counts, Setting, StepAnalysis, Sweep, figures
 from verl_tapo.audit.browse import Browse
-from verl_tapo.audit.model import Problem, StepBatch
+from verl_tapo.audit.model import StepBatch
+from verl_tapo.audit.sources import Problems
 from verl_tapo.config import TapoSettings
 from verl_tapo.step_records import json_value
 
@@ -55,7 +56,7 @@ class Collector:
 
     def add(self, analysis: StepAnalysis) -> None:
         batch, counts = analysis.batch, analysis.counts()
-        self._tally.repeated_steps += batch.step in self._steps
+        self._tally.repeated_steps += batch.again
         self._steps.setdefault(batch.step, Counts()).add(counts)
         self._totals.add(counts)
         for tool, of_tool in analysis.tool_counts().items():
@@ -79,6 +80,10 @@ class Collector:
         if batch.settings is None:  # read from text
             calls = [call for trajectory in batch.trajectories for call in trajectory.calls]
             self._tally.told_by_history += sum(call.compared is not call.arguments for call in calls)
+            judged = [trajectory.judged for trajectory in batch.trajectories if trajectory.judged is not None]
+            self._tally.judged = (min([self._tally.judged[0], *judged]), max([self._tally.judged[1], *judged]))
+            self._tally.unclear += sum(trajectory.unclear for trajectory in batch.trajectories)
+            self._tally.calling += sum(bool(trajectory.calls) for trajectory in batch.trajectories)
 
     def disagree(self, calls: int) -> None:
         """Takes note of calls that were recorded with another outcome."""
@@ -90,15 +95,16 @@ class Collector:
         title: str,
         sources: Sequence[str],
         left_out: Sequence[str],
-        problems: Sequence[Problem],
-        skipped: int,
+        problems: Problems,
         base_estimator: str,
         recorded_steps: int,
+        replaced_kernels: Sequence[str],
     ) -> dict[str, Any]:
         """The audit as JSON can hold it, see `verl_tapo.audit.Audit.result`."""
         rule = _rule(self._settings)
+        self._tally.replaced_kernels = replaced_kernels
         tools = sorted(self._tools.items(), key=lambda item: (-item[1]["calls"], item[0]))
-        warnings = find_warnings(self._totals, dict(tools), self._tally, self._settings, skipped)
+        warnings = find_warnings(self._totals, dict(tools), self._tally, self._settings, problems)
         return {
             "version": RESULT_VERSION,
             "title": title,
@@ -116,8 +122,8 @@ class Collector:
             "support_alpha": self._sample.items,
             "sweeps": self._sweep.rows(),
             "warnings": warnings,
-            "problems": [problem._asdict() for problem in problems],
-            "skipped": skipped,
+            "problems": [problem._asdict() for problem in problems.listed()],
+            "skipped": problems.skipped,
             "groups": self._browse.groups(),
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 Span: TypeAlias = tuple[int, int]
@@ -61,6 +61,10 @@ class Trajectory:
     text: str = ""
     prompt: str = ""
     ground_truth: Any = None
+    judged: float | None = None
+    """What was compared with ``success_threshold``; None where that is not known."""
+    unclear: bool = False
+    """Whether its text does not show where the policy's turns end, see `verl_tapo.audit.text.TextCalls`."""
     changed: int | None = None
     """Policy tokens whose advantage TAPO changed in training; None where that is not known."""
 
@@ -73,5 +77,5 @@ class StepBatch:
     trajectories: list[Trajectory]
     settings: Mapping[str, Any] | None = None
     """``algorithm.tapo`` as it was in training; None where that is not known."""
-    problems: list[Problem] = field(default_factory=list)
-    """Met since the step before."""
+    again: int = 0
+    """How many other files hold the step, too."""

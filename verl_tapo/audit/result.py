@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,18 +66,18 @@ class Audit:
     @property
     def steps(self) -> pandas.DataFrame:
         """Figures by training step."""
-        return _frame(self.result["steps"]).set_index("step")
+        return frame_of(self.result["steps"]).set_index("step")
 
     @property
     def tools(self) -> pandas.DataFrame:
         """Figures by tool, the most used first."""
-        frame = _frame([{"tool": tool, **figures} for tool, figures in self.result["tools"].items()])
+        frame = frame_of([{"tool": tool, **figures} for tool, figures in self.result["tools"].items()])
         return frame.set_index("tool") if len(frame) else frame
 
     @property
     def sweeps(self) -> pandas.DataFrame:
         """What other settings would do."""
-        return _frame(self.result["sweeps"])
+        return frame_of(self.result["sweeps"])
 
     @property
     def calls(self) -> pandas.DataFrame:
@@ -88,12 +88,12 @@ class Audit:
         """
         if self._calls is None:
             raise ValueError("the calls were not kept: audit(..., keep_calls=True)")
-        return _frame(self._calls)
+        return frame_of(self._calls)
 
     @property
     def warnings(self) -> pandas.DataFrame:
         """What it warns of: ``code``, ``level``, ``text``, ``advice``; the gravest first."""
-        return _frame(self.result["warnings"], ["code", "level", "text", "advice"])
+        return frame_of(self.result["warnings"], ["code", "level", "text", "advice"])
 
     def write_html(self, path: str | os.PathLike[str]) -> None:
         """Writes the report, one file that needs no network, see `verl_tapo.audit.html`."""
@@ -189,10 +189,15 @@ class Audit:
         return ax
 
 
-def _frame(rows: Any, columns: list[str] | None = None) -> pandas.DataFrame:
+def frame_of(rows: Iterable[Mapping[str, Any]], columns: list[str] | None = None) -> pandas.DataFrame:
+    """Rows as a frame. A lone surrogate, which a model can write as an escape in JSON, fits into none: it is a "?"."""
     import pandas
 
-    return pandas.DataFrame(rows, columns=columns)
+    return pandas.DataFrame([{name: _whole(value) for name, value in row.items()} for row in rows], columns=columns)
+
+
+def _whole(value: Any) -> Any:
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) and not value.isascii() else value
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import pandas
 
 from verl_tapo.audit.analysis import StepAnalysis
-from verl_tapo.audit.result import Audit, call_rows
+from verl_tapo.audit.result import Audit, call_rows, frame_of
 
 TableFormat: TypeAlias = Literal["csv", "parquet"]
 
@@ -42,11 +42,7 @@ class TableWriter:
 
     def add(self, analysis: StepAnalysis) -> None:
         """Writes a step's calls."""
-        frame = pandas.DataFrame(call_rows(analysis), columns=list(_CALL_TYPES)).astype(_CALL_TYPES)
-        # A lone surrogate, which a model can write as an escape in JSON, fits into no file.
-        for name, kind in _CALL_TYPES.items():
-            if kind == "string":
-                frame[name] = frame[name].map(lambda text: text.encode("utf-8", "replace").decode())
+        frame = frame_of(call_rows(analysis), list(_CALL_TYPES)).astype(_CALL_TYPES)
         if self._format == "csv":
             _quoted(frame).to_csv(self._calls, mode="a", header=not self._calls.exists(), index=False)
             return

@@ -3,13 +3,17 @@
 Turns are told apart by what the chat template leaves of them: an observation is a user's or tool's header with an
 answer's marker (``\\nuser\\n<tool_response>``), up to the next assistant header. Where no header is left, the markers
 themselves count; where no marker is (a template that knows no tools), a header after a call. A model that writes such
-a header itself cannot be told from the template [ours].
+a header itself cannot be told from the template [ours]. Where nothing of all that is left, `TextCalls.unclear` says so.
+
+Reading takes time in proportion to the text, whatever it holds: no expression here has two repetitions that can share
+a run of white space, nor is tried again over the same run.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -18,13 +22,29 @@ from verl_tapo.audit.model import Call, Span
 from verl_tapo.formats import FORMATS, Format, read_text
 from verl_tapo.parsing import NOT_EXECUTED_PREFIX, answer_is_error
 
+# The special tokens of a message, for dumps that kept them: its end, what its role stands between.
+_END = r"(?:<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<end_of_turn>|<seed:eos>)"
+_BEGIN = r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<seed:bos>|<\|im_(?:user|system|assistant)\|>)"
+_ROLE_END = r"(?:<\|end_header_id\|>|<\|im_middle\|>)"
+_ANSWERER = r"(?:user|tool|observation|ipython)"
+_POLICY = rf"(?:assistant|model)(?:{_ROLE_END}\n?|[^\S\n]*(?:\n|\Z))"
+
 # Before an answer's marker, and after the last answer; looked for beside the markers, which are quick to find.
-_OPEN_HEADER = re.compile(r"(?:<\|im_end\|>)?\s*(?:<\|im_start\|>)?\b(?:user|tool|observation|ipython)\s+\Z")
-_CLOSE_HEADER = re.compile(r"\s*(?:<\|im_end\|>)?\s*(?:<\|im_start\|>)?\bassistant[^\S\n]*(?:\n|\Z)")
+_OPEN_HEADER = re.compile(rf"{_END}?\s*{_BEGIN}?\b{_ANSWERER}(?:{_ROLE_END}\s*|\s+)\Z")
+_CLOSE_HEADER = re.compile(rf"\s*(?:{_END}\s*)?{_BEGIN}?\b{_POLICY}")
 _HEADER_CHARS = 64
-# Where answers have no markers.
-_NEXT_HEADER = re.compile(r"(?:<\|im_end\|>)?\n(?:<\|im_start\|>)?assistant(?:\n|\Z)")
-_ANSWER_HEADER = re.compile(r"(?:<\|im_end\|>)?\n(?:<\|im_start\|>)?tool\n")
+# After an answer whose format has no marker for its end.
+_FREE_HEADER = re.compile(rf"(?:{_END}\s*{_BEGIN}?|{_BEGIN}|(?<=\n)){_POLICY}")
+_TAG = re.compile(r"<[^<>\n]{1,40}>")
+
+# Where answers have no markers. ChatML gives a header a line of its own.
+_LINE_HEADER = re.compile(rf"{_END}?\n{_BEGIN}?assistant(?:\n|\Z)")
+_LINE_ANSWER = re.compile(rf"{_END}?\n{_BEGIN}?tool\n")
+# Llama puts a header right behind the message before, and an empty line after it: "It is Parisassistant\n\n". Where
+# the word belongs to a sentence, a blank, a hyphen or the like stands before it.
+_GLUED = rf"{_END}?{_BEGIN}?(?<![ \t\u00a0(\[#/-])"
+_GLUED_HEADER = re.compile(rf"{_LINE_HEADER.pattern}|{_GLUED}assistant{_ROLE_END}?(?:\n\n|\Z)")
+_GLUED_ANSWER = re.compile(rf"{_GLUED}(?:tool|ipython){_ROLE_END}?\n\n")
 
 
 class TextTurns(NamedTuple):
@@ -54,16 +74,17 @@ def split_turns(text: str, tool_format: str) -> TextTurns:
     """Tells the policy's turns from what the tools answered."""
     markers = _markers(tool_format)
     begins = [found.start() for found in markers.begin.finditer(text)]
-    heads = {begin: head for begin in begins if (head := _header_before(text, begin)) is not None}
-    turns = TextTurns([], [])
     if not begins:
         return _split_by_headers(text, FORMATS[tool_format].closing.decode())
+    heads = {begin: head for begin in begins if (head := _header_before(text, begin)) is not None}
+    ends = _ends(text, begins[0], markers)
+    turns = TextTurns([], [])
     at = 0
     for begin in begins:
         if begin < at or (heads and begin not in heads):
             continue
         turns.assistant.append((at, heads.get(begin, begin)))
-        stop, at = _observation_end(text, begin, markers, bool(heads))
+        stop, at = _observation_end(text, begin, begins, heads, ends)
         turns.answers.append(_answers(text, begin, stop, markers))
     if at < len(text):
         turns.assistant.append((at, len(text)))
@@ -76,12 +97,18 @@ def _split_by_headers(text: str, call_end: str) -> TextTurns:
     at = 0
     after_call = _header_after(call_end)
     while (found := after_call.search(text, at)) is not None:
-        turns.assistant.append((at, found.start() + len(call_end)))
-        close = _NEXT_HEADER.search(text, found.end())
+        turn, begin = (at, found.start() + len(call_end)), found.end()
+        turns.assistant.append(turn)
+        glued = text.startswith("\n", begin)
+        begin += glued
+        close = (_GLUED_HEADER if glued else _LINE_HEADER).search(text, begin)
         stop, at = (close.start(), close.end()) if close else (len(text), len(text))
-        limits = [found.end()]
-        for again in _ANSWER_HEADER.finditer(text, found.end(), stop):
+        limits = [begin]
+        for again in (_GLUED_ANSWER if glued else _LINE_ANSWER).finditer(text, begin, stop):
             limits += [again.start(), again.end()]
+        # A sentence may end with "tool": behind any text it is a header where there is one for each call.
+        if glued and len(limits) // 2 + 1 != text.count(call_end, *turn):
+            limits = [begin]
         limits.append(stop)
         turns.answers.append(list(zip(limits[::2], limits[1::2], strict=True)))
     if at < len(text):
@@ -91,9 +118,7 @@ def _split_by_headers(text: str, call_end: str) -> TextTurns:
 
 @cache
 def _header_after(call_end: str) -> re.Pattern[str]:
-    return re.compile(
-        rf"{re.escape(call_end)}(?:<\|im_end\|>)?\s*(?:<\|im_start\|>)?(?:user|tool|observation|ipython)\n"
-    )
+    return re.compile(rf"{re.escape(call_end)}{_END}?\s*{_BEGIN}?{_ANSWERER}{_ROLE_END}?\n")
 
 
 def _header_before(text: str, place: int) -> int | None:
@@ -103,22 +128,60 @@ def _header_before(text: str, place: int) -> int | None:
     return first + found.start() if found else None
 
 
-def _observation_end(text: str, begin: int, markers: _Markers, headers: bool) -> tuple[int, int]:
+class _Ends(NamedTuple):
+    """Where answers end, and where an assistant's header ends an observation; both rising."""
+
+    answers: list[int]
+    """Behind the end markers; empty where the format has none."""
+    headers: list[Span]
+    """From the end of the last answer to the beginning of the next turn."""
+
+
+def _ends(text: str, begin: int, markers: _Markers) -> _Ends:
+    """All of them from ``begin`` on, found in one pass."""
+    answers, headers = [], []
+    if markers.end:
+        at = begin
+        while (end := text.find(markers.end, at)) >= 0:
+            at = end + len(markers.end)
+            answers.append(at)
+            if (header := _CLOSE_HEADER.match(text, at)) is not None:
+                headers.append((at, header.end()))
+    else:
+        for header in _FREE_HEADER.finditer(text, begin):
+            stop = header.start()
+            while stop > begin and text[stop - 1].isspace():
+                stop -= 1
+            headers.append((stop, header.end()))
+    return _Ends(answers, headers)
+
+
+def _observation_end(
+    text: str, begin: int, begins: Sequence[int], heads: Mapping[int, int], ends: _Ends
+) -> tuple[int, int]:
     """Where the last answer of an observation ends, and where the next turn begins."""
-    at = begin
-    while (end := text.find(markers.end, at)) >= 0 and markers.end:
-        at = end + len(markers.end)
-        header = _CLOSE_HEADER.match(text, at)
-        if header:
-            return at, header.end()
-        if not headers and markers.begin.match(text, _skip_blank(text, at)) is None:
-            return at, at
-    if not markers.end and (header := _CLOSE_HEADER.search(text, begin)):
-        return header.start(), header.end()
+    closing = bisect_left(ends.headers, (begin,))
+    if closing < len(ends.headers) and (heads or not ends.answers):
+        return ends.headers[closing]
+    for number in range(bisect_left(ends.answers, begin), len(ends.answers)):
+        at = ends.answers[number]
+        if closing < len(ends.headers) and ends.headers[closing][0] == at:
+            return ends.headers[closing]
+        following = bisect_left(begins, at)
+        if following < len(begins) and _skip_space(text, at) >= heads.get(begins[following], begins[following]):
+            continue  # another answer of the same observation
+        if heads and _is_header_begun(text[at : at + _HEADER_CHARS]):
+            break
+        return at, at
     return len(text), len(text)
 
 
-def _skip_blank(text: str, at: int) -> int:
+def _is_header_begun(rest: str) -> bool:
+    """Whether a text breaks off within the assistant's header."""
+    return len(rest) < _HEADER_CHARS and "assistant".startswith(_TAG.sub("", rest).strip())
+
+
+def _skip_space(text: str, at: int) -> int:
     while at < len(text) and text[at].isspace():
         at += 1
     return at
@@ -142,6 +205,8 @@ class TextCalls(NamedTuple):
     """Characters the policy wrote."""
     unclosed: int
     """Turns that break off within a call."""
+    unclear: bool
+    """Whether the turns cannot be told apart: policy text and answers follow each other with nothing between."""
 
 
 def find_calls(text: str, tool_format: str, error_markers: Iterable[str] = ()) -> TextCalls:
@@ -175,7 +240,18 @@ def find_calls(text: str, tool_format: str, error_markers: Iterable[str] = ()) -
             size, call_size = end - start, last - first
             ok = status == "ok"
             calls.append(Call(tool, arguments, arguments, number, ok, status, size, call_size, span, call_span, result))
-    return TextCalls(calls, sum(end - start for start, end in turns.assistant), unclosed)
+    size = sum(end - start for start, end in turns.assistant)
+    return TextCalls(calls, size, unclosed, _is_unclear(text, turns, calls, fmt))
+
+
+def _is_unclear(text: str, turns: TextTurns, calls: Sequence[Call], fmt: Format) -> bool:
+    if turns.answers:
+        # An observation to the end of the text with calls in it: what ends it was not recognised.
+        return len(turns.answers) == len(turns.assistant) and fmt.opening.decode() in text[turns.answers[-1][0][0] :]
+    # A rollout may end with a call, and calls may follow each other; no other text stands behind a call in its turn.
+    spans = [call.call_span for call in calls if call.call_span]
+    pieces = zip((end for _, end in spans), [*(start for start, _ in spans[1:]), len(text)], strict=False)
+    return any(_TAG.sub("", text[end:start]).strip() for end, start in pieces)
 
 
 def _status(error: str | None, result: str | None, error_markers: Iterable[str]) -> str:

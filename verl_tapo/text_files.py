@@ -1,0 +1,111 @@
+"""Text files as people have them: compressed or not, whatever the name says; with a byte order mark; of Windows."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+BROKEN = (OSError, EOFError, zlib.error)
+"""What reading a file raises that is cut short or damaged."""
+MAX_LINE = 1 << 26
+"""Bytes of a line from which on it is no line of ours, but a file of something else, or a bomb."""
+
+_COMPRESSED = {
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+_CHUNK = 1 << 20
+
+
+class UnknownCompression(ValueError):
+    """A file that is compressed in a way not read here."""
+
+
+class Line(NamedTuple):
+    """A line of a text file."""
+
+    text: str
+    """Without a byte order mark; the first characters only, where it is longer than `MAX_LINE`."""
+    end: int
+    """Where the next one begins in the stream, in bytes."""
+    whole: bool
+    """Whether a line end stands behind it."""
+    broken: bool
+    """Whether some of it is not UTF-8, and replaced."""
+    too_long: bool
+
+
+@contextlib.contextmanager
+def open_utf8(path: str | os.PathLike[str], in_order: bool = True) -> Iterator[BinaryIO]:
+    """A text file as a stream of UTF-8, decompressed.
+
+    Args:
+        path: a file, whatever its name.
+        in_order: it is read from front to back. Otherwise what is compressed is copied first, as far as it can be read.
+
+    Raises:
+        UnknownCompression: it is compressed, and not with gzip.
+    """
+    with contextlib.ExitStack() as opened:
+        stream: Any = opened.enter_context(Path(path).open("rb"))
+        head = stream.peek(4)[:4]
+        if compressed := head.startswith(b"\x1f\x8b"):
+            stream = opened.enter_context(gzip.GzipFile(fileobj=stream))
+            head = stream.peek(4)[:4]
+        for magic, name in _COMPRESSED.items():
+            if head.startswith(magic):
+                raise UnknownCompression(f"compressed with {name}, and only gzip is read")
+        encoding = json.detect_encoding(head)
+        wide = not encoding.startswith("utf-8") and _is_json(head.decode(encoding, "replace"))
+        if wide or (compressed and not in_order):
+            copy = opened.enter_context(tempfile.TemporaryFile())
+            _copy(stream, encoding if wide else None, copy)
+            copy.seek(0)
+            stream = copy
+        yield stream
+
+
+def _copy(stream: BinaryIO, encoding: str | None, copy: BinaryIO) -> None:
+    if encoding is None:
+        with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):
+            while line := stream.readline(MAX_LINE):
+                copy.write(line)
+        return
+    text = io.TextIOWrapper(stream, encoding, "replace", newline="")
+    while chunk := text.read(_CHUNK):
+        copy.write(chunk.encode("utf-8", "replace"))
+    text.detach()
+
+
+def _is_json(head: str) -> bool:
+    return head.lstrip("\ufeff \t\r\n")[:1] in ("", "{", "[", '"')
+
+
+def read_line(stream: BinaryIO, start: int) -> Line | None:
+    """The line of a stream of `open_utf8` that begins at ``start``, where the stream stands; None at its end."""
+    data = stream.readline(MAX_LINE)
+    if not data:
+        return None
+    end, whole, too_long = start + len(data), data.endswith(b"\n"), len(data) == MAX_LINE
+    while not whole and len(data) == MAX_LINE:
+        data = stream.readline(MAX_LINE)
+        end, whole = end + len(data), data.endswith(b"\n")
+    if too_long:
+        data = data[:100]
+    if start == 0:
+        data = data.removeprefix(b"\xef\xbb\xbf")
+    try:
+        return Line(data.decode(), end, whole, False, too_long)
+    except UnicodeDecodeError:
+        return Line(data.decode("utf-8", "replace"), end, whole, True, too_long)
