@@ -20,9 +20,12 @@ export RAY_PORT="${RAY_PORT:-6379}"
 
 # Ray ends with its step, and each step with the job.
 srun --nodes=1 --ntasks=1 --nodelist="$first" --overlap ./ray_cluster.sh head --block &
-head=$!
-trap 'kill "$head" 2>/dev/null || true' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+export RAY_ADDRESS="$address:$RAY_PORT"
+on_first() { srun --nodes=1 --ntasks=1 --nodelist="$first" --overlap "$@"; }
+on_first ./ray_cluster.sh wait 1
 if [ "$nodes" -gt 1 ]; then
   srun --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --exclude="$first" --overlap ./ray_cluster.sh join "$address" --block &
 fi
-srun --nodes=1 --ntasks=1 --nodelist="$first" --overlap env RAY_ADDRESS="$address:$RAY_PORT" ./train.sh --nodes "$nodes" "$@"
+on_first ./ray_cluster.sh wait "$nodes"
+on_first ./train.sh --nodes "$nodes" "$@"

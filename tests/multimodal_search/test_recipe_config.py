@@ -259,6 +259,53 @@ def test_ray_cluster_sh_hands_on_ray_s_options(tmp_path):
     assert json.loads(joined) == ["start", "--address", "10.0.0.1:1234", "--disable-usage-stats", "--block"]
 
 
+def test_slurm_sh_trains_once_all_nodes_are_there(tmp_path):
+    """With stand-ins: Slurm starts what it is told, on one machine; Ray and the recipe's scripts say what they are."""
+    copy = tmp_path / "recipe"
+    shutil.copytree(RECIPE, copy)
+    log = tmp_path / "log"
+    programs = {
+        tmp_path / "bin" / "scontrol": "echo node-a; echo node-b",
+        tmp_path / "bin" / "hostname": "echo 10.0.0.1 172.17.0.1",
+        tmp_path
+        / "bin"
+        / "srun": 'where=; while :; do case "$1" in --nodelist=*|--exclude=*) where="$1"; shift ;; --*) shift ;; '
+        '*) break ;; esac; done; NODES="$where" exec "$@"',
+        copy / "ray_cluster.sh": f'echo "$NODES $RAY_ADDRESS ray $*" >> {log}; [ "$1" = wait ] || exec sleep 60',
+        copy / "train.sh": f'echo "$NODES $RAY_ADDRESS train $*" >> {log}',
+    }
+    (tmp_path / "bin").mkdir()
+    for file, text in programs.items():
+        file.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        file.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_SUBMIT_DIR": str(copy),
+    }
+    done = subprocess.run(
+        ["bash", copy / "slurm.sh", "--data", "a b"], env=environment, cwd="/", timeout=60, check=False
+    )
+    assert done.returncode == 0
+    said = log.read_text().splitlines()
+    first, ray = "--nodelist=node-a", "10.0.0.1:6379"
+    order = [line for line in said if " ray head" not in line and " ray join" not in line]
+    assert order == [f"{first} {ray} {what}" for what in ("ray wait 1", "ray wait 2", "train --nodes 2 --data a b")]
+    # These are in the background: when they come to say so is open.
+    assert {line for line in said if line not in order} <= {
+        f"{first}  ray head --block",
+        f"--exclude=node-a {ray} ray join 10.0.0.1 --block",
+    }
+
+
+def test_ray_cluster_sh_waits_for_nodes_no_longer_than_told(tmp_path):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = script("ray_cluster.sh", "wait", "2", "1", PATH=path, RAY_ADDRESS="127.0.0.1:9")
+    assert done.returncode == 1
+    assert "0 of 2 nodes are there: none" in done.stderr
+
+
 def test_check_finds_what_is_wrong(tmp_path):
     file = tmp_path / "data.parquet"
     file.write_text("none")
