@@ -909,9 +909,9 @@ class TestOddValues:
 class TestImages:
     """``image: 2`` is the same image only where it was made in the same way."""
 
-    def rollout(self, *boxes, session, score):
-        text = "".join(call_text("zoom", image=1, bbox=box) + answers("<image>") for box in boxes)
-        return line(text + call_text("image_search", image=2) + answers("A flag") + "end", score, session=session)
+    def rollout(self, *boxes, session, score, first=1, second=2):
+        text = "".join(call_text("zoom", image=first, bbox=box) + answers("<image>") for box in boxes)
+        return line(text + call_text("image_search", image=second) + answers("A flag") + "end", score, session=session)
 
     def compared(self, *lines):
         rows = [Row(number, entry) for number, entry in enumerate(lines)]
@@ -926,6 +926,25 @@ class TestImages:
         )
         assert left[1] == left_again[1] != right[1]
         assert left[0]["image"] == right[0]["image"] == 1  # the prompt's
+
+    @pytest.mark.parametrize(("one", "two"), [(1.0, 2.0), ("1", "2"), ([1], [2.0]), ("image 1", " 2 ")])
+    def test_an_index_is_read_however_it_is_written(self, one, two):
+        left, right, left_again = self.compared(
+            self.rollout([0, 0, 9, 9], session=0, score=1.0),
+            self.rollout([5, 5, 9, 9], session=1, score=0.0, first=one, second=two),
+            self.rollout([0, 0, 9, 9], session=2, score=0.0, first=one, second=two),
+        )
+        assert left == left_again
+        assert left[0]["image"] == right[0]["image"]
+        assert left[1] != right[1]
+
+    def test_lists_of_images(self):
+        left, right = self.compared(
+            self.rollout([0, 0, 9, 9], session=0, score=1.0, second=[1, 2]),
+            self.rollout([5, 5, 9, 9], session=1, score=0.0, second=[1, 2]),
+        )
+        assert left[1]["image"][0] == right[1]["image"][0] == 1
+        assert left[1]["image"][1] != right[1]["image"][1]
 
     def test_an_image_of_the_prompt_stays_one_later(self):
         first, second = self.compared(

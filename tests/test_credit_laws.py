@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from slow_reference import transfer
 
-from verl_tapo import TapoConfig, transfer_credit
+from verl_tapo import TapoConfig, ToolStep, transfer_credit
+from verl_tapo import credit as rule
 
 SEEDS = st.integers(0, 1_000_000)
 laws = settings(max_examples=150, deadline=None)
@@ -44,6 +45,36 @@ def test_pairs_and_rows_go_through_in_blocks(monkeypatch):
     pieces, again = transfer_credit(*batch, cfg)
     assert torch.equal(whole, pieces)
     assert report.steps == again.steps
+
+
+def test_exact_calls_are_matched_without_comparing_all_pairs(monkeypatch):
+    """The number of pairs that are looked at grows with the calls, and with the square of those alike only."""
+
+    counts = []
+    whole = rule._similarities
+
+    def counting(left, right, parameters):
+        counts.append(len(left))
+        return whole(left, right, parameters)
+
+    monkeypatch.setattr(rule, "_similarities", counting)
+
+    def pairs(tools, arguments):
+        steps = [ToolStep(row, "lookup", given, (0, 1), (0, 1)) for row, given in enumerate(arguments)]
+        base = torch.tensor([[1.0], [-1.0]]).repeat(len(steps) // 2, 1)
+        success = [True, False] * (len(steps) // 2)
+        counts.clear()
+        _, report = transfer_credit(base, base.abs(), ["u"] * len(steps), success, steps, TapoConfig(tools=tools))
+        return sum(counts), [step.gate for step in report.steps[1::2]]
+
+    for calls in (200, 2000):
+        count, gates = pairs({"lookup": {"id": "exact"}}, [{"id": number} for number in range(calls)])
+        assert count <= calls
+        assert set(gates) == {"below_theta"}
+        zooms = [{"image": number // 4, "bbox": [number % 4, 0, 9, 9]} for number in range(calls)]
+        count, gates = pairs({"lookup": {"image": "exact", "bbox": "iou"}}, zooms)
+        assert count <= 4 * calls
+        assert set(gates) == {"below_alpha"}  # each is like one of its two siblings with the same image
 
 
 @given(SEEDS)
@@ -159,8 +190,6 @@ def test_antitone_in_theta(seed, one, other):
 
 def test_theta_may_lift_where_support_is_off():
     """A finer partition may leave a failing call with the better of two references: not a law without support."""
-    from verl_tapo import ToolStep
-
     base = torch.tensor([[1.0], [3.0], [-4.0]])
     boxes = [[0, 0, 10, 10], [2, 0, 12, 10], [2, 0, 12, 10]]
     steps = [ToolStep(row, "zoom", {"bbox": box}, (0, 1), (0, 1)) for row, box in enumerate(boxes)]

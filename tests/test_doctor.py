@@ -54,6 +54,7 @@ def test_a_good_configuration(capsys):
         (["+algorithm.tapo.tools={}"], "algorithm.tapo.tools names no tool"),
         (["+algorithm.tapo.record_dir=/dev/null"], "algorithm.tapo.record_dir=/dev/null cannot be written to"),
         (["+algorithm.tapo.record_dir=/proc/no/where"], "algorithm.tapo.record_dir=/proc/no/where cannot be written"),
+        (["+algorithm.tapo.error_markers=null"], "algorithm.tapo.error_markers must be a list of non-empty strings"),
     ],
 )
 def test_bad_configurations(capsys, arguments, problem):
@@ -413,6 +414,58 @@ print(seam.status, PPOTrainer()._compute_advantage(1))
     done = run(code)
     assert "FAILED: TypeError: PPOTrainer._compute_advantage has no parameter batch, metrics stock" in done.stdout
     assert "[verl-tapo] cannot hook into" in done.stderr
+
+
+BROKEN_RAPIDFUZZ = """
+import pathlib, sys, tempfile
+folder = pathlib.Path(tempfile.mkdtemp())
+(folder / "rapidfuzz.py").write_text("raise RuntimeError('built for another machine')")
+sys.path.insert(0, str(folder))
+"""
+
+
+def test_a_broken_rapidfuzz_ends_runs_with_tapo_only():
+    code = """
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+import verl.experimental.agent_loop.tool_agent_loop, verl.trainer.ppo.v1.trainer_base, verl.trainer.ppo.ray_trainer
+from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
+from verl.trainer.ppo import core_algos
+from verl_tapo.plugin import SEAMS
+import verl_tapo.trainer.v0, verl_tapo.trainer.v1
+from verl_tapo.trainer.check import check_run
+from verl_tapo.trainer.estimator import load_settings, watch
+print(sorted({seam.status for seam in SEAMS if seam.module in sys.modules}))
+print("tapo_tool_agent" in _agent_loop_registry, "tapo" in core_algos.ADV_ESTIMATOR_REGISTRY)
+for overrides in (["algorithm.adv_estimator=grpo", "+algorithm.tapo.beta=0.5"],
+                  ["algorithm.adv_estimator=tapo", "+algorithm.tapo.tools.zoom.bbox=iou"],
+                  ["algorithm.adv_estimator=tapo"]):
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=overrides)
+    try:
+        print("fine", check_run(config) is not None)
+    except ValueError as error:
+        print("ValueError", error)
+"""
+    done = run(BROKEN_RAPIDFUZZ + code)
+    assert done.returncode == 0, done.stderr
+    statuses, registered, grpo, without_text, by_default = done.stdout.splitlines()[-5:]
+    assert "FAILED" not in statuses
+    assert registered == "True True"
+    assert (grpo, without_text) == ("fine False", "fine True")
+    assert "the kernel 'text' would fail" in by_default
+    assert "built for another machine" in by_default
+
+
+def test_a_kernel_whose_package_is_missing_is_a_problem_before_the_run(capsys, monkeypatch):
+    code, out = doctor(capsys, "+algorithm.tapo.tools.search.query=embedding")
+    assert code == 0, out
+    monkeypatch.setattr("verl_tapo.similarity.find_spec", lambda name: None)
+    code, out = doctor(capsys, "+algorithm.tapo.tools.search.query=embedding")
+    assert code == 1
+    problem = "algorithm.tapo.tools: the kernel 'embedding' would fail: kernel 'embedding' needs sentence-transformers"
+    assert problem in out.split("Problems:")[1]
 
 
 def test_the_rule_needs_no_verl():

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rapidfuzz import fuzz
 
-from verl_tapo import Kernel, TapoConfig, ToolStep, register_kernel, similarity, transfer_credit
+from verl_tapo import Kernel, TapoConfig, TapoSettings, ToolStep, register_kernel, similarity, transfer_credit
 from verl_tapo.config import acquires_information, default_kernel
 from verl_tapo.images import content_hash, image_index, resolve_images
+from verl_tapo.records import CallRecord, TrajectoryRecord, recorded_steps
 from verl_tapo.similarity import read_box
 from verl_tapo.steps import canonical
 
@@ -391,6 +392,24 @@ class TestNothingThatAModelWritesRaises:
         assert all(v == 1 for v, (x, y) in zip(found, pairs, strict=True) if x["p"] is y["p"])
 
 
+def test_no_pair_of_long_texts_is_compared_letter_by_letter(monkeypatch):
+    """It takes time that grows with the square of the length."""
+    from rapidfuzz import process
+
+    lengths = []
+    whole = process.cpdist
+
+    def cpdist(a, b, **options):
+        lengths.extend(map(len, (*a, *b)))
+        return whole(a, b, **options)
+
+    monkeypatch.setattr(process, "cpdist", cpdist)
+    for length in (100, 1000, 2000, 3000, 16_000):
+        assert 0 <= compare("text", "ab " * (length // 3), "abc " * (length // 4)) < 1
+    assert len(lengths) == 6
+    assert max(lengths) <= similarity.TEXT_LIMIT
+
+
 def test_long_texts_compare_by_equality():
     words = [f"word{number}" for number in range(400)]
     text = " ".join(words)
@@ -538,6 +557,31 @@ def test_a_number_that_refers_to_no_image_equals_none_by_accident(odd):
     assert resolved(["p", "q"]) == resolved(["p", "q"])
     assert len({str(resolved(images)) for images in (["p", "q"], ["p", "r"], ["p"], ["q", "p"])}) == 4
     assert resolved(["p", "q"])["image"] not in ("p", "q", "p or q")
+
+
+def made_by_a_zoom(box, index, images):
+    """The record of a rollout that zooms into its prompt's image, and then into what came of it."""
+    zooms = [
+        CallRecord("zoom", {"image": 1, "bbox": box}, (0, 1), (0, 1), "ok", images_at_hand=1, produced=[1]),
+        CallRecord("zoom", {"image": index, "bbox": [0, 0, 9, 9]}, (1, 2), (1, 2), "ok", images_at_hand=2),
+    ]
+    return TrajectoryRecord(zooms, images).to_dict()
+
+
+@pytest.mark.parametrize("base", [1, None])
+@pytest.mark.parametrize("other", [2, 2.0, "2", [2], [2.0]], ids=repr)
+def test_recorded_calls_of_an_images_index_compare_by_its_content(other, base):
+    def second_gate(images):
+        steps = []
+        for row, (index, of_row) in enumerate([(2, ["prompt", "left"]), (other, images)]):
+            record = made_by_a_zoom([0, 0, 9, 9], index, of_row)
+            steps += recorded_steps(record, row, 2, TapoSettings().image_parameters, base)
+        values = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+        report = transfer_credit(values, torch.ones(2, 2), ["u", "u"], [True, False], steps)[1]
+        return report.steps[3].gate
+
+    assert second_gate(["prompt", "left"]) == "corrected"
+    assert second_gate(["prompt", "right"]) == "below_theta"
 
 
 def test_odd_values_in_place_of_an_image():

@@ -11,6 +11,7 @@ import re
 import threading
 
 import numpy as np
+import odd_values
 import pytest
 import torch
 from batches import random_batch, random_config
@@ -167,6 +168,23 @@ def test_nothing_that_a_model_wrote_is_too_much(tmp_path):
         assert audit(tmp_path / f"000001.{suffix}").result["totals"]["calls"] == 1
         assert call["arguments"]["a"] is None
         assert (call["arguments"]["b"], call["arguments"]["f"]) == ("\ud800", 1.5)
+
+
+@pytest.mark.parametrize("record_format", FORMATS)
+def test_odd_values_are_recorded(tmp_path, record_format):
+    values = odd_values.values()
+    del values["branches without end"]  # no text of a model is such a value: it is one object in many places
+    steps = [
+        ToolStep(0, "search", {name: value, "keys": {name: value}}, (0, 3), (1, 3)) for name, value in values.items()
+    ]
+    steps.append(ToolStep(0, "search", {10**5000: 1, None: 2, "\ud800": 3}, (0, 3), (1, 3)))
+    batch = (torch.full((1, 4), -1.0), torch.ones(1, 4, dtype=torch.int64), ["u"], [False], steps)
+    assert write(tmp_path, snapshot(batch=batch), record_format=record_format).lost == 0
+    path = tmp_path / f"000001.{FORMATS[record_format]}"
+    calls = read_step_records(path).rows[0]["calls"]
+    assert len(calls) == len(steps)
+    assert next(call for call in calls if "text" in call["arguments"])["arguments"]["text"] == "capital of France"
+    assert audit(path).result["totals"]["calls"] == len(steps)
 
 
 def test_a_step_that_is_done_again_takes_the_place_of_the_old_one(tmp_path):

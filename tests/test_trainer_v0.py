@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rollouts import FakeRollout, data_proto, fake_batch
 
-from verl_tapo import TapoConfig, transfer_credit
+from verl_tapo import TapoConfig, TapoSettings, ToolStep, transfer_credit
 from verl_tapo.audit import audit
 from verl_tapo.records import recorded_steps
 from verl_tapo.trainer import estimator, v0
@@ -359,6 +359,7 @@ def test_what_is_reported_once(qwen_like_tokenizer, trainer, caplog):
         compute(data_proto(rows, qwen_like_tokenizer))
     assert caplog.text.count("'text_search' takes part, compared by query=text") == 1
     assert caplog.text.count("'zoom' takes part, compared by image=exact, bbox_2d=iou") == 1
+    assert "without a parameter that counts" not in caplog.text
     caplog.clear()
     tools = {"text_search": {"query": "text"}, "image_serach": {}}
     for _ in range(4):
@@ -509,6 +510,40 @@ def test_success_values_that_are_none_are_counted_and_named(qwen_like_tokenizer,
     metrics = step_metrics(data)
     assert (metrics["tapo/success_rate"], metrics["tapo/success_unreadable"]) == (0.0, 1.0)
     assert caplog.text.count("in 100% of the rollouts the reward's 'acc' is no number (") == 1
+
+
+def test_names_that_never_occur_are_reported_with_those_that_did(qwen_like_tokenizer, trainer, caplog):
+    rows = fake_batch(qwen_like_tokenizer)
+    tools = {
+        "text_serch": {"query": "text"},
+        "text_search": {"querry": "text"},
+        "zoom": {"image": "exact", "xyz": "iou"},
+    }
+    for _ in range(5):
+        compute(data_proto(rows, qwen_like_tokenizer), tools=tools, patience=3)
+    told = [record.message for record in caplog.records if "of algorithm.tapo.tools" in record.message]
+    assert len(told) == 3
+    assert "the tool 'text_serch' of algorithm.tapo.tools was never called in 3 batches; tools that were: " in told[0]
+    assert told[0].endswith("; did you mean 'text_search'?")
+    querry = "no call of 'text_search' in 3 batches had the parameter 'querry' of algorithm.tapo.tools; they had: query"
+    assert told[1].endswith(f"{querry}; did you mean 'query'?")
+    assert "no call of 'zoom' in 3 batches had the parameter 'xyz' of algorithm.tapo.tools; they had: bbox" in told[2]
+    caplog.clear()
+    for _ in range(2):
+        compute(data_proto(rows, qwen_like_tokenizer), tools=tools, patience=0)
+    assert "never called" not in caplog.text
+
+
+def test_what_tools_are_left_out_by_default_is_logged(caplog):
+    watch, settings = estimator.Watch(), TapoSettings()
+    calls = {"finish": {"answer": "x"}, "next_page": {}, "zoom": {"bbox": [0, 0, 1, 1], "label": "dog"}}
+    for _ in range(2):
+        watch.look([ToolStep(0, tool, given, (0, 1), (0, 1)) for tool, given in calls.items()], settings)
+    finish, next_page, zoom = (record.message for record in caplog.records)
+    assert "the tool 'finish' is left out: its name says that it ends the rollout" in finish
+    assert "'next_page' takes part" in next_page
+    assert "calls like this one, without a parameter that counts, do not" in next_page
+    assert "compared by bbox=iou, label=ignore (others: exact)" in zoom
 
 
 def test_a_run_without_any_call_is_reported(qwen_like_tokenizer, trainer, caplog):

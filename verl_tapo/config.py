@@ -211,22 +211,21 @@ class TapoConfig:
         """Whether ``tool`` is a declared information-acquisition tool."""
         return acquires_information(tool) if self.tools is None else tool in self.tools
 
-    def kernels(self, tool: str, parameters: Iterable[Any]) -> dict[Any, Kernel]:
-        """What compares a call: the parameters that count of those it has, with their kernels.
-
-        Args:
-            tool: one that takes part.
-            parameters: names of all parameters of the call.
-        """
-        names = tuple(parameters)
-        kernels = {name: self.kernel(tool, name, names) for name in names}
-        return {name: kernel for name, kernel in kernels.items() if not kernel.ignores}
-
     def kernel(self, tool: str, parameter: Any, beside: Iterable[Any] = ()) -> Kernel:
-        """What compares ``parameter`` of ``tool``, a tool that takes part, in a call that has ``beside`` as well."""
+        """What compares ``parameter`` of ``tool``, a tool that takes part, in a call with the parameters ``beside``."""
         if self.tools is not None:
             return self._kernels.get(tool, {}).get(parameter, _BY_NAME["exact"])
         return _BY_NAME[default_kernel(parameter, beside)]
+
+    def all_kernels(self) -> list[Kernel]:
+        """The kernels that may be asked."""
+        if self.tools is None:
+            return list(_BY_NAME.values())
+        return [kernel for kernels in self._kernels.values() for kernel in kernels.values()]
+
+    def may_ignore(self, tool: str, parameter: Any) -> bool:
+        """Whether ``parameter`` counts in no call, or not in all."""
+        return self.kernel(tool, parameter, BOX_PARAMETERS).ignores
 
 
 _BY_NAME = {name: make_kernel(name) for name in ("text", "iou", "exact", "ignore")}

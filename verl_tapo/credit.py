@@ -49,6 +49,7 @@ _NO_GATE, _NO_WITNESS, _BELOW_THETA, _BELOW_ALPHA, _CORRECTED = range(5)
 _ROUNDING = 1e-9
 EQUAL = 1.0 - _ROUNDING
 """Similarity from which a step is its witness's equal, and not only like it."""
+_LARGEST = 1 << 62  # number that is calculated with
 _PAIR_BLOCK = 1_000_000  # pairs of calls compared at a time
 _TOKEN_BLOCK = 1 << 16  # tokens corrected at a time
 _NUMPY_FLOATS = frozenset({torch.float16, torch.float32, torch.float64})
@@ -431,13 +432,16 @@ def _masked_sums(base: torch.Tensor, mask: torch.Tensor) -> tuple[FloatArray, Fl
     @np.errstate(invalid="ignore", over="ignore")
     def add_up(first: int, last: int) -> None:
         buffer = np.empty((_ROW_BLOCK, length), dtype=dtype)
+        is_zero, is_one = np.empty((2, _ROW_BLOCK, length), dtype=bool)
         for start in range(first, last, _ROW_BLOCK):
             end = min(start + _ROW_BLOCK, last)
-            block = buffer[: end - start]
-            given = policy[start:end]
-            if given.dtype != bool and not ((given == 0) | (given == 1)).all():
-                odd.append(start)
-            np.copyto(block, given, casting="unsafe")
+            block, zero, one = (array[: end - start] for array in (buffer, is_zero, is_one))
+            np.copyto(block, policy[start:end], casting="unsafe")
+            if policy.dtype != bool:
+                exact = policy[start:end] if policy.dtype == np.float64 else block  # 1e-50 is 0 in single precision
+                np.logical_or(np.equal(exact, 0, out=zero), np.equal(exact, 1, out=one), out=zero)
+                if not zero.all():
+                    odd.append(start)
             np.matmul(block, ones, out=counts[start:end])
             block *= values[start:end]
             np.matmul(block, ones, out=sums[start:end])
@@ -466,11 +470,13 @@ def _taking_part(columns: StepColumns, cfg: TapoConfig) -> BoolArray:
     """(S,) which steps are of a declared tool. By default also: have a parameter that counts, for two calls without
     any are no evidence of anything [ours]."""
     declared = {tool: cfg.takes_part(tool) for tool in set(columns.tool)}
-    if cfg.tools is not None:
-        return np.array([declared[tool] for tool in columns.tool], dtype=bool)
-    calls = [(tool, tuple(arguments)) for tool, arguments in zip(columns.tool, columns.arguments, strict=True)]
-    counting = {call: declared[call[0]] and bool(cfg.kernels(*call)) for call in set(calls)}
-    return np.array([counting[call] for call in calls], dtype=bool)
+    taking_part = np.array([declared[tool] for tool in columns.tool], dtype=bool)
+    if cfg.tools is None:
+        doubtful = {name for name in set(chain.from_iterable(columns.arguments)) if cfg.may_ignore("", name)}
+        for step, arguments in enumerate(columns.arguments):
+            if doubtful.issuperset(arguments):
+                taking_part[step] &= not all(cfg.kernel("", name, arguments).ignores for name in arguments)
+    return taking_part
 
 
 class _Parameter(NamedTuple):
@@ -575,9 +581,8 @@ def _distinct_calls(columns: StepColumns, group: IntArray, role: IntArray, cfg: 
         steps = in_play[start:end]
         parameters = _parameters(columns, steps, name, cfg)
         compared = [parameter for parameter in parameters if not parameter.kernel.identity_only]
-        block = _combined([place[steps], *(p.of_call for p in parameters if p.kernel.identity_only)])
-        call = _combined([block, *(p.of_call for p in compared)])
-        _, first, node = np.unique(call, return_index=True, return_inverse=True)  # sorted by block, and so by cell
+        block, _ = _combined([place[steps], *(p.of_call for p in parameters if p.kernel.identity_only)])
+        node, first = _combined([block, *(p.of_call for p in compared)])  # sorted by block, and so by cell
         of_step[steps] = nodes + node
         cells.append(place[steps[first]])
         blocks.append(nodes + block[first])  # a tool has no more blocks than nodes
@@ -586,28 +591,36 @@ def _distinct_calls(columns: StepColumns, group: IntArray, role: IntArray, cfg: 
     return _Calls(of_step, np.concatenate(cells), np.concatenate(blocks), tools)
 
 
-def _combined(columns: list[IntArray]) -> IntArray:
-    """(K,) a number for each distinct combination of the columns' entries, in the columns' order."""
-    number = np.zeros(len(columns[0]), dtype=np.int64)
+def _combined(columns: list[IntArray]) -> tuple[IntArray, IntArray]:
+    """(K,) numbers from 0 of the distinct combinations of K entries of the columns, in the columns' order, and the
+    position where each combination comes first."""
+    number, size = np.zeros(len(columns[0]), dtype=np.int64), 1
     for column in columns:
-        low = column.min(initial=0)
-        number = number * (column.max(initial=0) - low + 1) + (column - low)
-        number = np.unique(number, return_inverse=True)[1]
-    return number
+        low = int(column.min(initial=0))
+        span = int(column.max(initial=0)) - low + 1
+        if size * span > _LARGEST:
+            number = np.unique(number, return_inverse=True)[1]
+            size = len(number)
+        number, size = number * span + (column - low), size * span
+    _, first, number = np.unique(number, return_index=True, return_inverse=True)
+    return number, first
 
 
 def _parameters(columns: StepColumns, steps: IntArray, tool: str, cfg: TapoConfig) -> list[_Parameter]:
     """The parameters of one tool that count, with each step's value as a number."""
     calls = [columns.arguments[step] for step in steps.tolist()]
-    names = [tuple(call) for call in calls]
-    counting = {of_call: cfg.kernels(tool, of_call) for of_call in set(names)}
     parameters = []
-    for name, kernel in dict(chain.from_iterable(kernels.items() for kernels in counting.values())).items():
-        values = [call[name] if name in counting[given] else ABSENT for call, given in zip(calls, names, strict=True)]
+    for name in dict.fromkeys(chain.from_iterable(calls)):
+        kernel = cfg.kernel(tool, name)
+        if kernel.ignores:
+            continue
+        given = [call.get(name, ABSENT) for call in calls]
+        if cfg.may_ignore(tool, name):
+            given = [ABSENT if cfg.kernel(tool, name, call).ignores else call.get(name, ABSENT) for call in calls]
         try:
-            parameters.append(_Parameter(name, kernel, *number_values(kernel, values)))
+            parameters.append(_Parameter(name, kernel, *number_values(kernel, given)))
         except ValueError as error:
-            raise ValueError(f"tool {tool!r}, parameter {name!r}: {error}") from error
+            raise ValueError(f"tool {tool!r}, parameter {shown(name)}: {error}") from error
     return parameters
 
 
@@ -650,7 +663,7 @@ def _similarities(left: IntArray, right: IntArray, parameters: list[_Parameter])
         try:
             np.minimum(result, similarities(kernel, values, of_call[left], of_call[right]), out=result)
         except ValueError as error:
-            raise ValueError(f"parameter {name!r}: {error}") from error
+            raise ValueError(f"parameter {shown(name)}: {error}") from error
     return result
 
 

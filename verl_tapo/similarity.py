@@ -15,11 +15,13 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from verl_tapo.arrays import numbered
 from verl_tapo.steps import IntArray, canonical, prints, shown
 
 logger = logging.getLogger("verl_tapo")
@@ -68,6 +70,14 @@ class Kernel(ABC):
             left, right: (P,) positions in ``values``.
         """
 
+    def check(self) -> None:
+        """Looks whether all is there that the kernel needs; asked before a run.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
+        return None
+
 
 def number_values(kernel: Kernel, given: Sequence[Any]) -> tuple[list[Hashable], IntArray]:
     """The distinct values of one parameter as the kernel prepared them, and N values as numbers.
@@ -84,42 +94,40 @@ def number_values(kernel: Kernel, given: Sequence[Any]) -> tuple[list[Hashable],
     def number(value: Any) -> int:
         if value is ABSENT:
             return -1
-        form = _prepared(kernel, value)
+        try:
+            form = kernel.prepare(value)
+        except Exception as error:
+            _tell(kernel, value, error)
+            form = None
         if form is None:
             return others.setdefault(canonical(value), -2 - len(others))
         try:
             return known.setdefault(form, len(known))
         except TypeError:
-            raise ValueError(
-                f"kernel {kernel.name!r}: prepare must return something hashable, got {shown(form)}"
-            ) from None
+            message = f"kernel {kernel.name!r}: prepare must return something hashable, got {shown(form)}"
+            raise ValueError(message) from None
 
     # In a batch the same texts come again and again, and some are long: each is prepared once.
-    numbers: dict[Any, int] = {}
-    keys = [value if type(value) is str else id(value) for value in given]
-    for key, value in zip(keys, given, strict=True):
-        if key not in numbers:
-            numbers[key] = number(value)
-    return list(known), np.array([numbers[key] for key in keys], dtype=np.int64)
+    keys = given if set(map(type, given)) == {str} else [v if type(v) is str else id(v) for v in given]
+    _, which = numbered(keys)
+    distinct = [number(value) for value in dict(zip(keys, given, strict=True)).values()]
+    return list(known), np.array(distinct, dtype=np.int64)[which]
 
 
 _told: set[tuple[str, str]] = set()
 
 
-def _prepared(kernel: Kernel, value: Any) -> Hashable:
-    try:
-        return kernel.prepare(value)
-    except Exception as error:
-        if (kernel.name, type(error).__name__) not in _told:
-            _told.add((kernel.name, type(error).__name__))
-            logger.warning(
-                "TAPO: kernel %r cannot prepare %s (%s: %s): such values equal only themselves. Said once",
-                kernel.name,
-                shown(value),
-                type(error).__name__,
-                shown(error),
-            )
-        return None
+def _tell(kernel: Kernel, value: Any, error: Exception) -> None:
+    """Says once what a kernel does not take."""
+    if (kernel.name, type(error).__name__) not in _told:
+        _told.add((kernel.name, type(error).__name__))
+        logger.warning(
+            "TAPO: kernel %r cannot prepare %s (%s: %s): such values equal only themselves. Said once",
+            kernel.name,
+            shown(value),
+            type(error).__name__,
+            shown(error),
+        )
 
 
 def similarities(kernel: Kernel, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
@@ -231,10 +239,13 @@ def words_of(value: Any) -> list[str] | None:
     """The words of the spec's ``n(x)``: NFKC, casefold, split at every character that is not alphanumeric; a list is
     joined by spaces first. None for what is no text, number, or list of such.
     """
-    items = value if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(item, str) or (isinstance(item, int | float) and prints(item)) for item in items):
-        return None
-    text = " ".join(map(str, items))
+    if isinstance(value, str):
+        text: str = value
+    else:
+        items = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(item, str) or (isinstance(item, int | float) and prints(item)) for item in items):
+            return None
+        text = " ".join(map(str, items))
     if text.isascii():
         return text.translate(_ASCII).split()
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
@@ -253,15 +264,27 @@ class Text(Kernel):
         return text if len(text) <= TEXT_LIMIT else (text,)
 
     def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
-        # Only here: a run that compares no texts must not end because this library is broken.
-        from rapidfuzz import fuzz, process
-
+        fuzz, process = _rapidfuzz()
         result = np.zeros(len(left))
         short = np.array([type(value) is str for value in values])
         asked = np.flatnonzero(short[left] & short[right])
         a, b = ([values[i] for i in side[asked].tolist()] for side in (left, right))
         result[asked] = process.cpdist(a, b, scorer=fuzz.ratio, dtype=np.float64) / 100.0
         return result
+
+    def check(self) -> None:
+        _rapidfuzz()
+
+
+def _rapidfuzz() -> tuple[Any, Any]:
+    """The library, imported where texts are compared only: where it is broken, runs without TAPO go on."""
+    try:
+        from rapidfuzz import fuzz, process
+    except Exception as error:  # of a broken installation, whatever its import raises
+        raise ValueError(
+            f"kernel 'text' needs rapidfuzz, whose import fails: {type(error).__name__}: {error}"
+        ) from error
+    return fuzz, process
 
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?")
@@ -291,6 +314,8 @@ def read_box(value: Any, nested: int = 0) -> tuple[float, float, float, float] |
     Four numbers, or texts of numbers, in a list: two opposite corners, in either order. The same as two pairs, in a
     list of one, in a mapping with the usual names, or in a text, with or without words around them.
     """
+    if type(value) is list and len(value) == 4:  # most are
+        return _box(value)
     if nested > _BOX_NESTING:
         return None
     if isinstance(value, str):
@@ -328,6 +353,7 @@ def read_box(value: Any, nested: int = 0) -> tuple[float, float, float, float] |
 _BOX_NESTING = 3
 _BOX_CHARS = 300
 _BOX_RANGE = 1e100  # of coordinates: areas stay finite
+_PLAIN_NUMBERS = {int, float}
 _BOX_NAMES = ("bbox", "bbox_2d", "box", "box_2d")
 _CORNERS = (
     ("x1", "y1", "x2", "y2"),
@@ -342,9 +368,10 @@ _SIDES = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "
 def _box(corners: Sequence[Any]) -> tuple[float, float, float, float] | None:
     if len(corners) != 4:
         return None
-    numbers = [number for corner in corners if (number := read_number(corner)) is not None]
-    if len(numbers) != 4 or max(map(abs, numbers)) > _BOX_RANGE:
-        return None
+    numbers: Any = corners if set(map(type, corners)) <= _PLAIN_NUMBERS else list(map(read_number, corners))
+    for number in numbers:
+        if number is None or not -_BOX_RANGE <= number <= _BOX_RANGE:
+            return None
     x1, y1, x2, y2 = numbers
     return (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
 
@@ -396,9 +423,11 @@ def _sentence_transformer(model: str, device: str | None) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        message = "kernel 'embedding' needs sentence-transformers: pip install 'verl-tapo[embedding]'"
-        raise ValueError(message) from error
+        raise ValueError(_NO_EMBEDDINGS) from error
     return SentenceTransformer(model, device=device)
+
+
+_NO_EMBEDDINGS = "kernel 'embedding' needs sentence-transformers: pip install 'verl-tapo[embedding]'"
 
 
 @register_kernel("embedding")
@@ -437,3 +466,7 @@ class Embedding(Kernel):
         vectors = self._encode([value[:TEXT_LIMIT] for value in values])
         cosine: FloatArray = np.einsum("pd,pd->p", vectors[left], vectors[right])
         return np.clip(np.nan_to_num(cosine), 0.0, 1.0)  # some models give no vector for an empty text
+
+    def check(self) -> None:
+        if find_spec("sentence_transformers") is None:  # importing it takes seconds
+            raise ValueError(_NO_EMBEDDINGS)

@@ -46,7 +46,7 @@ import torch
 from verl_tapo.config import RecordFormat, TapoSettings
 from verl_tapo.credit import CreditReport
 from verl_tapo.records import fault_of
-from verl_tapo.steps import MAX_DEPTH, IntArray, ToolStep
+from verl_tapo.steps import MAX_DEPTH, IntArray, ToolStep, prints, shown
 from verl_tapo.text_files import BROKEN, UnknownCompression, open_utf8, read_line
 
 logger = logging.getLogger("verl_tapo")
@@ -181,14 +181,22 @@ def json_value(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Mapping | list | tuple) and depth >= MAX_DEPTH:
         return f"({type(value).__name__}, nested too deeply)"
     if isinstance(value, Mapping):
-        return {str(key): json_value(item, depth + 1) for key, item in value.items()}
+        return {_text(key): json_value(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [json_value(item, depth + 1) for item in value]
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
         return json_value(value.item())
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if isinstance(value, str | bool | int | float | None) else str(value)
+    plain = value is None or isinstance(value, str) or (isinstance(value, bool | int | float) and prints(value))
+    return value if plain else _text(value)
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value)
+    except Exception:  # a number of thousands of digits, a foreign object
+        return shown(value)
 
 
 # --- Writing --------------------------------------------------------------------------------------------------------

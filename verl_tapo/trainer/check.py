@@ -49,8 +49,6 @@ def find_problems(config: Any, settings: TapoSettings) -> list[str]:
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
     problems = []
-    if settings.rule.tools is not None and not settings.rule.tools:
-        problems.append("algorithm.tapo.tools names no tool, so that none takes part; null decides by name")
     base = settings.base_estimator
     known = set(ADV_ESTIMATOR_REGISTRY) - _NO_GROUP_ESTIMATORS - {"tapo"}
     if base not in known:
@@ -73,6 +71,11 @@ def find_problems(config: Any, settings: TapoSettings) -> list[str]:
             check_folder(settings.record_dir, make=False)
         except ValueError as error:
             problems.append(str(error))
+    for name, kernel in {kernel.name: kernel for kernel in settings.rule.all_kernels()}.items():
+        try:
+            kernel.check()
+        except Exception as error:
+            problems.append(f"algorithm.tapo.tools: the kernel {name!r} would fail: {error}")
     return problems
 
 
