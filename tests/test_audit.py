@@ -8,6 +8,8 @@ import json
 import os
 import random
 import re
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -1430,6 +1432,120 @@ class TestCommand:
         assert (code, out) == (2, "")
         assert message in err
         assert len(err.strip().splitlines()) == 1
+
+    OUTPUTS = ("--html", "r.html", "--json", "r.json", "--csv", "csv", "--parquet", "parquet")
+
+    def test_an_interrupt_ends_it_without_a_traceback_and_leaves_what_was_there(self, tmp_path, capsys, monkeypatch):
+        path = write_dump(tmp_path / "1.jsonl", two_of_four())
+        monkeypatch.chdir(tmp_path)
+        assert run_main(capsys, path, "--quiet", *self.OUTPUTS)[0] == 0
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        assert len(before) == 13
+
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("verl_tapo.audit.collect.Collector.result", interrupt)
+        code, out, err = run_main(capsys, path, "--quiet", *self.OUTPUTS)
+        assert (code, out, err) == (130, "", "verl-tapo audit: interrupted\n")
+        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+    def test_an_interrupt_from_the_keyboard(self, tmp_path):
+        os.mkfifo(tmp_path / "go")
+        write_dump(tmp_path / "1.jsonl", two_of_four())
+        code = (
+            "import sys, time; import verl_tapo.audit.run as run; from verl_tapo.cli import main\n"
+            "def wait(*_): open(sys.argv[1], 'w').close(); time.sleep(600)\n"
+            "run.analyse = wait; sys.exit(main(['audit', sys.argv[2], '--quiet']))"
+        )
+        command = [sys.executable, "-c", code, tmp_path / "go", tmp_path / "1.jsonl"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+            (tmp_path / "go").read_text()  # waits for it to be in the middle
+            running.send_signal(signal.SIGINT)
+            assert running.communicate() == ("", "verl-tapo audit: interrupted\n")
+        assert running.returncode == 130
+
+    @pytest.mark.parametrize("output", range(0, 8, 2))
+    def test_a_full_disk_leaves_what_was_there(self, tmp_path, capsys, monkeypatch, output):
+        path = write_dump(tmp_path / "1.jsonl", two_of_four())
+        monkeypatch.chdir(tmp_path)
+        option = self.OUTPUTS[output : output + 2]
+        assert run_main(capsys, path, "--quiet", *option)[0] == 0
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        caught = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+            code, out, err = run_main(capsys, path, "--quiet", *option)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            signal.signal(signal.SIGXFSZ, caught)
+        assert (code, out) == (2, "")
+        assert "File too large" in err
+        after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        assert after == before
+
+    @pytest.mark.parametrize("option", ["--html", "--json"])
+    def test_standard_output_by_its_name(self, tmp_path, option):
+        path = write_dump(tmp_path / "1.jsonl", two_of_four())
+        code = "import sys; from verl_tapo.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, "audit", path, option, "/dev/stdout"]
+        written = subprocess.run(command, capture_output=True, check=True).stdout
+        assert written.endswith(b"</html>\n") if option == "--html" else json.loads(written)
+
+    def test_a_reader_that_goes_away_changes_no_exit_code(self, tmp_path):
+        path = write_dump(tmp_path / "1.jsonl", two_of_four())
+        code = "import sys; from verl_tapo.cli import main; sys.exit(main(sys.argv[1:]))"
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "wb") as stdout:
+            done = subprocess.run(
+                [sys.executable, "-c", code, "audit", path], stdout=stdout, stderr=subprocess.PIPE, check=False
+            )
+        assert (done.returncode, done.stderr) == (0, b"")
+
+    @pytest.mark.parametrize(
+        ("option", "where", "message"),
+        [
+            ("--html", "no/such/r.html", "No such file or directory"),
+            ("--json", "no/such/r.json", "No such file or directory"),
+            ("--html", ".", "Is a directory"),
+            ("--csv", "1.jsonl", "File exists"),
+        ],
+    )
+    def test_what_cannot_be_written_is_found_before_anything_is_read(
+        self, tmp_path, capsys, monkeypatch, option, where, message
+    ):
+        write_dump(tmp_path / "1.jsonl", two_of_four())
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("verl_tapo.audit.run.find_sources", lambda *_: pytest.fail("it reads"))
+        code, out, err = run_main(capsys, "1.jsonl", option, where)
+        assert (code, out) == (2, "")
+        assert message in err
+
+    def test_names_of_files_and_fields_command_no_terminal(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "300")
+        evil = "\x1b]0;boo\x07[red]\u202e"
+        for number, content in enumerate((two_of_four(), [{evil: 1}], [{"output": "x", evil: 1}, *two_of_four(2)])):
+            write_dump(tmp_path / f"{number}{evil}.jsonl", content)
+        os.mkfifo(tmp_path / f"{evil}.jsonl")
+        for name in ("", f"1{evil}.jsonl", f"{evil}.jsonl", evil):
+            _, out, err = run_main(capsys, tmp_path / name)
+            assert not {"\x1b", "\x07", "\u202e"} & {*out, *err}
+            assert out or len(err.splitlines()) == 1
+
+    def test_time_grows_with_the_calls_of_a_turn(self):
+        def seconds(calls):
+            call = Call("search", {"query": "a"}, {"query": "a"}, 0, True, "ok", calls, 1)
+            rollouts = [Trajectory(str(k), "g", k, bool(k), 2.0 * k - 1, calls, [call] * calls) for k in (0, 1)]
+            batch = StepBatch(1, rollouts)
+            start = time.process_time()
+            assert analyse(batch, TapoConfig()).counts()["corrected_steps"] == calls
+            return time.process_time() - start
+
+        seconds(10)
+        # 16 times the calls; were time quadratic, 256 times as long.
+        assert min(seconds(8000) for _ in range(3)) < 80 * min(seconds(500) for _ in range(3)) + 0.02
 
     def test_exit_codes(self, tmp_path, capsys):
         silent = write_dump(tmp_path / "1.jsonl", [line("hm", 1.0), line("hm", 0.0, session=1)])

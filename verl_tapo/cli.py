@@ -80,10 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _audit(parser: argparse.ArgumentParser, audit: argparse.ArgumentParser, given: Sequence[str]) -> int:
     try:
         from verl_tapo.audit import command
+
+        command.add_arguments(audit)
+        return command.run(parser.parse_args(given))
     except ModuleNotFoundError as error:
         audit.error(f"{error.name} is not installed: pip install 'verl-tapo[audit]'")
-    command.add_arguments(audit)
-    return command.run(parser.parse_args(given))
+    except KeyboardInterrupt:
+        print("verl-tapo audit: interrupted", file=sys.stderr)
+        return 130
 
 
 def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False) -> int:

@@ -1,7 +1,8 @@
 """The rule on one training step's trajectories, and what there is to say about it, as counts that can be added up.
 
 The rule is `verl_tapo.transfer_credit` itself, on a batch of one cell per call: under a group estimator every token
-of a rollout has the same advantage, so that cells say as much as tokens do.
+of a rollout has the same advantage, so that cells say as much as tokens do. What a turn with parallel calls gets, and
+the cut-off at 0, is then the same for all its cells, and reckoned here, for other settings too.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from verl_tapo.audit.model import Call, StepBatch, Trajectory
@@ -197,40 +199,52 @@ def figures(counts: Mapping[str, float]) -> dict[str, float | None]:
     }
 
 
-class _Cells(NamedTuple):
-    """A step's calls as a batch of T trajectories and L cells, for the rule."""
+_Floats: TypeAlias = npt.NDArray[np.float64]
+_Ints: TypeAlias = npt.NDArray[np.int64]
 
-    base: torch.Tensor
-    mask: torch.Tensor
+
+class _Cells(NamedTuple):
+    """A step's calls as a batch of one token each, for the rule. C calls; B rows, one more for each silent rollout."""
+
+    base: torch.Tensor  # (B, 1)
+    holder: list[int]
+    """(B,) number of each row's trajectory."""
     steps: list[ToolStep]
-    turn: np.ndarray[Any, np.dtype[np.int64]]
-    """(S,) number of each call's turn, in order; calls of one turn follow each other."""
+    """(C,)"""
+    turn: _Ints
+    """(C,) number of each call's turn, in order; calls of one turn follow each other."""
 
 
 def _cells(trajectories: Sequence[Trajectory]) -> _Cells:
-    width = max([1, *(len(t.calls) for t in trajectories)])
-    base = torch.tensor([t.advantage for t in trajectories], dtype=torch.float64)[:, None].repeat(1, width)
-    mask = torch.zeros(len(trajectories), width, dtype=torch.int64)
+    holder: list[int] = []
     steps: list[ToolStep] = []
-    turn: list[int] = []
-    for row, trajectory in enumerate(trajectories):
-        calls = trajectory.calls
-        mask[row, : max(1, len(calls))] = 1
-        for number, call in enumerate(calls):
-            first = number
-            while first > 0 and calls[first - 1].turn == call.turn:
-                first -= 1
-            last = number + 1
-            while last < len(calls) and calls[last].turn == call.turn:
-                last += 1
-            turn.append((turn[-1] if first < number else turn[-1] + 1) if turn else 0)
-            steps.append(ToolStep(row, call.tool, call.compared, (first, last), (number, number + 1), call.ok))
-    return _Cells(base, mask, steps, np.array(turn, dtype=np.int64))
+    turns: list[tuple[int, int]] = []
+    for number, trajectory in enumerate(trajectories):
+        for call in trajectory.calls:
+            turns.append((number, call.turn))
+            steps.append(ToolStep(len(holder), call.tool, call.compared, (0, 1), (0, 1), call.ok))
+            holder.append(number)
+        if not trajectory.calls:
+            holder.append(number)
+    base = torch.tensor([[trajectories[number].advantage] for number in holder], dtype=torch.float64)
+    begins = np.array([turn != before for turn, before in zip(turns, [None, *turns], strict=False)], dtype=np.int64)
+    return _Cells(base, holder, steps, begins.cumsum() - 1)
 
 
-def _apply(cells: _Cells, trajectories: Sequence[Trajectory], cfg: TapoConfig) -> tuple[torch.Tensor, CreditReport]:
-    groups = [t.group for t in trajectories]
-    return transfer_credit(cells.base, cells.mask, groups, [t.success for t in trajectories], cells.steps, cfg)
+def _apply(cells: _Cells, trajectories: Sequence[Trajectory], cfg: TapoConfig) -> CreditReport:
+    groups = [trajectories[number].group for number in cells.holder]
+    success = [trajectories[number].success for number in cells.holder]
+    mask = torch.ones_like(cells.base, dtype=torch.int64)
+    return transfer_credit(cells.base, mask, groups, success, cells.steps, cfg, trajectory=cells.holder)[1]
+
+
+def _lifted(before: _Floats, transfer: _Floats, unit: _Ints, clip: bool) -> _Floats:
+    """The advantages (C,) after the calls' transfers, of which each unit (a turn, or a call) gets the smallest."""
+    first = np.unique(unit, return_index=True)[1]
+    least = np.minimum.reduceat(transfer, first)[unit] if len(unit) else transfer
+    lifted = before + least
+    after: _Floats = np.where(least > 0, np.minimum(lifted, 0.0) if clip else lifted, before)
+    return after
 
 
 def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
@@ -239,24 +253,26 @@ def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
     Raises:
         ValueError: where the rule refuses a call, see `verl_tapo.transfer_credit`.
     """
-    if not batch.trajectories:
+    trajectories = batch.trajectories
+    if not trajectories:
         return StepAnalysis(batch, cfg, [], [])
-    cells = _cells(batch.trajectories)
-    advantages, report = _apply(cells, batch.trajectories, cfg)
+    cells = _cells(trajectories)
+    report = _apply(cells, trajectories, cfg)
     lifts = report.lifts()
     lucky, lift = lifts.lucky.tolist(), lifts.lift.tolist()
+    places = [(number, place) for number, t in enumerate(trajectories) for place in range(len(t.calls))]
+    before = np.array([trajectories[number].advantage for number, _ in places])
+    unit = cells.turn if cfg.token_scope == "step" else np.arange(len(places))
+    after = _lifted(before, np.array([credit.transfer for credit in report.steps]), unit, cfg.clip).tolist()
     calls = []
-    successes = Counter(t.group for t in batch.trajectories if t.success)
-    after, before = advantages.tolist(), cells.base.tolist()
-    for step, credit, group in zip(cells.steps, report.steps, lifts.of_step.tolist(), strict=True):
-        row, number = step.row, step.call[0]
-        holder = batch.trajectories[row]
-        value = after[row][number]
-        changed = value != before[row][number]
+    successes = Counter(t.group for t in trajectories if t.success)
+    for place, credit, group, value in zip(places, report.steps, lifts.of_step.tolist(), after, strict=True):
+        holder = trajectories[place[0]]
         gain, luck = (lift[group], lucky[group]) if group >= 0 else (None, False)
         single = successes[holder.group] == 1 and cfg.scope == "group"
-        call = holder.calls[number]
-        calls.append(JudgedCall(holder, (row, number), call, credit, gain, luck, single, value, changed))
+        call, changed = holder.calls[place[1]], value != holder.advantage
+        credit = replace(credit, row=place[0])
+        calls.append(JudgedCall(holder, place, call, credit, gain, luck, single, value, changed))
     return StepAnalysis(batch, cfg, calls, lift)
 
 
@@ -294,8 +310,7 @@ class Sweep:
         unit = cells.turn if whole else np.arange(len(calls))
         first = np.unique(unit, return_index=True)[1]
         for theta, cfg in self._at.items():
-            report = _apply(cells, batch.trajectories, cfg)[1] if calls else None
-            steps = report.steps if report else []
+            steps = _apply(cells, batch.trajectories, cfg).steps if calls else []
             found = np.array([credit.gate == "corrected" for credit in steps], dtype=bool)
             alpha = np.array([credit.alpha for credit in steps])
             full = np.array([credit.transfer for credit in steps])
@@ -305,12 +320,10 @@ class Sweep:
                 corrected = found & (alpha >= setting.alpha_min)
                 counts["size"] += size
                 if corrected.any():
-                    least = np.minimum.reduceat(np.where(corrected, setting.beta * full, 0.0), first)
-                    lifted = before + least[unit]
-                    after = np.where(least[unit] > 0, np.minimum(lifted, 0.0), lifted) if cfg.clip else lifted
+                    after = _lifted(before, np.where(corrected, setting.beta * full, 0.0), unit, cfg.clip)
                     counts["corrected_steps"] += int(corrected.sum())
                     counts["after_sum"] += float(after[corrected].sum())
-                    counts["changed_size"] += int(sizes[first[least > 0]].sum())
+                    counts["changed_size"] += int(sizes[first[after[first] != before[first]]].sum())
 
     def rows(self) -> list[dict[str, float | None]]:
         """One row for each setting; ``mean_lifted_advantage``: the corrected calls' advantage under it."""

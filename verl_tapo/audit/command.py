@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from verl_tapo.audit import terminal
+from verl_tapo.audit import terminal, writing
 from verl_tapo.audit.advice import LEVELS
 from verl_tapo.audit.analysis import StepAnalysis
 from verl_tapo.audit.batches import BASE_ESTIMATORS, ReadOptions
@@ -76,24 +77,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the sub-command out; returns the exit code."""
-    console = Console(stderr=arguments.json == "-")
+    console = Console(stderr=not {"-", "/dev/stdout"}.isdisjoint((arguments.json, arguments.html)))
     try:
         return _run(arguments, console)
     except (ValueError, OSError) as error:
-        print(f"verl-tapo audit: {error}", file=sys.stderr)
+        print(f"verl-tapo audit: {terminal.plain(str(error))}", file=sys.stderr)
         return 2
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
+    for path in (arguments.html, arguments.json):
+        if path and path != "-":
+            writing.check(path)
+    with ExitStack() as opened:
+        writers = []
+        if arguments.csv:
+            writers.append(opened.enter_context(TableWriter(arguments.csv, "csv")))
+        if arguments.parquet:
+            writers.append(opened.enter_context(TableWriter(arguments.parquet, "parquet")))
+        found = _audit(arguments, writers)
+        for writer in writers:
+            writer.finish(found)
+    if arguments.html:
+        found.write_html(arguments.html)
+    if arguments.json:
+        _write_json(found if arguments.browse else Audit({**found.result, "groups": []}, None), arguments.json)
+    if not arguments.quiet:
+        _show(arguments, found, console)
+    levels = [LEVELS.index(warned["level"]) for warned in found.result["warnings"]]
+    limit = len(LEVELS) if arguments.fail_on == "never" else LEVELS.index(arguments.fail_on)
+    return int(max(levels, default=-1) >= limit)
+
+
+def _audit(arguments: argparse.Namespace, writers: Sequence[TableWriter]) -> Audit:
     settings, sweeps = _settings(arguments)
     options = ReadOptions(arguments.base_estimator, arguments.format, _fields(arguments.field))
     if arguments.browse is not None and arguments.browse < 0:
         raise ValueError(f"--browse must be at least 0, got {arguments.browse}")
-    writers = []
-    if arguments.csv:
-        writers.append(TableWriter(arguments.csv, "csv"))
-    if arguments.parquet:
-        writers.append(TableWriter(arguments.parquet, "parquet"))
 
     def write(analysis: StepAnalysis) -> None:
         for writer in writers:
@@ -112,7 +132,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     )
     with bar:
         task = bar.add_task("", total=None)
-        found = audit(
+        return audit(
             *arguments.run,
             settings=settings,
             options=options,
@@ -124,19 +144,16 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             on_start=lambda size: bar.update(task, total=size),
             advance=lambda size: bar.advance(task, size),
         )
-    for writer in writers:
-        writer.finish(found)
-    if arguments.html:
-        found.write_html(arguments.html)
-    if arguments.json:
-        _write_json(found if arguments.browse else Audit({**found.result, "groups": []}, None), arguments.json)
-    if not arguments.quiet and arguments.json != "-":
-        terminal.show(found.result, console)
-    if not arguments.quiet and arguments.html:
-        terminal.tell_written(arguments.html, console)
-    levels = [LEVELS.index(warned["level"]) for warned in found.result["warnings"]]
-    limit = len(LEVELS) if arguments.fail_on == "never" else LEVELS.index(arguments.fail_on)
-    return int(max(levels, default=-1) >= limit)
+
+
+def _show(arguments: argparse.Namespace, found: Audit, console: Console) -> None:
+    try:
+        if arguments.json != "-":
+            terminal.show(found.result, console)
+        if arguments.html:
+            terminal.tell_written(arguments.html, console)
+    except (BrokenPipeError, SystemExit):  # rich's answer to a reader that has gone, as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), console.file.fileno())
 
 
 def _write_json(found: Audit, path: str) -> None:
@@ -144,7 +161,8 @@ def _write_json(found: Audit, path: str) -> None:
         sys.stdout.buffer.write(found.to_json())
         sys.stdout.buffer.flush()
     else:
-        Path(path).write_bytes(found.to_json())
+        with writing.replacing(path) as file:
+            file.write(found.to_json())
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Sequence[float]]]:

@@ -11,17 +11,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any, BinaryIO
+from typing import Any
 
 from verl_tapo.audit.units import percent, points
+from verl_tapo.audit.writing import replacing
 
 _SCRIPTS = ("text.js", "plots.js", "browser.js", "main.js")  # in this order: each uses those before it
 
@@ -60,29 +59,12 @@ def write_report(result: Mapping[str, Any], path: Path) -> None:
         warnings="\n".join(_notices(result["warnings"])),
     )
     head, tail = (part.encode() for part in html.split("<!-- data -->"))
-    with _replacing(path) as file:
+    with replacing(path) as file:
         size = file.write(head) + file.write(summary)
         for group in result["groups"]:
             size += file.write(_data_block("group", group))
         file.write(_data_block("bytes", size + len(tail)))
         file.write(tail)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes ``path``'s place once all of it is written. What is no plain file, as a pipe, is written to."""
-    real = Path(os.path.realpath(path))
-    if path.is_relative_to("/dev") or path.is_relative_to("/proc") or (real.exists() and not real.is_file()):
-        with path.open("wb") as file:
-            yield file
-        return
-    partial = real.with_name(f".{real.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, real)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # What cannot be seen, or reorders what is around it; the same in `page/text.js`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -10,6 +11,7 @@ import pandas
 
 from verl_tapo.audit.analysis import StepAnalysis
 from verl_tapo.audit.result import Audit, call_rows, frame_of
+from verl_tapo.audit.writing import replacing
 
 TableFormat: TypeAlias = Literal["csv", "parquet"]
 
@@ -27,7 +29,10 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 class TableWriter:
-    """Writes ``steps``, ``tools``, ``sweeps``, ``warnings`` and ``calls`` into a folder.
+    """Writes ``steps``, ``tools``, ``sweeps``, ``warnings`` and ``calls`` into a folder, as a context.
+
+    Tables that were there before are replaced by whole ones. ``calls`` is left as it was where the context is left with
+    an error.
 
     Raises:
         OSError: where the folder cannot be made or written to.
@@ -36,28 +41,32 @@ class TableWriter:
     def __init__(self, folder: str | os.PathLike[str], table_format: TableFormat) -> None:
         self._folder, self._format = Path(folder), table_format
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._open = ExitStack()
         self._parquet: Any = None
-        self._calls = self._folder / f"calls.{table_format}"
-        self._calls.unlink(missing_ok=True)
+        self._calls = self._open.enter_context(replacing(self._folder / f"calls.{table_format}"))
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
 
     def add(self, analysis: StepAnalysis) -> None:
         """Writes a step's calls."""
         frame = frame_of(call_rows(analysis), list(_CALL_TYPES)).astype(_CALL_TYPES)
         if self._format == "csv":
-            _quoted(frame).to_csv(self._calls, mode="a", header=not self._calls.exists(), index=False)
+            self._calls.write(_csv(frame, header=self._calls.tell() == 0))
             return
         import pyarrow
         import pyarrow.parquet
 
         table = pyarrow.Table.from_pandas(frame, preserve_index=False)
         if self._parquet is None:
-            self._parquet = pyarrow.parquet.ParquetWriter(self._calls, table.schema)
+            self._parquet = self._open.enter_context(pyarrow.parquet.ParquetWriter(self._calls, table.schema))
         self._parquet.write_table(table.cast(self._parquet.schema))
 
     def finish(self, audit: Audit) -> None:
         """Writes the other tables."""
-        if self._parquet is not None:
-            self._parquet.close()
         frames = {
             "steps": audit.steps.reset_index(),
             "tools": audit.tools.reset_index(),
@@ -65,11 +74,16 @@ class TableWriter:
             "warnings": audit.warnings,
         }
         for name, frame in frames.items():
-            path = self._folder / f"{name}.{self._format}"
-            if self._format == "csv":
-                _quoted(frame).to_csv(path, index=False)
-            else:
-                frame.to_parquet(path, index=False)
+            with replacing(self._folder / f"{name}.{self._format}") as file:
+                if self._format == "csv":
+                    file.write(_csv(frame))
+                else:
+                    frame.to_parquet(file, index=False)
+
+
+def _csv(frame: pandas.DataFrame, header: bool = True) -> bytes:
+    text: str = _quoted(frame).to_csv(index=False, header=header)
+    return text.encode()
 
 
 def _quoted(frame: pandas.DataFrame) -> pandas.DataFrame:

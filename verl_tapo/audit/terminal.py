@@ -49,24 +49,24 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     if result["problems"] or result["skipped"]:
         console.print(_problems(result["problems"], result["skipped"]))
     if result["left_out"]:
-        names = _plain(", ".join(result["left_out"][:6]))
+        names = plain(", ".join(result["left_out"][:6]))
         more = f" and {len(result['left_out']) - 6} more" if len(result["left_out"]) > 6 else ""
         console.print(f"Left out (name one to audit it): {names}{more}", style="dim", markup=False, highlight=False)
     for warned in result["warnings"]:
         console.print(
-            Text.assemble((f"{warned['level']}: ", _STYLES[warned["level"]]), _plain(warned["text"])), highlight=False
+            Text.assemble((f"{warned['level']}: ", _STYLES[warned["level"]]), plain(warned["text"])), highlight=False
         )
-        console.print(Text(f"  {warned['advice']}", style="dim"), highlight=False)
+        console.print(Text(f"  {plain(warned['advice'])}", style="dim"), highlight=False)
 
 
 def tell_written(path: str, console: Console) -> None:
     """Says where a report lies and how large it is; nothing of what went down a pipe."""
     if Path(path).is_file():
         size = file_size(Path(path).stat().st_size)
-        console.print(f"Report: {_plain(path)} ({size})", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Report: {plain(path)} ({size})", markup=False, highlight=False, soft_wrap=True)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Untrusted text without control characters, which a terminal would obey."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
@@ -88,9 +88,7 @@ def _overview(result: Mapping[str, Any], totals: Figures, width: int) -> Table:
     recorded, steps = settings["recorded_steps"], len(result["steps"])
     how = "from records" if recorded == steps else "from text" if not recorded else f"{recorded} of {steps} recorded"
     used = ", ".join(f"{name} = {settings[name]:g}" for name in ("theta", "alpha_min", "beta"))
-    table = Table(
-        title=escape(_plain(result["title"])), caption=f"{used}; {how}", show_header=False, title_style="bold"
-    )
+    table = Table(title=escape(plain(result["title"])), caption=f"{used}; {how}", show_header=False, title_style="bold")
     table.add_column()
     table.add_column(justify="right", no_wrap=True)
     if width >= _NOTES_FROM:
@@ -220,7 +218,7 @@ def _by_step(steps: Sequence[Figures], width: int) -> Table:
 
 def _by_tool(tools: Mapping[str, Figures], width: int) -> Table:
     rows = [
-        {"tool": escape(_plain(tool[:60])), **_cells(of), "lift": _points(of["lift"])}
+        {"tool": escape(plain(tool[:60])), **_cells(of), "lift": _points(of["lift"])}
         for tool, of in list(tools.items())[:_STEPS_SHOWN]
     ]
     more = f"and {len(tools) - _STEPS_SHOWN:,} more" if len(tools) > _STEPS_SHOWN else ""
@@ -248,8 +246,8 @@ def _problems(problems: Sequence[Mapping[str, Any]], skipped: int) -> Table:
         table.add_column(name, overflow="fold")
     for problem in problems[:_PROBLEMS_SHOWN]:
         line = problem["line"]
-        where = ("" if line is None else str(line), escape(_plain(problem["reason"])))
-        table.add_row(escape(_plain(problem["file"])), *where)
+        where = ("" if line is None else str(line), escape(plain(problem["reason"])))
+        table.add_row(escape(plain(problem["file"])), *where)
     if len(problems) > _PROBLEMS_SHOWN:
         table.caption = f"and {len(problems) - _PROBLEMS_SHOWN:,} more; --json lists them"
     return table
