@@ -166,7 +166,10 @@ def _reward_problems(config: Any, file: Path) -> Iterator[str]:
     try:
         inspect.signature(load_extern_object(function.path, function.name)).bind(**given, **settings)
     except TypeError as error:
-        passed = ", ".join(given) + (f" and, of reward_kwargs, {', '.join(settings)}" if settings else "")
+        passed = ", ".join(given)
+        if settings:
+            passed += f" and, of reward_kwargs, {', '.join(settings)}"
+            error = TypeError(f"{error}; take that out of reward_kwargs, or let the function take it")
         yield f"{name} is called with {passed}: {error}"
         return
     except Exception as error:
