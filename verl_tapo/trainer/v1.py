@@ -21,6 +21,7 @@ from verl_tapo.trainer.check import check_run
 from verl_tapo.trainer.estimator import load_settings, watch
 from verl_tapo.trainer.rollout import CURRENT, Rollout, Sessions, Tokens
 from verl_tapo.trainer.tool_metrics import check_rollouts
+from verl_tapo.trainer.verl_parser import declared_tools
 
 
 def init_hook(wrapped: Callable[..., Any], trainer: Any, args: Any, kwargs: Any) -> None:
@@ -139,5 +140,6 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
         part=getattr(trainer, "local_trigger_step", 0),
         tokenizer=trainer.tokenizer,
         tool_format=trainer.config.actor_rollout_ref.rollout.multi_turn.format,
+        tools=declared_tools(trainer.config.actor_rollout_ref.rollout.multi_turn),
     )
     return rollout, response_mask
