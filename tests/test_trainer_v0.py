@@ -14,8 +14,11 @@ from rollouts import FakeRollout, data_proto, fake_batch
 
 from verl_tapo import TapoConfig, TapoSettings, ToolStep, transfer_credit
 from verl_tapo.audit import audit
+from verl_tapo.config import TapoSettings
 from verl_tapo.records import recorded_steps
 from verl_tapo.trainer import estimator, v0
+from verl_tapo.trainer.rollout import Rollout
+from verl_tapo.trainer.verl_parser import declared_tools
 
 ray_trainer = pytest.importorskip("verl.trainer.ppo.ray_trainer")
 
@@ -577,3 +580,40 @@ def test_a_bad_configuration_stops_the_trainer_in_its_constructor(tapo, rollout,
     )
     with pytest.raises(ValueError, match=message):
         ray_trainer.RayPPOTrainer(config, None, {}, None)
+
+
+TOOLS_YAML = """
+tools:
+  - class_name: some.Search
+    config: {type: native}
+    tool_schema: {type: function, function: {name: search, parameters: {type: object, required: [query]}}}
+  - class_name: some.Ping
+    config: {type: native}
+    tool_schema: {type: function, function: {name: ping, parameters: {type: object, properties: {}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "known"),
+    [
+        (TOOLS_YAML, {}, {"search": ("query",), "ping": ()}),
+        (TOOLS_YAML, {"function_tool_path": "tools.py"}, None),
+        ("tools: [{class_name: some.Search, config: {type: native}}]", {}, None),
+        ("tools: 3", {}, None),
+        ("- [", {}, None),
+    ],
+)
+def test_tools_are_those_that_the_configuration_declares(text, more, known, tmp_path, qwen_like_tokenizer):
+    path = tmp_path / "tools.yaml"
+    path.write_text(text)
+    multi_turn = OmegaConf.create({"format": "kimi", "tool_config_path": str(path), **more})
+    assert declared_tools(multi_turn) == known
+    rollout = Rollout(*[None] * 8, tokenizer=qwen_like_tokenizer, tool_format="kimi", tools=declared_tools(multi_turn))
+    call = '<|tool_calls_section_begin|><|tool_call_begin|>0<|tool_call_argument_begin|>{"query": 1}<|tool_call_end|>'
+    (found,) = estimator.make_parser(rollout, TapoSettings()).calls(qwen_like_tokenizer.encode(call))
+    assert found.tool == ("search" if known else "0")
+
+
+def test_no_tools_are_known_without_a_configuration_of_them():
+    assert declared_tools(OmegaConf.create({"format": "kimi"})) is None
+    assert declared_tools(OmegaConf.create({"tool_config_path": "/does/not/exist.yaml"})) is None

@@ -235,7 +235,7 @@ def _read_gpt_oss(text: str) -> tuple[str, Any]:
     return name, _read_arguments(arguments)[1]
 
 
-_GEMMA_QUOTE = '<|"|>'
+_GEMMA_VALUE = re.compile(r'<\|"\|>(.*?)<\|"\|>|([^,}]*)')
 
 
 def _is_word(character: str) -> bool:
@@ -255,20 +255,10 @@ def _read_gemma(text: str) -> tuple[str, Any]:
         first = colon
         while first > at and _is_word(rest[first - 1]):
             first -= 1
-        start = at = colon + 1
-        if first == colon:
-            continue
-        end = -1
-        if rest.startswith(_GEMMA_QUOTE, start):
-            end = rest.find(_GEMMA_QUOTE, start + len(_GEMMA_QUOTE))
-        if end >= 0:
-            value: Any = rest[start + len(_GEMMA_QUOTE) : end]
-            at = end + len(_GEMMA_QUOTE)
-        else:
-            closing = re.compile("[,}]").search(rest, start)
-            at = closing.start() if closing else len(rest)
-            value = _bare(rest[start:at].strip())
-        arguments[rest[first:colon]] = value
+        at = colon + 1
+        if first < colon and (value := _GEMMA_VALUE.match(rest, at)):
+            arguments[rest[first:colon]] = _bare(value[2].strip()) if value[1] is None else value[1]
+            at = value.end()
     return name, arguments
 
 
@@ -544,7 +534,7 @@ def _check(text: str, name: str, arguments: Any) -> None:
         try:
             (name + json.dumps(arguments, ensure_ascii=False)).encode()
         except UnicodeEncodeError:
-            raise _BadCall("the call holds half a surrogate pair", dropped=True) from None
+            raise _BadCall("the call holds half a surrogate pair") from None
 
 
 def read_call(fmt: Format, text: str, start: int, end: int) -> Call:

@@ -14,6 +14,7 @@ from verl_tapo.config import TapoSettings
 from verl_tapo.records import RECORD_KEY
 from verl_tapo.steps import IntArray
 from verl_tapo.trainer.rollout import Rollout, Sessions, Tokens, agent_loop_of
+from verl_tapo.trainer.verl_parser import declared_tools
 
 
 def rollout_from_batch(
@@ -69,6 +70,7 @@ def rollout_from_batch(
         step=context.get("step"),
         tokenizer=context.get("tokenizer"),
         tool_format=None if config is None else config.actor_rollout_ref.rollout.multi_turn.format,
+        tools=None if config is None else declared_tools(config.actor_rollout_ref.rollout.multi_turn),
         metrics=context.get("metrics", {}),
         fields=context.get("fields", {}),
         agent_loop=None if config is None else agent_loop_of(config),

@@ -67,7 +67,7 @@ def make_parser(rollout: Rollout, settings: TapoSettings) -> ToolCallParser:
             f"TAPO cannot find tool calls in the tokens: the trainer handed over no {missing}. Record the calls with "
             f"the agent loop tapo_tool_agent, or set algorithm.tapo.tool_format; `verl-tapo doctor` shows the seams."
         )
-    return cached_parser(tool_format, rollout.tokenizer)
+    return cached_parser(tool_format, rollout.tokenizer, rollout.tools)
 
 
 def find_steps(rollout: Rollout, settings: TapoSettings) -> list[ToolStep]:

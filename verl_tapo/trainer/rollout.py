@@ -14,6 +14,7 @@ import torch
 
 from verl_tapo.arrays import span_positions
 from verl_tapo.config import TapoSettings
+from verl_tapo.formats import Tools
 from verl_tapo.records import shown
 from verl_tapo.steps import IntArray
 
@@ -88,6 +89,8 @@ class Rollout:
     tokenizer: Any = None
     tool_format: str | None = None
     """The tool format the rollout is configured for."""
+    tools: Tools | None = None
+    """Names of the tools, and the parameters that each requires, where the configuration tells."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Filled by the estimator, for the trainer's logger."""
     fields: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from verl_tapo.trainer.check import check_run
 from verl_tapo.trainer.estimator import load_settings, watch
 from verl_tapo.trainer.rollout import CURRENT, Rollout, Sessions, Tokens, agent_loop_of, agent_names_of
 from verl_tapo.trainer.tool_metrics import check_rollouts
+from verl_tapo.trainer.verl_parser import declared_tools
 
 
 def init_hook(wrapped: Callable[..., Any], trainer: Any, args: Any, kwargs: Any) -> None:
@@ -154,5 +155,6 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
         tool_format=trainer.config.actor_rollout_ref.rollout.multi_turn.format,
         agent_loop=agent_loop_of(trainer.config),
         agent_names=partial(agent_names_of, trainer),
+        tools=declared_tools(trainer.config.actor_rollout_ref.rollout.multi_turn),
     )
     return rollout, response_mask

@@ -1,14 +1,18 @@
-"""Parsers of the run's tool format: our own, or veRL's for formats that `verl_tapo.parsing` does not read natively."""
+"""Parsers of the run's tool format: our own, or veRL's for formats that others have registered with it."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
+from verl_tapo.formats import Tools
 from verl_tapo.parsing import ToolCallParser
+
+logger = logging.getLogger("verl_tapo")
 
 
 def verl_fallback(tool_format: str, tokenizer: Any) -> Callable[[Sequence[int]], list[tuple[str, str]]]:
@@ -31,6 +35,30 @@ def verl_fallback(tool_format: str, tokenizer: Any) -> Callable[[Sequence[int]],
 
 
 @lru_cache(maxsize=4)
-def cached_parser(tool_format: str, tokenizer: Any) -> ToolCallParser:
-    """The parser of a tool format; made once per process."""
-    return ToolCallParser(tool_format, tokenizer, fallback=verl_fallback(tool_format, tokenizer))
+def _parser(tool_format: str, tokenizer: Any, tools: tuple[tuple[str, tuple[str, ...]], ...]) -> ToolCallParser:
+    return ToolCallParser(tool_format, tokenizer, verl_fallback(tool_format, tokenizer), tools=dict(tools))
+
+
+def cached_parser(tool_format: str, tokenizer: Any, tools: Tools | None = None) -> ToolCallParser:
+    """The parser of a tool format; made once per process. ``tools``: see `ToolCallParser`."""
+    return _parser(tool_format, tokenizer, tuple((name, tuple(required)) for name, required in (tools or {}).items()))
+
+
+def declared_tools(multi_turn: Any) -> Tools | None:
+    """The tools of a run as veRL's configuration ``multi_turn`` declares them; None where it does not tell.
+
+    It does not where tools are functions or bring their schema with them: neither is imported here.
+    """
+    path = multi_turn.get("tool_config_path")
+    if not path or multi_turn.get("function_tool_path"):
+        return None
+    from omegaconf import OmegaConf
+    from verl.experimental.agent_loop.utils import resolve_config_path
+
+    try:
+        tools = OmegaConf.to_container(OmegaConf.load(resolve_config_path(path)), resolve=True)["tools"]
+        functions = [tool["tool_schema"]["function"] for tool in tools]
+        return {str(each["name"]): tuple(each["parameters"].get("required") or ()) for each in functions}
+    except Exception as error:  # a stranger's file; veRL has read it already, or will say what is wrong
+        logger.debug("TAPO: the tools in %s are not known: %s", path, error)
+        return None
