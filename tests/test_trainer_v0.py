@@ -14,7 +14,6 @@ from rollouts import FakeRollout, data_proto, fake_batch
 
 from verl_tapo import TapoConfig, TapoSettings, ToolStep, transfer_credit
 from verl_tapo.audit import audit
-from verl_tapo.config import TapoSettings
 from verl_tapo.records import recorded_steps
 from verl_tapo.trainer import estimator, v0
 from verl_tapo.trainer.rollout import Rollout
