@@ -246,13 +246,14 @@ class ToolCallParser:
         if self._fallback and not self.native:
             return self._read_by_fallback(ids), 0
         places: Sequence[int] = range(len(ids))
-        if not self._silent.isdisjoint(ids):
+        if self._silent and not self._silent.isdisjoint(ids):
             places = [place for place in places if ids[place] not in self._silent]
             ids = [ids[place] for place in places]
         text = self._words.text(ids)
         calls, unclosed = read_text(self._format, text)
-        if len(calls) == 1 and (calls[0].start, calls[0].end) == (0, len(text)):
-            return [calls[0]._replace(start=places[0], end=places[-1] + 1)], unclosed
+        if len(calls) == 1 and calls[0].start == 0 and calls[0].end == len(text):
+            tool, arguments, _, _, error, dropped = calls[0]
+            return [Call(tool, arguments, places[0], places[-1] + 1, error, dropped)], unclosed
         ends = self._words.ends(ids) if calls else []
         return [
             call._replace(start=places[bisect_right(ends, call.start)], end=places[bisect_left(ends, call.end)] + 1)
@@ -303,9 +304,12 @@ class ToolCallParser:
             return text.startswith(errors.texts) or _ROLE.sub("", text, count=1).startswith(errors.texts)
         for width in (_LOOK, _HEADING + len(answer.marker) + errors.longest):
             raw = self._words.text(ids[start : min(stop, start + width)].tolist()).partition(answer.marker)[2]
-            _, heading, body = raw.partition(answer.heading or b"\0")
-            text = decode(body if heading else raw).lstrip()
-            if len(text) >= _HEAD and (heading or not answer.heading) and not text.startswith(errors.heads):
+            if answer.heading and answer.heading in raw:
+                raw = raw.partition(answer.heading)[2]
+            elif answer.heading and width == _LOOK:
+                continue
+            text = decode(raw).lstrip()
+            if len(text) >= _HEAD and not text.startswith(errors.heads):
                 return False
         return text.startswith(errors.texts)
 
