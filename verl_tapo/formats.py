@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from verl_tapo.steps import MAX_DEPTH, IntArray
+from verl_tapo.steps import MAX_DEPTH, IntArray, deeper_than
 
 MALFORMED = "(malformed)"
 """Tool name of a call that could not be parsed."""
@@ -516,19 +516,11 @@ def decode(data: bytes) -> str:
     return data[: 4 * MAX_CALL_CHARS + 4].decode("utf-8", "replace")
 
 
-def _deeper_than(value: Any, levels: int) -> bool:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list):
-        return False
-    return levels <= 0 or any(_deeper_than(item, levels - 1) for item in value)
-
-
 def _check(text: str, name: str, arguments: Any) -> None:
     """Raises `_BadCall` for a call that was read from ``text`` but cannot be used."""
     if not isinstance(arguments, dict):
         raise _BadCall("the arguments are not a JSON object")
-    if text.count("{") + text.count("[") >= MAX_DEPTH and _deeper_than(arguments, MAX_DEPTH):
+    if text.count("{") + text.count("[") >= MAX_DEPTH and deeper_than(arguments, MAX_DEPTH):
         raise _BadCall(f"the arguments are nested deeper than {MAX_DEPTH} levels")
     if "\\u" in text:
         try:

@@ -248,6 +248,15 @@ _REPR = _Repr()
 _REPR.maxstring = _REPR.maxother = 120
 
 
+def deeper_than(value: Any, levels: int) -> bool:
+    """Whether a JSON value is nested deeper than that many levels."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return False
+    return levels <= 0 or any(deeper_than(item, levels - 1) for item in value)
+
+
 def canonical(value: Any) -> Hashable:
     """The canonical, hashable form of an argument value (the spec's ``exact`` kernel). It never raises.
 

@@ -43,7 +43,7 @@ from verl_tapo.rollout.execution import (
     tell_once,
     words,
 )
-from verl_tapo.steps import canonical
+from verl_tapo.steps import MAX_DEPTH, deeper_than
 from verl_tapo.trainer.estimator import load_settings
 from verl_tapo.trainer.verl_parser import cached_parser
 
@@ -105,10 +105,9 @@ def _json_object(text: str) -> dict[str, Any] | None:
     """The object in a JSON text; None where there is none, or one that no other process would read again."""
     try:
         value = json.loads(text)
-        canonical(value)  # refuses what is nested too deeply
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and not deeper_than(value, MAX_DEPTH) else None
 
 
 def _plain(metrics: Any) -> tuple[dict[str, Any], list[str]]:
