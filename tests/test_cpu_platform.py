@@ -65,11 +65,13 @@ def test_it_is_registered_and_every_seam_holds():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_without_the_variable_there_is_nothing_of_it():
     done = python(ABSENT)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_the_process_group_is_gloo():
     done = python(PROCESS_GROUP, VERL_PLATFORM="cpu")
     assert done.returncode == 0, done.stderr
@@ -95,6 +97,7 @@ def test_verls_own_configuration_has_a_problem_for_each_thing_that_needs_a_gpu(c
     assert all(word in sentence for word, sentence in zip(told, found, strict=True))
 
 
+@pytest.mark.long
 def test_a_configuration_for_a_gpu_ends_before_ray_starts():
     code = "import sys; from verl.trainer.main_ppo import main; sys.argv = ['x', 'actor_rollout_ref.rollout.name=vllm']"
     done = python(code + "; main()", VERL_PLATFORM="cpu", HYDRA_FULL_ERROR="1")
@@ -104,6 +107,7 @@ def test_a_configuration_for_a_gpu_ends_before_ray_starts():
     assert "ray init" not in done.stdout
 
 
+@pytest.mark.long
 def test_the_configuration_without_the_platform_names_the_variable():
     code = "import sys; from verl.trainer.main_ppo import main; sys.argv = ['x', '--config-name', 'cpu']; main()"
     done = python(code, HYDRA_FULL_ERROR="1")

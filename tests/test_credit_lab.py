@@ -273,6 +273,7 @@ def tiny(seeds):
     return [Run("one_hop", "vanilla", rule, rate, seed, steps=1) for seed in seeds for rule in ("grpo", "tapo")]
 
 
+@pytest.mark.long
 def test_a_study_resumes_and_reports(warm_starts, tmp_path, monkeypatch, capsys):
     even = tiny(range(0, 4, 2))  # those of the one warm start
     study.run_all({"main": even[:1]}, tmp_path, warm_starts, 1)

@@ -362,6 +362,7 @@ def run(code, **environment):
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_a_plugin_that_is_switched_off():
     done = run("from verl_tapo.cli import main; raise SystemExit(main(['doctor']))", VERL_USE_EXTERNAL_PLUGINS="none")
     assert done.returncode == 1
@@ -376,6 +377,7 @@ def test_without_verl():
     assert "pip install 'verl-tapo[verl]'" in done.stdout
 
 
+@pytest.mark.long
 def test_a_package_that_v1_needs_is_missing():
     code = "import sys\nsys.modules['transfer_queue'] = None\n"
     code += "from verl_tapo.cli import main; raise SystemExit(main(['doctor', *sys.argv[1:]]))"

@@ -441,6 +441,7 @@ def wait_for(condition):
         (signal.SIGTERM, signal.SIG_IGN),  # what a script starts with &
     ],
 )
+@pytest.mark.long
 def test_killed_in_the_middle_every_question_is_done_once(stand_ins, folder, number, of_sigint):
     plays = [play for play in FINISHING if play not in ("flaky", "hang")]
     data = write(folder, [row(number, plays[number % len(plays)]) for number in range(30)])

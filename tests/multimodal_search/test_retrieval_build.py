@@ -592,6 +592,7 @@ class TestResuming:
     def environment(self):
         return {**os.environ, "PYTHONPATH": str(RECIPE), "HF_HUB_OFFLINE": "1"}
 
+    @pytest.mark.long
     def test_killed_in_the_middle_it_goes_on_to_the_same_index(self, tmp_path):
         texts = [f"passage {number} tells of subject {number * 7919 % 1000}" for number in range(160)]
         corpus = write_jsonl(tmp_path / "a.jsonl", passages(texts))

@@ -301,6 +301,7 @@ class HeldUp:
         return self._search(items, topk)
 
 
+@pytest.mark.long
 class TestUnderLoad:
     def test_requests_are_joined_and_health_answers_meanwhile(self, index):
         with hosted(index, threads=2, max_batch=16) as (client, own), ThreadPoolExecutor(42) as pool:
