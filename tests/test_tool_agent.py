@@ -495,10 +495,11 @@ def test_what_a_tool_measures_is_kept_as_json(qwen_like_tokenizer, query, reward
 
 
 def test_cancelling_a_trajectory_cancels_its_tools(qwen_like_tokenizer, monkeypatch):
-    ended = []
+    began, ended = threading.Event(), []
 
     class Slow(Search):
         async def execute(self, instance_id, parameters, **kwargs):
+            began.set()
             try:
                 await asyncio.sleep(60)
             finally:
@@ -512,7 +513,8 @@ def test_cancelling_a_trajectory_cancels_its_tools(qwen_like_tokenizer, monkeypa
 
     async def cancelled(self, *args, **kwargs):
         task = asyncio.ensure_future(run(self, *args, **kwargs))
-        await asyncio.sleep(0.3)
+        while not began.is_set():
+            await asyncio.sleep(0)
         task.cancel()
         await task
 

@@ -378,19 +378,20 @@ class TestUnderLoad:
         with service(index) as (client, process), ThreadPoolExecutor(1) as pool:
             body = {"queries": ["river town old"] * MAX_QUERIES, "topk": 20}
             client.post("/retrieve", json=body)
-            sent = threading.Event()
+            sent, signalled = threading.Event(), threading.Event()
 
             def content():
                 data = json.dumps(body).encode()
                 yield data[:10]
                 sent.set()
-                time.sleep(3)  # the signal comes while the request does
+                signalled.wait()  # the signal comes while the request does
                 yield data[10:]
 
             answer = pool.submit(client.post, "/retrieve", content=content())
             sent.wait()
-            time.sleep(1)  # for a busy machine's server to see it
+            time.sleep(1)  # nothing tells from outside that the server has begun to read
             process.send_signal(signal.SIGTERM)
+            signalled.set()
             assert len(answer.result().json()["result"]) == MAX_QUERIES
             assert process.wait(30) == 0
             assert process.stderr.read() == ""
