@@ -159,7 +159,14 @@ def quiet():
 
 
 @pytest.mark.parametrize("fmt", NATIVE_FORMATS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        # Loading a tokenizer is most of the time.
+        family if family in ("qwen3", "llama3") else pytest.param(family, marks=pytest.mark.long)
+        for family in FAMILIES
+    ],
+)
 def test_calls_are_those_that_verl_executes_and_answers(family, fmt):
     rows = [roll_out(family, fmt, conversation) for conversation in CONVERSATIONS.values()]
     steps = parse(family, fmt, rows).steps
