@@ -659,7 +659,9 @@ class TestStepsAndKeys:
         result = audit(path).result
         assert ([of["step"] for of in result["steps"]], codes(result)) == ([4], {})
 
-    @pytest.mark.parametrize("given", ["four", 4.5, True, [4], {}, 10**400, float("inf"), "", -(10**16)])
+    @pytest.mark.parametrize(
+        "given", ["four", 4.5, True, [4], {}, 10**400, float("inf"), "", -(10**16)], ids="{!s:.9}".format
+    )
     def test_steps_that_are_none(self, tmp_path, given):
         path = write_dump(tmp_path / "9.jsonl", [entry | {"step": given} for entry in two_of_four()])
         result = audit(path).result
@@ -1099,6 +1101,20 @@ class TestFigures:
         assert 0 < fourth["similarity"] < 0.8
         assert fourth["alpha"] is None
         assert result["totals"] == {k: v for k, v in result["steps"][0].items() if k != "step"}
+
+    def test_lift_by_tool(self, tmp_path):
+        """All four search for Oman, the two that succeed and one that fails look at the same page too."""
+        look = call_text("visit", url="oman.om") + answers("A page")
+        lines = [
+            line(call_text("search", query="Oman") + answers("A") + look * (k < 3) + "end", float(k < 2), session=k)
+            for k in range(4)
+        ]
+        result = audit(write_dump(tmp_path / "1.jsonl", lines)).result
+        tools = result["tools"]
+        assert {tool: of["reference_groups"] for tool, of in tools.items()} == {"search": 1, "visit": 1}
+        assert tools["search"]["lift"] == 0
+        assert tools["visit"]["lift"] == pytest.approx(2 / 3 - 1 / 2)
+        assert result["totals"]["lift"] == pytest.approx((2 / 3 - 1 / 2) / 2)
 
     @pytest.mark.parametrize(("scope", "steps"), [("group", 3), ("batch", 0)])
     def test_where_one_success_tells_nothing_of_luck(self, tmp_path, scope, steps):
@@ -1589,6 +1605,21 @@ class TestFrames:
         assert (corrected["after"] > corrected["before"]).all()
         assert found.sweeps["corrected_steps"].max() >= 6
         assert list(found.warnings.columns) == ["code", "level", "text", "advice"]
+
+    def test_in_a_notebook_it_is_short(self, found, tmp_path):
+        assert repr(found).startswith("<Audit of ")
+        for part in ("3 training steps", "24 rollouts", "24 calls", "of 12 failing calls 6 misassigned, 6 corrected"):
+            assert part in repr(found)
+        assert "findings: none" in repr(found)
+        assert len(repr(found)) < 300
+        odd = audit(write_dump(tmp_path / "1.jsonl", [*two_of_four(), "torn"]), title="<script>boo</script>\x1b[2J")
+        assert "\x1b" not in repr(odd) + odd._repr_html_()
+        assert "skipped_lines" in repr(odd)
+        html = odd._repr_html_()
+        assert "<script>" not in html
+        assert "could not be read" in html
+        assert "success rate" in html
+        assert len(html) < 5000
 
     def test_calls_may_be_left_out(self, tmp_path):
         found = audit(write_dump(tmp_path / "1.jsonl", two_of_four()), keep_calls=False)

@@ -67,8 +67,8 @@ class StepAnalysis:
     batch: StepBatch
     cfg: TapoConfig
     calls: list[JudgedCall]
-    lifts: list[float]
-    """Of the matched reference groups."""
+    lifts: list[tuple[str, float]]
+    """Tool and lift of each matched reference group."""
 
     def changed_size(self) -> int:
         """Policy tokens with another advantage, as far as the calls tell."""
@@ -78,7 +78,8 @@ class StepAnalysis:
         """All that can be counted; see `figures`."""
         trajectories = self.batch.trajectories
         counts = tally(self.calls, trajectories, self.cfg)
-        counts.add({"reference_groups": len(self.lifts), "lift_sum": sum(self.lifts)})
+        for _, lift in self.lifts:
+            counts.add({"reference_groups": 1, "lift_sum": lift})
         recorded = [trajectory.changed for trajectory in trajectories]
         if None not in recorded:
             counts["changed_size"] = sum(filter(None, recorded))
@@ -99,7 +100,10 @@ class StepAnalysis:
         by_tool: dict[str, list[JudgedCall]] = defaultdict(list)
         for judged in self.calls:
             by_tool[judged.call.tool].append(judged)
-        return {tool: tally(calls, _holders(calls), self.cfg) for tool, calls in by_tool.items()}
+        counts = {tool: tally(calls, _holders(calls), self.cfg) for tool, calls in by_tool.items()}
+        for tool, lift in self.lifts:
+            counts[tool].add({"reference_groups": 1, "lift_sum": lift})
+        return counts
 
 
 def _holders(calls: Iterable[JudgedCall]) -> list[Trajectory]:
@@ -265,15 +269,17 @@ def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
     unit = cells.turn if cfg.token_scope == "step" else np.arange(len(places))
     after = _lifted(before, np.array([credit.transfer for credit in report.steps]), unit, cfg.clip).tolist()
     calls = []
+    tools: dict[int, str] = {}
     successes = Counter(t.group for t in trajectories if t.success)
     for place, credit, group, value in zip(places, report.steps, lifts.of_step.tolist(), after, strict=True):
         holder = trajectories[place[0]]
         gain, luck = (lift[group], lucky[group]) if group >= 0 else (None, False)
         single = successes[holder.group] == 1 and cfg.scope == "group"
         call, changed = holder.calls[place[1]], value != holder.advantage
+        tools[group] = call.tool
         credit = replace(credit, row=place[0])
         calls.append(JudgedCall(holder, place, call, credit, gain, luck, single, value, changed))
-    return StepAnalysis(batch, cfg, calls, lift)
+    return StepAnalysis(batch, cfg, calls, [(tools[group], value) for group, value in enumerate(lift)])
 
 
 class Setting(NamedTuple):

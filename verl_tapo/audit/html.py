@@ -109,6 +109,13 @@ def _headline(totals: Mapping[str, Any]) -> Iterator[str]:
         yield f"<div><dt>{of}<span>{says}</span></dt><dd>{number}{unit}</dd></div>"
 
 
+def summary_html(result: Mapping[str, Any]) -> str:
+    """The title, the main figures and the findings of an audit as HTML without style or script, as for a notebook."""
+    figures, notices = "\n".join(_headline(result["totals"])), "\n".join(_notices(result["warnings"]))
+    provenance = _provenance(result["created"], result["sources"])
+    return f"<h3>{_text(result['title'])}</h3>\n<p>{_text(provenance)}</p>\n<dl>{figures}</dl>\n{notices}"
+
+
 def _notices(warnings: Sequence[Mapping[str, str]]) -> Iterator[str]:
     """The findings, the gravest first."""
     for warned in sorted(warnings, key=lambda warned: list(_LEVEL_NAMES).index(warned["level"])):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_tapo.audit.analysis import StepAnalysis
-from verl_tapo.audit.html import write_report
+from verl_tapo.audit.html import summary_html, write_report
 from verl_tapo.step_records import json_value
 
 if TYPE_CHECKING:
@@ -53,15 +53,27 @@ def call_rows(analysis: StepAnalysis) -> list[dict[str, Any]]:
     return rows
 
 
-@dataclass
+@dataclass(repr=False)
 class Audit:
-    """What an audit found."""
+    """What an audit found. In a notebook it shows its main figures and findings."""
 
     result: Mapping[str, Any]
     """Everything, as JSON can hold it (version 1): ``settings``, ``steps`` and ``totals`` and ``tools`` (the figures of
     `verl_tapo.audit.analysis.figures`), ``similarity_histogram``, ``support_alpha``, ``sweeps``, ``warnings``,
     ``problems``, ``skipped``, ``sources``, ``left_out``, and ``groups``, the prompt groups with their texts."""
     _calls: list[dict[str, Any]] | None
+
+    def __repr__(self) -> str:
+        totals, codes = self.result["totals"], [warned["code"] for warned in self.result["warnings"]]
+        return (
+            f"<Audit of {self.result['title']!r:.80}: {len(self.result['steps']):,} training steps, "
+            f"{totals['trajectories']:,} rollouts, {totals['calls']:,} calls; of {totals['failing_steps']:,} failing "
+            f"calls {totals['misassigned_steps']:,} misassigned, {totals['corrected_steps']:,} corrected; "
+            f"findings: {', '.join(codes) or 'none'}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return summary_html(self.result)
 
     @property
     def steps(self) -> pandas.DataFrame:
