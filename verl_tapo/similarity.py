@@ -88,30 +88,32 @@ def number_values(kernel: Kernel, given: Sequence[Any]) -> tuple[list[Hashable],
     Raises:
         ValueError: what `Kernel.prepare` returns is not hashable.
     """
+    # In a batch the same texts come again and again, and some are long: each is prepared once.
+    only_texts = set(map(type, given)) == {str}
+    keys = given if only_texts else [value if type(value) is str else id(value) for value in given]
+    position, which = numbered(keys)
+    distinct = position if only_texts else dict(zip(keys, given, strict=True)).values()
     known: dict[Hashable, int] = {}
     others: dict[Hashable, int] = {}
-
-    def number(value: Any) -> int:
+    numbers = []
+    for value in distinct:
         if value is ABSENT:
-            return -1
+            numbers.append(-1)
+            continue
         try:
             form = kernel.prepare(value)
         except Exception as error:
             _tell(kernel, value, error)
             form = None
         if form is None:
-            return others.setdefault(canonical(value), -2 - len(others))
+            numbers.append(others.setdefault(canonical(value), -2 - len(others)))
+            continue
         try:
-            return known.setdefault(form, len(known))
+            numbers.append(known.setdefault(form, len(known)))
         except TypeError:
             message = f"kernel {kernel.name!r}: prepare must return something hashable, got {shown(form)}"
             raise ValueError(message) from None
-
-    # In a batch the same texts come again and again, and some are long: each is prepared once.
-    keys = given if set(map(type, given)) == {str} else [v if type(v) is str else id(v) for v in given]
-    _, which = numbered(keys)
-    distinct = [number(value) for value in dict(zip(keys, given, strict=True)).values()]
-    return list(known), np.array(distinct, dtype=np.int64)[which]
+    return list(known), np.array(numbers, dtype=np.int64)[which]
 
 
 _told: set[tuple[str, str]] = set()
@@ -314,8 +316,6 @@ def read_box(value: Any, nested: int = 0) -> tuple[float, float, float, float] |
     Four numbers, or texts of numbers, in a list: two opposite corners, in either order. The same as two pairs, in a
     list of one, in a mapping with the usual names, or in a text, with or without words around them.
     """
-    if type(value) is list and len(value) == 4:  # most are
-        return _box(value)
     if nested > _BOX_NESTING:
         return None
     if isinstance(value, str):
@@ -381,7 +381,7 @@ class IoU(Kernel):
     """Intersection over union of two boxes, see `read_box`. A malformed box is like no other, nor is an empty one."""
 
     def prepare(self, value: Any) -> Hashable:
-        return read_box(value)
+        return _box(value) if type(value) is list and len(value) == 4 else read_box(value)
 
     def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
         boxes = np.array(values, dtype=np.float64)
