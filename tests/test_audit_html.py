@@ -1135,7 +1135,7 @@ def test_a_dump_all_the_way(open_report: Any, tmp_path: Path) -> None:
             )
             score = float(rollout in (0, 6, 7))
             uid = f"group {group}_{rollout}_0"
-            truth = {} if group == 2 else {"gts": [hostile]}
+            truth = {} if group == 2 else {"gts": [HOSTILE]}
             lines.append({"input": "q?", "output": output, "score": score, "step": 1, "uid": uid} | truth)
     (tmp_path / "1.jsonl").write_text("\n".join(map(json.dumps, lines)))
     report = open_report(audit(tmp_path / "1.jsonl").result)
