@@ -9,7 +9,7 @@ import numpy as np
 import odd_values
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz import fuzz
 
@@ -69,12 +69,14 @@ def spec_text(x):
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
+@settings(deadline=None)
 def test_text_is_the_specified_ratio(x, y):
     expected = fuzz.token_sort_ratio(spec_text(x), spec_text(y)) / 100
     assert compare("text", x, y) == pytest.approx(expected, abs=1e-12)
 
 
 @given(st.text("ab _-1É", max_size=12), st.text("ab _-1É", max_size=12))
+@settings(deadline=None)
 def test_text_is_the_specified_ratio_on_much_alike(x, y):
     assert compare("text", x, y) == pytest.approx(fuzz.token_sort_ratio(spec_text(x), spec_text(y)) / 100, abs=1e-12)
 
