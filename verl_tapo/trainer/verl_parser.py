@@ -52,13 +52,14 @@ def declared_tools(multi_turn: Any) -> Tools | None:
     path = multi_turn.get("tool_config_path")
     if not path or multi_turn.get("function_tool_path"):
         return None
-    from omegaconf import OmegaConf
-    from verl.experimental.agent_loop.utils import resolve_config_path
-
     try:
+        from omegaconf import OmegaConf
+        from verl.experimental.agent_loop.utils import resolve_config_path
+
         tools = OmegaConf.to_container(OmegaConf.load(resolve_config_path(path)), resolve=True)["tools"]
         functions = [tool["tool_schema"]["function"] for tool in tools]
         return {str(each["name"]): tuple(each["parameters"].get("required") or ()) for each in functions}
-    except Exception as error:  # a stranger's file; veRL has read it already, or will say what is wrong
+    # Another veRL, or a file that veRL has read already, or will say what is wrong with.
+    except Exception as error:
         logger.debug("TAPO: the tools in %s are not known: %s", path, error)
         return None
