@@ -469,15 +469,23 @@ class TestReading:
         ],
     )
     def test_why_a_file_holds_no_rollouts(self, tmp_path, data, reason):
-        path = tmp_path / "2.jsonl"
+        path = tmp_path / "more.jsonl"
         path.write_bytes(data)
         with pytest.raises(ValueError, match=re.escape(reason)):
             audit(path)
-        with pytest.raises(ValueError, match=re.escape(f"2.jsonl ({reason}")):
+        with pytest.raises(ValueError, match=re.escape(f"more.jsonl ({reason}")):
             audit(tmp_path)
         write_dump(tmp_path / "1.jsonl", two_of_four())
         result = audit(tmp_path).result
         assert result["left_out"][0].startswith(f"{path} ({reason}")
+        assert codes(result) == {}
+        path.rename(tmp_path / "2.jsonl")  # named as a dump of veRL's: a step that was lost
+        result = audit(tmp_path).result
+        if reason.startswith("no 'output'"):
+            assert (result["left_out"][0], codes(result)) == (f"{tmp_path}/2.jsonl ({reason})", {})
+        else:
+            assert result["problems"][0]["reason"].startswith(reason)
+            assert codes(result) == {"unread_files": "error"}
 
     def test_what_breaks_off_is_an_error(self, tmp_path, capsys):
         write_dump(tmp_path / "1.jsonl", two_of_four(1))

@@ -30,6 +30,7 @@ FIELDS = ("input", "output", "gts", "score", "step", "uid")
 LARGEST = 1e15
 """Of scores and advantages: what lies beyond overflows in veRL's arithmetic, which squares them in 32 bits."""
 _NAME = re.compile(r".*\.(parquet|(jsonl|ndjson|jsonlines)(\.(gz|zst|xz|bz2|lz4|zip))?)", re.IGNORECASE | re.DOTALL)
+_STEP_FILE = re.compile(r"[0-9]+\.jsonl(\.gz)?")  # as veRL names a step's dump
 _NOT_ENTERED = re.compile(r"val|\.|checkpoints$|global_step_")  # folders: validation, hidden ones, checkpoints
 _LOOKED_AT = 100  # lines of a file before it is no dump: the first ones may be broken
 _SHOWN = 20  # problems of one kind in one file
@@ -147,8 +148,10 @@ def find_sources(paths: Sequence[str | os.PathLike[str]], output_field: str = "o
         if stat.S_ISDIR(status.st_mode):
             for file in _walk(path, found, seen):
                 reason = _take(file, output_field, found, seen)
-                if reason:
-                    found.left_out[file] = reason
+                if isinstance(reason, _Spoilt) and _STEP_FILE.fullmatch(file.name):
+                    found.damaged.append(Problem(str(file), None, str(reason)))
+                elif reason:
+                    found.left_out[file] = str(reason)
         elif not stat.S_ISREG(status.st_mode):
             found.damaged.append(Problem(str(path), None, f"{_kind(status.st_mode)}, not a plain file"))
         elif reason := _take(path, output_field, found, seen):
@@ -207,7 +210,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part[:18] or 0), text) for text, part in re.findall(r"(\D*)([0-9]*)", name)]
 
 
-def _take(file: Path, output_field: str, found: Found, seen: set[tuple[int, int]]) -> str | None:
+def _take(file: Path, output_field: str, found: Found, seen: set[tuple[int, int]]) -> _NoRollouts | None:
     """Adds a file that holds rollouts, unless it was seen before; returns why it holds none."""
     try:
         status = file.stat()
@@ -215,8 +218,8 @@ def _take(file: Path, output_field: str, found: Found, seen: set[tuple[int, int]
             return None
         seen.add((status.st_dev, status.st_ino))
         kind, step = _recognise(file, output_field)
-    except _NoRollouts as error:
-        return str(error)
+    except _NoRollouts as reason:
+        return reason
     except BROKEN as error:
         found.damaged.append(Problem(str(file), None, f"cannot be read: {error}"))
     else:
@@ -226,6 +229,10 @@ def _take(file: Path, output_field: str, found: Found, seen: set[tuple[int, int]
 
 class _NoRollouts(Exception):
     """Why a file is no source."""
+
+
+class _Spoilt(_NoRollouts):
+    """It is not even of something else: nothing in it can be read."""
 
 
 def _recognise(path: Path, output_field: str) -> tuple[Literal["records", "dump"], int | None]:
@@ -241,25 +248,26 @@ def _recognise(path: Path, output_field: str) -> tuple[Literal["records", "dump"
     try:
         return _recognise_lines(path, output_field)
     except UnknownCompression as error:
-        raise _NoRollouts(str(error)) from None
+        raise _Spoilt(str(error)) from None
 
 
 def _recognise_lines(path: Path, output_field: str) -> tuple[Literal["records", "dump"], int | None]:
-    reason, at = "the file is empty", 0
+    reason: _NoRollouts = _Spoilt("the file is empty")
+    at, said = 0, False
     with open_utf8(path) as stream:
         for number in range(1, _LOOKED_AT + 1):
             line = read_line(stream, at)
             if line is None:
                 break
+            at = line.end
             if line.text.startswith(HEAD):
                 return "records", _step_in(path)
             value = None if line.too_long else _parse(line.text)
             if isinstance(value, dict) and output_field in value:
                 return "dump", _step(value, path)
-            if at == 0 or reason == "the file is empty":
-                reason = _why_not(number, line, value, output_field)
-            at = line.end
-    raise _NoRollouts(reason)
+            if not said and line.text.strip():
+                reason, said = _why_not(number, line, value, output_field), True
+    raise reason
 
 
 def _parse(line: str) -> Any:
@@ -269,13 +277,11 @@ def _parse(line: str) -> Any:
         return None
 
 
-def _why_not(number: int, line: Line, value: Any, output_field: str) -> str:
-    if not line.text.strip():
-        return "the file is empty"
+def _why_not(number: int, line: Line, value: Any, output_field: str) -> _NoRollouts:
     if isinstance(value, dict):
-        return f"no {output_field!r} in line {number}; fields: {_names(value)}"
+        return _NoRollouts(f"no {output_field!r} in line {number}; fields: {_names(value)}")
     what = "no JSON" if value is None else f"no JSON object but {type(value).__name__}"
-    return f"line {number} is {what}: {line.text.strip()[:40]!r}"
+    return _Spoilt(f"line {number} is {what}: {line.text.strip()[:40]!r}")
 
 
 def _names(value: Mapping[str, Any]) -> str:
