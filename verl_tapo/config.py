@@ -107,21 +107,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and read_number(value) is not None
 
 
-def success_number(value: Any) -> float | None:
-    """A success value as a number, also where it is written as a text; None where it is neither number nor truth.
+def success_number(value: Any) -> float:
+    """A success value as a number, also where it is written as a text; NaN where it is neither number nor truth value.
 
     Beyond the range of floats it is infinite.
     """
-    if isinstance(value, str):
-        text = value.strip().lower()
-        value = {"true": 1.0, "false": 0.0}.get(text, text)
     try:
-        number = float(value)
+        if isinstance(value, str):
+            value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
+        elif hasattr(value, "item"):
+            value = value.item()  # of NumPy, of torch, or an array of one number
+        return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
-    except (TypeError, ValueError):
-        return None
-    return None if math.isnan(number) else number
+    except Exception:  # no number, or whatever a foreign object raises
+        return math.nan
 
 
 def _check_number(name: str, value: Any, upper: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -163,7 +164,7 @@ def _digest(value: Any) -> str:
 def _check_success(row: Row, settings: TapoSettings, problems: Problems) -> None:
     """Notes a success value that says nothing: the score decides there."""
     value = row.value.get(settings.success_key)
-    if value is not None and success_number(value) is None:
+    if value is not None and math.isnan(success_number(value)):
         shown = f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(str(value)[:40])
         problems.notes["success"].add(row.file, row.line, shown)
 
@@ -186,7 +187,7 @@ def _trajectory(
         begin += len(text) + 1
         texts.append(text)
     value = success_number(last.get(settings.success_key))
-    value = last["score"] if value is None else value
+    value = last["score"] if math.isnan(value) else value
     prompt = first.get("input")
     return Trajectory(
         name=name,

@@ -452,7 +452,7 @@ def _read_row(line: Line, fields: Mapping[str, str]) -> dict[str, Any]:
     if score is None:
         raise _Unusable("no score")
     number = success_number(score)
-    if number is None or not math.isfinite(number):
+    if not math.isfinite(number):
         raise _Unusable(f"the score is {_short(score)}, not a finite number")
     if abs(number) > LARGEST:
         raise _Unusable(f"the score is {_short(score)}, beyond veRL's arithmetic")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from verl_tapo.arrays import span_positions
-from verl_tapo.config import TapoSettings
+from verl_tapo.config import TapoSettings, success_number
 from verl_tapo.formats import Tools
 from verl_tapo.records import shown
 from verl_tapo.steps import IntArray
@@ -115,7 +115,7 @@ class Rollout:
             if value is None:
                 continue
             known += 1
-            values[row] = _number(value)
+            values[row] = success_number(value)
             if math.isnan(values[row]) and not self.padding[row]:
                 unreadable += 1
                 self.unreadable = shown(value)
@@ -148,20 +148,6 @@ def agent_names_of(trainer: Any) -> list[str]:
 
 
 _ROWS_LOOKED_AT = 1000
-
-
-def _number(value: Any) -> float:
-    """A success value as a number; NaN for what is none, which is no success."""
-    try:
-        if isinstance(value, str):
-            value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
-        elif hasattr(value, "item"):
-            value = value.item()  # of NumPy, of torch, or an array of one number
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-    except Exception:  # no number, or whatever a foreign object raises
-        return math.nan
 
 
 CURRENT: ContextVar[Rollout | None] = ContextVar("tapo_rollout", default=None)
