@@ -608,6 +608,17 @@ class TestFiles:
             ("round", "cannot be read: Too many levels of symbolic links"),
         }
 
+    def test_a_file_without_end(self, tmp_path):
+        """Of zeros, and larger than any disk."""
+        write_dump(tmp_path / "1.jsonl", two_of_four())
+        for name in ("2.jsonl", "more.jsonl"):
+            with (tmp_path / name).open("wb") as file:
+                file.truncate(1 << 40)
+        result = audit(tmp_path).result
+        assert (result["totals"]["trajectories"], codes(result)) == (4, {"unread_files": "error"})
+        assert result["problems"][0]["reason"] == "line 1 is longer than 64 MiB"
+        assert result["left_out"] == [f"{tmp_path}/more.jsonl (line 1 is longer than 64 MiB)"]
+
     def test_deep_folders(self, tmp_path):
         deep = tmp_path.joinpath(*["d"] * 800)
         deep.mkdir(parents=True)

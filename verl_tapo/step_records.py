@@ -310,7 +310,7 @@ def _is_own(path: Path) -> bool:
 def _first_line(path: Path) -> Any:
     try:
         with open_utf8(path) as stream:
-            line = read_line(stream, 0)
+            line = read_line(stream, 0, to_its_end=False)
     except BROKEN:
         return None
     return None if line is None else _parsed(line.text)[0]
@@ -418,7 +418,7 @@ def is_step_records(path: Path) -> bool:
         if path.suffix == ".parquet":
             return parquet_header(path) is not None
         with open_utf8(path) as stream:
-            line = read_line(stream, 0)
+            line = read_line(stream, 0, to_its_end=False)
             return line is not None and line.text.startswith(HEAD)
     except (*BROKEN, UnknownCompression, ImportError):
         return False

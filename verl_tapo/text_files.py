@@ -92,13 +92,19 @@ def _is_json(head: str) -> bool:
     return head.lstrip("\ufeff \t\r\n")[:1] in ("", "{", "[", '"')
 
 
-def read_line(stream: BinaryIO, start: int) -> Line | None:
-    """The line of a stream of `open_utf8` that begins at ``start``, where the stream stands; None at its end."""
+def read_line(stream: BinaryIO, start: int, to_its_end: bool = True) -> Line | None:
+    """A line of a stream of `open_utf8`; None at the stream's end.
+
+    Args:
+        stream: it stands where the line begins.
+        start: where that is.
+        to_its_end: go on to the next line, however long this one is; else the stream stays in a line that is too long.
+    """
     data = stream.readline(MAX_LINE)
     if not data:
         return None
     end, whole, too_long = start + len(data), data.endswith(b"\n"), len(data) == MAX_LINE
-    while not whole and len(data) == MAX_LINE:
+    while to_its_end and not whole and len(data) == MAX_LINE:
         data = stream.readline(MAX_LINE)
         end, whole = end + len(data), data.endswith(b"\n")
     if too_long:

@@ -256,13 +256,15 @@ def _recognise_lines(path: Path, output_field: str) -> tuple[Literal["records", 
     at, said = 0, False
     with open_utf8(path) as stream:
         for number in range(1, _LOOKED_AT + 1):
-            line = read_line(stream, at)
+            line = read_line(stream, at, to_its_end=False)
             if line is None:
                 break
+            if line.too_long:
+                raise _Spoilt(f"line {number} is longer than {MAX_LINE >> 20} MiB")
             at = line.end
             if line.text.startswith(HEAD):
                 return "records", _step_in(path)
-            value = None if line.too_long else _parse(line.text)
+            value = _parse(line.text)
             if isinstance(value, dict) and output_field in value:
                 return "dump", _step(value, path)
             if not said and line.text.strip():
