@@ -134,4 +134,5 @@ def text_run(world: Path, name: str, advantage: str, loss: str, loop: str, *over
         "trainer.save_freq": 1,
     }
     chosen = [f"{key}={value}" for key, value in settings.items()]
-    return VllmRun(name, advantage, loss, out=world, overrides=[*chosen, *overrides])
+    # The world has no zoom, and how a tool is compared that is not there is an error.
+    return VllmRun(name, advantage, loss, out=world, overrides=[*chosen, "~algorithm.tapo.tools.zoom", *overrides])
