@@ -46,12 +46,17 @@ def rotated(units, day):
 
 
 def pytest_collection_modifyitems(items):
-    """Long tests come last, file by file, in an order that changes with the date."""
+    """Long tests come last, file by file, in an order that changes with the date.
+
+    Of the others those with a limit in time of their own come first, which run the trainer: at the end one process
+    would wait for them.
+    """
     long = [item for item in items if item.get_closest_marker("long")]
     files = list(dict.fromkeys(item.path for item in long))
     order = rotated(files, datetime.date.today().toordinal())
     long.sort(key=lambda item: order.index(item.path))
-    items[:] = [item for item in items if not item.get_closest_marker("long")] + long
+    short = [item for item in items if not item.get_closest_marker("long")]
+    items[:] = sorted(short, key=lambda item: item.get_closest_marker("timeout") is None) + long
 
 
 def pytest_runtest_setup(item):

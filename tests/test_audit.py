@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from verl_tapo import TapoConfig, similarity, transfer_credit
+from verl_tapo import TapoConfig, transfer_credit
 from verl_tapo.audit import ReadOptions, audit, terminal
 from verl_tapo.audit.analysis import Sweep, analyse, figures, star
 from verl_tapo.audit.batches import batch_from_dump
@@ -33,10 +33,11 @@ from verl_tapo.audit.model import Call, StepBatch, Trajectory
 from verl_tapo.audit.sources import Problems, Row, find_sources, read_dump
 from verl_tapo.audit.text import find_calls, split_turns
 from verl_tapo.cli import main
-from verl_tapo.config import TapoSettings
 from verl_tapo.formats import FORMATS
 from verl_tapo.parsing import NOT_EXECUTED_PREFIX
-from verl_tapo.steps import ToolStep
+from verl_tapo.rule import similarity
+from verl_tapo.rule.steps import ToolStep
+from verl_tapo.settings import TapoSettings
 
 
 def call_text(tool, **arguments):
@@ -750,7 +751,7 @@ class TestStrangers:
         def loads(*_):
             raise AssertionError("a model was asked for")
 
-        monkeypatch.setattr("verl_tapo.similarity._sentence_transformer", loads)
+        monkeypatch.setattr("verl_tapo.rule.similarity._sentence_transformer", loads)
         monkeypatch.setitem(similarity._REGISTRY, "their_own", loads)
         header = record_header(tools={"search": {"query": kernel, "page": "exact"}})
         path = write_dump(tmp_path / "000001.jsonl", [header, *recorded_group()])

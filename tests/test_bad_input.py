@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from verl_tapo import TapoConfig, TapoSettings, ToolStep, build_tool_mask, transfer_credit
-from verl_tapo.steps import MAX_DEPTH
+from verl_tapo.rule.values import MAX_DEPTH
 
 BASE, MASK = torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), torch.ones(2, 2, dtype=torch.int64)
 GOOD = [ToolStep(0, "search", {"query": "a"}, (0, 2), (0, 1)), ToolStep(1, "search", {"query": "a"}, (0, 2), (0, 1))]
@@ -223,9 +223,9 @@ def test_nesting_without_end():
         ({"response_mask": torch.tensor([[1, 1], [0.5, 0.5]])}, "response_mask[1] must be 0/1"),
         ({"steps": None}, "steps must be a list of ToolSteps"),
         ({"steps": iter(GOOD)}, "steps must be a list of ToolSteps"),
-        ({"token_scope": "turn"}, "token_scope must be 'step' or 'call', got 'turn'"),
-        ({"token_scope": ["step"]}, "token_scope must be 'step' or 'call'"),
-        ({"token_scope": None}, "token_scope must be 'step' or 'call'"),
+        ({"token_scope": "turn"}, "token_scope must be one of 'step', 'call', got 'turn'"),
+        ({"token_scope": ["step"]}, "token_scope must be one of 'step', 'call'"),
+        ({"token_scope": None}, "token_scope must be one of 'step', 'call'"),
         ({"dtype": torch.float32}, "dtype must be an integer dtype"),
         ({"dtype": "int64"}, "dtype must be an integer dtype"),
         ({"dtype": torch.int8, "steps": GOOD * 128}, "dtype must be an integer dtype that holds 128, got torch.int8"),
@@ -256,7 +256,7 @@ def test_unusual_but_valid_steps():
         ({"beta": True}, "beta must be a number"),
         ({"theta": 1.5}, "theta must be a number in [0, 1], got 1.5"),
         ({"alpha_min": "0.2"}, "alpha_min must be a number in [0, 1], got '0.2'"),
-        ({"token_scope": "turn"}, "token_scope must be 'step' or 'call', got 'turn'"),
+        ({"token_scope": "turn"}, "token_scope must be one of 'step', 'call', got 'turn'"),
         ({"scope": "all"}, "scope must be one of 'group', 'batch', got 'all'"),
         ({"clip": 1}, "clip must be true or false"),
         ({"tools": ["search"]}, "tools must map tool names"),

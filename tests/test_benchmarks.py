@@ -23,6 +23,7 @@ def run():
     return lambda *arguments: module.main([str(argument) for argument in arguments])
 
 
+@pytest.mark.long
 def test_parts_are_measured_and_kept(run, tmp_path):
     run("--quick", "--only", "credit", "parsing", "--out", tmp_path)
     first = json.loads((tmp_path / "results.json").read_text())["parts"]
@@ -41,12 +42,14 @@ def test_parts_are_measured_and_kept(run, tmp_path):
     assert all(50 < size < 2000 for size in memory["costs"]["audit"])
 
 
+@pytest.mark.long
 def test_what_the_recipe_needs_is_measured(run, tmp_path):
     run("--quick", "--only", "tool_path", "retrieval", "--out", tmp_path)
     parts = json.loads((tmp_path / "results.json").read_text())["parts"]
     assert [len(part["sweeps"]) for part in parts.values()] == [2, 2]
 
 
+@pytest.mark.long
 def test_the_plug_in_s_own_import_is_found():
     from parts.importing import import_times
 

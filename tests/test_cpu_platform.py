@@ -158,6 +158,7 @@ def test_images_are_read_in_their_order(tmp_path):
             read_images([{"content": [block]}])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("environment", "threads"),
     [({"VERL_PLATFORM": "cpu"}, "1"), ({"VERL_PLATFORM": "cpu", "TQ_NUM_THREADS": "2"}, "2"), ({}, "None")],

@@ -26,6 +26,7 @@ print(type(processor).__name__, tuple(inputs["pixel_values"].shape))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "expected"),
     [("qwen2_5_vl", "Qwen2_5_VLProcessor (16, 1176)"), ("qwen3_vl", "Qwen3VLProcessor (16, 1536)")],

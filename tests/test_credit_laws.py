@@ -1,6 +1,7 @@
 """The fast rule against a slow one written from the specification, and the specification's laws as properties."""
 
 import dataclasses
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -8,31 +9,43 @@ import torch
 from batches import TOOLS, random_batch, random_config
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from slow_reference import transfer
+from slow_kernels import similarity
 
 from verl_tapo import TapoConfig, ToolStep, transfer_credit
-from verl_tapo import credit as rule
+from verl_tapo.rule import matching
+from verl_tapo.rule.reference import Reference, call_similarity
 
 SEEDS = st.integers(0, 1_000_000)
 laws = settings(max_examples=150, deadline=None)
 
 
 @pytest.mark.parametrize("block", [0, 1, *(pytest.param(block, marks=pytest.mark.long) for block in range(2, 10))])
-def test_equals_the_slow_reference(block):
+def test_equals_the_reference(block):
     corrected = 0
     for seed in range(block * 200, block * 200 + 200):
         batch, cfg = random_batch(seed), random_config(seed)
         result, report = transfer_credit(*batch, cfg)
-        expected, records = transfer(*batch, cfg)
+        expected, records = Reference(*batch, cfg, similarity).transfer()
         torch.testing.assert_close(result, expected, atol=1e-6, rtol=0, msg=lambda m, seed=seed: f"seed {seed}: {m}")
         for got, want in zip(report.steps, records, strict=True):
-            assert (got.role, got.gate) == (want["role"], want["gate"]), seed
-            assert got.witness in want["witnesses"], seed
-            for name, value in [("reference_advantage", want["abar"]), *want.items()]:
-                if isinstance(value, float) and name != "abar":
-                    assert getattr(got, name) == pytest.approx(value, abs=1e-6), (seed, name)
+            assert (got.role, got.gate) == (want.role, want.gate), seed
+            assert got.witness in (want.witnesses or {None}), seed
+            for name in ("similarity", "support", "alpha", "reference_advantage", "transfer"):
+                assert getattr(got, name) == pytest.approx(getattr(want, name), abs=1e-6), (seed, name)
         corrected += any(s.gate == "corrected" for s in report.steps)
     assert corrected > 10  # the random batches do exercise the rule
+
+
+def test_the_kernels_equal_slow_ones():
+    """Of all pairs of calls in random batches."""
+    pairs = 0
+    for seed in range(300):
+        (*_, steps), cfg = random_batch(seed), random_config(seed)
+        for u, v in combinations(steps, 2):
+            if u.tool == v.tool and cfg.takes_part(u.tool):
+                assert call_similarity(u, v, cfg) == pytest.approx(similarity(u, v, cfg), abs=1e-6), (seed, u, v)
+                pairs += 1
+    assert pairs > 1000
 
 
 def test_pairs_and_rows_go_through_in_blocks(monkeypatch):
@@ -40,8 +53,8 @@ def test_pairs_and_rows_go_through_in_blocks(monkeypatch):
     cfg = TapoConfig(tools=TOOLS, theta=0.4, alpha_min=0.0)
     whole, report = transfer_credit(*batch, cfg)
     assert report.changed_tokens > 20
-    for name in ("_PAIR_BLOCK", "_TOKEN_BLOCK", "_ROW_BLOCK"):
-        monkeypatch.setattr(f"verl_tapo.credit.{name}", 7)
+    for name in ("matching._PAIR_BLOCK", "tokens._TOKEN_BLOCK", "inputs._ROW_BLOCK"):
+        monkeypatch.setattr(f"verl_tapo.rule.{name}", 7)
     pieces, again = transfer_credit(*batch, cfg)
     assert torch.equal(whole, pieces)
     assert report.steps == again.steps
@@ -51,13 +64,13 @@ def test_exact_calls_are_matched_without_comparing_all_pairs(monkeypatch):
     """The number of pairs that are looked at grows with the calls, and with the square of those alike only."""
 
     counts = []
-    whole = rule._similarities
+    whole = matching._similarities
 
     def counting(left, right, parameters):
         counts.append(len(left))
         return whole(left, right, parameters)
 
-    monkeypatch.setattr(rule, "_similarities", counting)
+    monkeypatch.setattr(matching, "_similarities", counting)
 
     def pairs(tools, arguments):
         steps = [ToolStep(row, "lookup", given, (0, 1), (0, 1)) for row, given in enumerate(arguments)]

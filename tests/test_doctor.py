@@ -426,6 +426,7 @@ sys.path.insert(0, str(folder))
 """
 
 
+@pytest.mark.long
 def test_a_broken_rapidfuzz_ends_runs_with_tapo_only():
     code = """
 import torch
@@ -463,7 +464,7 @@ for overrides in (["algorithm.adv_estimator=grpo", "+algorithm.tapo.beta=0.5"],
 def test_a_kernel_whose_package_is_missing_is_a_problem_before_the_run(capsys, monkeypatch):
     code, out = doctor(capsys, "+algorithm.tapo.tools.search.query=embedding")
     assert code == 0, out
-    monkeypatch.setattr("verl_tapo.similarity.find_spec", lambda name: None)
+    monkeypatch.setattr("verl_tapo.rule.similarity.find_spec", lambda name: None)
     code, out = doctor(capsys, "+algorithm.tapo.tools.search.query=embedding")
     assert code == 1
     problem = "algorithm.tapo.tools: the kernel 'embedding' would fail: kernel 'embedding' needs sentence-transformers"

@@ -70,6 +70,7 @@ def test_the_sdist_s_tests_of_the_rule_pass_in_a_fresh_environment(dist, fresh, 
     assert Path(where.strip()).is_relative_to(tmp_path / "fresh")
 
 
+@pytest.mark.long
 def test_the_sdist_holds_what_git_does(dist):
     (archive,) = dist.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -81,6 +82,7 @@ def test_the_sdist_holds_what_git_does(dist):
     assert [name for name in tracked if name not in held and not name.startswith((".ci/", ".gitignore"))] == []
 
 
+@pytest.mark.long
 def test_the_wheel_serves_command_line_audit_and_hydra(dist, fresh, tmp_path):
     """Not editable, from another folder. Its dependencies are this environment's."""
     (wheel,) = dist.glob("*.whl")

@@ -23,7 +23,8 @@ from verl_tapo.parsing import (
     answer_is_error,
     parse_steps,
 )
-from verl_tapo.steps import MAX_DEPTH, canonical, step_columns
+from verl_tapo.rule.steps import step_columns
+from verl_tapo.rule.values import MAX_DEPTH, canonical
 
 SETTINGS = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

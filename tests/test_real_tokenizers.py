@@ -14,7 +14,7 @@ from written_calls import written
 
 from verl_tapo.formats import MALFORMED, NATIVE_FORMATS
 from verl_tapo.parsing import ToolCallParser, parse_steps
-from verl_tapo.steps import step_columns
+from verl_tapo.rule.steps import step_columns
 
 pytest.importorskip("verl.experimental.agent_loop")
 

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz import fuzz
 
-from verl_tapo import Kernel, TapoConfig, TapoSettings, ToolStep, register_kernel, similarity, transfer_credit
-from verl_tapo.config import acquires_information, default_kernel
-from verl_tapo.images import content_hash, image_index, resolve_images
+from verl_tapo import Kernel, TapoConfig, TapoSettings, ToolStep, register_kernel, transfer_credit
+from verl_tapo.images import image_index, resolve_images
 from verl_tapo.records import CallRecord, TrajectoryRecord, recorded_steps
-from verl_tapo.similarity import read_box
-from verl_tapo.steps import canonical
+from verl_tapo.rule import similarity
+from verl_tapo.rule.names import acquires_information, default_kernel
+from verl_tapo.rule.values import canonical, content_hash, read_box
 
 
 def similarities(arguments, tools):

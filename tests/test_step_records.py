@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from verl_tapo import TapoConfig, transfer_credit
 from verl_tapo.audit import audit
-from verl_tapo.config import TapoSettings
 from verl_tapo.records import CallRecord, TrajectoryRecord
+from verl_tapo.rule.steps import ToolStep
+from verl_tapo.settings import TapoSettings
 from verl_tapo.step_records import (
     StepRecorder,
     StepSnapshot,
@@ -30,7 +31,6 @@ from verl_tapo.step_records import (
     json_value,
     read_step_records,
 )
-from verl_tapo.steps import ToolStep
 
 FORMATS = {"jsonl": "jsonl.gz", "parquet": "parquet"}
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from verl_tapo.config import TapoSettings
 from verl_tapo.records import CallRecord, TrajectoryRecord, fault_of
+from verl_tapo.settings import TapoSettings
 from verl_tapo.trainer.tool_metrics import (
     ToolOutage,
     check_outage,

@@ -202,7 +202,7 @@ def test_the_aggregator_of_the_trainer_averages_every_metric(qwen_like_tokenizer
     data = compute(data_proto(fake_batch(qwen_like_tokenizer), qwen_like_tokenizer))
     names = [n for n in step_metrics(data) if n.startswith("tapo/")]
     tools = ["summarise", "MAX_search", "minimum", "total_recall", "sum", "terminal", "a b/c", "search_lr"]
-    from verl_tapo.credit import metric_word
+    from verl_tapo.rule.report import metric_word
 
     names += [f"tapo/tool/{metric_word(tool)}/corrected_steps" for tool in tools]
     aggregator = aggregators.MetricsAggregator()

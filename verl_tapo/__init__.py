@@ -6,24 +6,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from verl_tapo.config import TapoConfig, TapoSettings
-    from verl_tapo.credit import CreditReport, StepCredit, transfer_credit
-    from verl_tapo.similarity import Kernel, register_kernel
-    from verl_tapo.steps import ToolStep, build_tool_mask
+    from verl_tapo.rule.config import TapoConfig
+    from verl_tapo.rule.credit import transfer_credit
+    from verl_tapo.rule.report import CreditReport, StepCredit
+    from verl_tapo.rule.similarity import Kernel, register_kernel
+    from verl_tapo.rule.steps import ToolStep, build_tool_mask
+    from verl_tapo.settings import TapoSettings
 
 __version__ = "0.1.0"
 
 # Imported on first use: veRL loads the plug-in, and with it this package, in every process of a run.
 _HOMES = {
-    "CreditReport": "credit",
-    "Kernel": "similarity",
-    "StepCredit": "credit",
-    "TapoConfig": "config",
-    "TapoSettings": "config",
-    "ToolStep": "steps",
-    "build_tool_mask": "steps",
-    "register_kernel": "similarity",
-    "transfer_credit": "credit",
+    "CreditReport": "rule.report",
+    "Kernel": "rule.similarity",
+    "StepCredit": "rule.report",
+    "TapoConfig": "rule.config",
+    "TapoSettings": "settings",
+    "ToolStep": "rule.steps",
+    "build_tool_mask": "rule.steps",
+    "register_kernel": "rule.similarity",
+    "transfer_credit": "rule.credit",
 }
 
 __all__ = [

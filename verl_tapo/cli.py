@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from verl_tapo import __version__
 
 if TYPE_CHECKING:
-    from verl_tapo.config import TapoConfig
+    from verl_tapo.rule.config import TapoConfig
 
 _PACKAGES = (
     "verl",

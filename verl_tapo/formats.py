@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from verl_tapo.steps import MAX_DEPTH, IntArray, deeper_than
+from verl_tapo.rule.arrays import IntArray
+from verl_tapo.rule.values import MAX_DEPTH, deeper_than
 
 MALFORMED = "(malformed)"
 """Tool name of a call that could not be parsed."""

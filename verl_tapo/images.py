@@ -15,33 +15,6 @@ from typing import Any
 
 import numpy as np
 
-
-def content_hash(image: Any) -> str:
-    """An identity of an image's content: equal pixels of equal size and mode give equal identities.
-
-    Accepts what veRL's loops carry as images: PIL images, bytes, mappings with ``bytes``, arrays and tensors; anything
-    else is identified by its text.
-    """
-    digest = hashlib.blake2b(digest_size=12)
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("image") or sorted((str(k), str(v)) for k, v in image.items())
-    if isinstance(image, bytes | bytearray | memoryview):
-        digest.update(image)
-    elif hasattr(image, "tobytes") and hasattr(image, "size"):
-        digest.update(
-            f"{getattr(image, 'mode', getattr(image, 'dtype', ''))} {getattr(image, 'shape', image.size)}".encode()
-        )
-        digest.update(image.tobytes())
-    elif hasattr(image, "numpy"):
-        tensor = image.detach().cpu().contiguous()
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        array = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
-        digest.update(array.tobytes())
-    else:
-        digest.update(str(image).encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()
-
-
 # "2", "2.0", "#2", "image 2", "<image_2>"; but no name of a file.
 _INDEX = re.compile(
     r"[<\[(]?\s*(?P<word>(?:image|img|picture|photo)[\s_#-]*|#)?(?P<index>-?\d{1,9})(?:\.0*)?\s*[>\])]?", re.IGNORECASE

@@ -18,7 +18,9 @@ import numpy as np
 
 from verl_tapo.formats import FALLBACK, MALFORMED, NATIVE_FORMATS, Call, Tools, decode, format_for, read_call, read_text
 from verl_tapo.images import resolve_images
-from verl_tapo.steps import IntArray, ToolStep, canonical
+from verl_tapo.rule.arrays import IntArray
+from verl_tapo.rule.steps import ToolStep
+from verl_tapo.rule.values import canonical
 from verl_tapo.tokens import ANSWER, ANSWERS, CLOSE, IMAGE, OPEN, Markers, Marks, run_bounds, vocabulary
 
 logger = logging.getLogger(__name__)

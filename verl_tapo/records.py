@@ -20,7 +20,7 @@ from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 from verl_tapo.images import resolve_images
-from verl_tapo.steps import ToolStep
+from verl_tapo.rule.steps import ToolStep
 
 RECORD_KEY = "tapo_steps"
 RECORD_VERSION = 1

@@ -43,10 +43,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from verl_tapo.config import RecordFormat, TapoSettings
-from verl_tapo.credit import CreditReport
 from verl_tapo.records import fault_of
-from verl_tapo.steps import MAX_DEPTH, IntArray, ToolStep, prints, shown
+from verl_tapo.rule.arrays import IntArray
+from verl_tapo.rule.report import CreditReport
+from verl_tapo.rule.steps import ToolStep
+from verl_tapo.rule.values import MAX_DEPTH, prints, shown
+from verl_tapo.settings import RecordFormat, TapoSettings
 from verl_tapo.text_files import BROKEN, UnknownCompression, open_utf8, read_line
 
 logger = logging.getLogger("verl_tapo")
@@ -176,7 +178,7 @@ def _recorded(record: Any, length: int) -> list[dict[str, Any]]:
 def json_value(value: Any, depth: int = 0) -> Any:
     """A value as strict JSON can hold it: NaN and infinity are None, what else does not fit becomes its text.
 
-    So do levels beyond `verl_tapo.steps.MAX_DEPTH`, which nothing here looks at.
+    So do levels beyond `verl_tapo.rule.values.MAX_DEPTH`, which nothing here looks at.
     """
     if isinstance(value, Mapping | list | tuple) and depth >= MAX_DEPTH:
         return f"({type(value).__name__}, nested too deeply)"

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from verl_tapo.arrays import sorted_unique, thread_count
-from verl_tapo.steps import IntArray
+from verl_tapo.rule.arrays import IntArray, sorted_unique, thread_count
 
 logger = logging.getLogger(__name__)
 

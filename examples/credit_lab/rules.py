@@ -12,9 +12,10 @@ import torch
 from policy import Rollouts
 
 from verl_tapo import CreditReport, TapoConfig, ToolStep, build_tool_mask, register_kernel, transfer_credit
-from verl_tapo.config import Scope
-from verl_tapo.similarity import FloatArray, Kernel, KernelSpec, make_kernel, similarities
-from verl_tapo.steps import IntArray, TokenScope
+from verl_tapo.rule.arrays import FloatArray, IntArray
+from verl_tapo.rule.config import Scope
+from verl_tapo.rule.similarity import Kernel, KernelSpec, make_kernel, similarities
+from verl_tapo.rule.steps import TokenScope
 
 TOOLS: dict[str, dict[str, KernelSpec]] = {
     "image_search": {"image": "exact", "region": "iou"},

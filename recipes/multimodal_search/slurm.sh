@@ -14,7 +14,9 @@ set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 nodes="${SLURM_JOB_NUM_NODES:?start this with sbatch}"
-first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+# Not through `head`: a writer that is not read to its end would be killed, and the job with it.
+hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+first="${hosts%%$'\n'*}"
 address="$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname -I | awk '{print $1}')"
 export RAY_PORT="${RAY_PORT:-6379}"
 

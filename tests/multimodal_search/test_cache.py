@@ -25,7 +25,7 @@ from search_agent.errors import InfrastructureError, ModelError
 from search_agent.providers import CachedImages, CachedPages, CachedText
 from search_agent.results import ImageHit, Page, Passage
 
-from verl_tapo.steps import canonical
+from verl_tapo.rule.values import canonical
 
 # Keys.
 

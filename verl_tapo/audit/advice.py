@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from verl_tapo.audit.analysis import Counts
 from verl_tapo.audit.sources import Problems
 from verl_tapo.audit.units import percent, points
-from verl_tapo.config import TapoSettings
+from verl_tapo.settings import TapoSettings
 
 Level: TypeAlias = Literal["info", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("info", "warning", "error")

@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 
 from verl_tapo.audit.model import Call, StepBatch, Trajectory
-from verl_tapo.config import TapoConfig
-from verl_tapo.credit import EQUAL, CreditReport, StepCredit, transfer_credit
-from verl_tapo.steps import ToolStep
+from verl_tapo.rule.config import TapoConfig
+from verl_tapo.rule.credit import transfer_credit
+from verl_tapo.rule.report import EQUAL, CreditReport, StepCredit
+from verl_tapo.rule.steps import ToolStep
 
 MATCHED = ("corrected", "below_alpha")
 """Gates of a misassigned step: it has an equivalent call in a successful rollout."""
@@ -47,7 +48,7 @@ class JudgedCall(NamedTuple):
     lift: float | None
     """Of its reference group; None where it has none."""
     lucky: bool
-    """Whether its witnesses are, see `verl_tapo.credit.Lifts.lucky`."""
+    """Whether its witnesses are, see `verl_tapo.rule.report.Lifts.lucky`."""
     only_success: bool
     """Whether its prompt group has one success, whose lift is never below 0: nothing tells there whether it is luck."""
     after: float
@@ -183,7 +184,7 @@ def figures(counts: Mapping[str, float]) -> dict[str, float | None]:
     - ``penalty_removed``: of the sum of failing rollouts' negative advantages over their tokens, the part taken away
     - ``similarity``, ``support``, ``alpha``, ``reference_advantage``: means over misassigned steps; ``transfer``: over
       corrected ones
-    - ``lift``: mean over the matched reference groups, see `verl_tapo.credit.CreditReport.lifts`
+    - ``lift``: mean over the matched reference groups, see `verl_tapo.rule.report.CreditReport.lifts`
     """
 
     def share(part: str, whole: str) -> float | None:

@@ -14,7 +14,7 @@ from verl_tapo.audit.analysis import Counts, Setting, StepAnalysis, Sweep, figur
 from verl_tapo.audit.browse import Browse
 from verl_tapo.audit.model import StepBatch
 from verl_tapo.audit.sources import Problems
-from verl_tapo.config import TapoSettings
+from verl_tapo.settings import TapoSettings
 from verl_tapo.step_records import json_value
 
 RESULT_VERSION = 1

@@ -41,7 +41,7 @@ class Call:
     result: str | None = None
     """The tool's answer."""
     recorded_gate: str | None = None
-    """What training made of it (`verl_tapo.credit.StepCredit.gate`); None where that is not known."""
+    """What training made of it (`verl_tapo.rule.report.StepCredit.gate`); None where that is not known."""
 
 
 @dataclass

@@ -17,7 +17,8 @@ from verl_tapo.audit.collect import Collector
 from verl_tapo.audit.model import StepBatch
 from verl_tapo.audit.result import Audit, call_rows
 from verl_tapo.audit.sources import Dump, Found, Problems, Row, Source, find_sources
-from verl_tapo.config import TapoSettings, default_kernel
+from verl_tapo.rule.names import default_kernel
+from verl_tapo.settings import TapoSettings
 from verl_tapo.step_records import read_step_records
 
 BETAS = (0.2, 0.5, 0.8, 1.0)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
 
 from verl_tapo.audit.model import Problem
-from verl_tapo.config import success_number
+from verl_tapo.rule.values import success_number
 from verl_tapo.step_records import HEAD, parquet_header
 from verl_tapo.text_files import BROKEN, MAX_LINE, Line, UnknownCompression, open_utf8, read_line
 

@@ -32,7 +32,6 @@ from verl.experimental.agent_loop.tool_parser import FunctionCall
 from verl.tools.schemas import ToolResponse
 
 from verl_tapo.cpu import ROLLOUT_NAME
-from verl_tapo.images import content_hash
 from verl_tapo.parsing import NOT_EXECUTED_PREFIX, STOCK_ERRORS, FoundCall, answer_is_error
 from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryRecord, finite, shown
 from verl_tapo.rollout.execution import (
@@ -43,7 +42,7 @@ from verl_tapo.rollout.execution import (
     tell_once,
     words,
 )
-from verl_tapo.steps import MAX_DEPTH, deeper_than
+from verl_tapo.rule.values import MAX_DEPTH, content_hash, deeper_than
 from verl_tapo.trainer.estimator import load_settings
 from verl_tapo.trainer.verl_parser import cached_parser
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl_tapo.config import TapoSettings
 from verl_tapo.records import RECORD_KEY
-from verl_tapo.steps import IntArray
+from verl_tapo.rule.arrays import IntArray
+from verl_tapo.settings import TapoSettings
 from verl_tapo.trainer.rollout import Rollout, Sessions, Tokens, agent_loop_of
 from verl_tapo.trainer.verl_parser import declared_tools
 

@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from verl_tapo.arrays import numbered
-from verl_tapo.config import TapoSettings
-from verl_tapo.credit import CreditReport, transfer_credit
 from verl_tapo.parsing import ToolCallParser, parse_steps
 from verl_tapo.records import recorded_steps
+from verl_tapo.rule.arrays import numbered
+from verl_tapo.rule.credit import transfer_credit
+from verl_tapo.rule.report import CreditReport
+from verl_tapo.rule.steps import ToolStep, build_tool_mask
+from verl_tapo.settings import TapoSettings
 from verl_tapo.step_records import StepRecorder, StepSnapshot
-from verl_tapo.steps import ToolStep, build_tool_mask
 from verl_tapo.trainer.rollout import CURRENT, Rollout
 from verl_tapo.trainer.tool_metrics import check_outage, executed_tools, odd_reward_parts, reward_metrics, tool_metrics
 from verl_tapo.trainer.verl_parser import cached_parser

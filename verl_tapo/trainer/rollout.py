@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from verl_tapo.arrays import span_positions
-from verl_tapo.config import TapoSettings, success_number
 from verl_tapo.formats import Tools
 from verl_tapo.records import shown
-from verl_tapo.steps import IntArray
+from verl_tapo.rule.arrays import IntArray, span_positions
+from verl_tapo.rule.values import success_number
+from verl_tapo.settings import TapoSettings
 
 BaseEstimator: TypeAlias = Callable[[IntArray, torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
 """Rows (R,), token-level rewards (B, L), response mask (B, L), index (B,) to base advantages and returns of those rows,

@@ -9,7 +9,7 @@ Metrics (all shares are of calls; one set for each tool that was executed):
   ``latency_p95_s``, ``answer_tokens``, and the mean of every number the tool itself returns as a metric (a cache hit,
   say); of a tool that was executed before and is not now the shares, which are 0, and no means
 
-Names that would make veRL's aggregator take a maximum, minimum or sum are written by `verl_tapo.credit.metric_word`.
+Names that would make veRL's aggregator take a maximum, minimum or sum are changed by `metric_word`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from verl_tapo.credit import metric_word
 from verl_tapo.records import Fault, fault_of, finite, shown
+from verl_tapo.rule.report import metric_word
 
 _EXECUTED = ("ok", "error", "timeout")
 _LATENCY_QUANTILE = 0.95

@@ -9,7 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from verl_tapo.config import TapoConfig, default_kernel, hint
+from verl_tapo.rule.checks import hint
+from verl_tapo.rule.config import TapoConfig
+from verl_tapo.rule.names import default_kernel
 from verl_tapo.trainer.watch import RECORDING_LOOP, shown_kernels, unrecorded
 
 Parameters = Mapping[str, Collection[str]]

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from verl_tapo.config import TapoSettings
 from verl_tapo.records import RECORD_KEY
+from verl_tapo.settings import TapoSettings
 from verl_tapo.trainer.batch import base_advantages
 from verl_tapo.trainer.check import check_run
 from verl_tapo.trainer.estimator import load_settings, watch

@@ -9,9 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from verl_tapo.config import TapoConfig, TapoSettings, acquires_information, default_kernel, hint
-from verl_tapo.credit import CreditReport, metric_word
-from verl_tapo.steps import ToolStep
+from verl_tapo.rule.checks import hint
+from verl_tapo.rule.config import TapoConfig
+from verl_tapo.rule.names import acquires_information, default_kernel
+from verl_tapo.rule.report import CreditReport, metric_word
+from verl_tapo.rule.steps import ToolStep
+from verl_tapo.settings import TapoSettings
 
 logger = logging.getLogger("verl_tapo")
 

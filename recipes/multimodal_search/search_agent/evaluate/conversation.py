@@ -26,8 +26,8 @@ from search_agent.evaluate.dialogue import (
 )
 from search_agent.evaluate.model import ChatModel
 from search_agent.evaluate.questions import Question
-from verl_tapo.images import content_hash
 from verl_tapo.records import CallRecord, CallStatus, TrajectoryRecord, fault_of
+from verl_tapo.rule.values import content_hash
 
 if TYPE_CHECKING:  # it imports veRL, which takes seconds
     from search_agent.tools.toolbox import Toolbox

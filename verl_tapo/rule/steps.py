@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import reprlib
-import unicodedata
 from array import array
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from verl_tapo.images import content_hash
+from verl_tapo.rule.arrays import BoolArray, IntArray
+from verl_tapo.rule.checks import check_choice
+from verl_tapo.rule.values import shown
 
 TokenScope: TypeAlias = Literal["step", "call"]
-IntArray: TypeAlias = npt.NDArray[np.int64]
-
-MAX_DEPTH = 64
-"""Deepest nesting of an argument value that is parsed or recorded; no information tool needs more [ours]."""
-MAX_ITEMS = 100_000
-"""Most parts that an argument value may have to be compared by content; no model writes more in one response [ours]."""
 _WHOLE_NUMBERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
-_FLOAT_BITS = 1024  # of the largest finite float
 
 
 class ToolStep(NamedTuple):
@@ -59,7 +50,7 @@ class StepColumns(NamedTuple):
     arguments: tuple[Mapping[str, Any], ...]
     turn: IntArray  # (S, 2)
     call: IntArray  # (S, 2)
-    ok: npt.NDArray[np.bool_]  # (S,)
+    ok: BoolArray  # (S,)
 
     def span(self, token_scope: TokenScope) -> IntArray:
         return self.call if token_scope == "call" else self.turn
@@ -78,6 +69,21 @@ def step_columns(steps: Sequence[ToolStep], batch_size: int, length: int) -> Ste
     if not len(steps):
         empty = np.zeros(0, np.int64)
         return StepColumns(empty, (), (), empty.reshape(0, 2), empty.reshape(0, 2), empty.astype(bool))
+    columns = _plain_columns(steps, batch_size, length)
+    if columns is not None:
+        return columns
+    for number, step in enumerate(steps):
+        _check_step(number, step, batch_size, length)
+    # Odd but valid types (a NumPy bool, a list for a span): bring them into form and go on.
+    return step_columns(
+        [ToolStep(int(s.row), str(s.tool), s.arguments, _pair(s.turn), _pair(s.call), bool(s.ok)) for s in steps],
+        batch_size,
+        length,
+    )
+
+
+def _plain_columns(steps: Sequence[ToolStep], batch_size: int, length: int) -> StepColumns | None:
+    """The columns of steps that are right and of the plain types; None where one is not."""
     try:
         rows, tools, arguments, turns, calls, oks = zip(*steps, strict=True)
         spans = list(chain.from_iterable(turns)), list(chain.from_iterable(calls))
@@ -105,17 +111,8 @@ def step_columns(steps: Sequence[ToolStep], batch_size: int, length: int) -> Ste
             )
         )
     except (TypeError, ValueError, OverflowError):
-        fine = False
-    if not fine:
-        for number, step in enumerate(steps):
-            _check_step(number, step, batch_size, length)
-        # Odd but valid types (a NumPy bool, a list for a span): bring them into form and go on.
-        return step_columns(
-            [ToolStep(int(s.row), str(s.tool), s.arguments, _pair(s.turn), _pair(s.call), bool(s.ok)) for s in steps],
-            batch_size,
-            length,
-        )
-    return StepColumns(row, tools, arguments, turn, call, ok)
+        return None
+    return StepColumns(row, tools, arguments, turn, call, ok) if fine else None
 
 
 def _pair(span: Sequence[int]) -> tuple[int, int]:
@@ -179,7 +176,7 @@ def build_tool_mask(
     """
     if not isinstance(response_mask, torch.Tensor) or response_mask.is_nested or response_mask.dim() != 2:
         raise ValueError(f"response_mask must be a (B, L) tensor, got {described(response_mask)}")
-    check_token_scope(token_scope)
+    check_choice("token_scope", token_scope, get_args(TokenScope))
     columns = step_columns(steps, *response_mask.shape)
     most = int(np.bincount(columns.row).max(initial=0))
     if not isinstance(dtype, torch.dtype) or dtype not in _WHOLE_NUMBERS or most > torch.iinfo(dtype).max:
@@ -209,123 +206,3 @@ def described(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     return f"{value.dtype} {'nested' if value.is_nested else tuple(value.shape)}"
-
-
-def check_token_scope(token_scope: str) -> None:
-    """Raises ValueError unless ``token_scope`` is ``"step"`` or ``"call"``."""
-    if not isinstance(token_scope, str) or token_scope not in ("step", "call"):
-        raise ValueError(f"token_scope must be 'step' or 'call', got {shown(token_scope)}")
-
-
-def fold_text(text: str) -> str:
-    """NFKC-normalised text, stripped, inner white space folded to single spaces."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return " ".join(text.split())
-
-
-def shown(value: Any, longest: int = 200) -> str:
-    """A short text of any value for a message; it never raises, and never takes long."""
-    try:
-        text = _REPR.repr(value)
-    except Exception:  # a number of more digits than Python prints, an object whose own text fails
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= longest else text[: longest - 3] + "..."
-
-
-class _Repr(reprlib.Repr):
-    """Cuts texts and containers, at every level; of a class's own containers, too, whose own text would be whole."""
-
-    def repr_instance(self, x: Any, level: int) -> str:
-        if isinstance(x, Mapping):
-            return self.repr_dict(dict(x), level)
-        if isinstance(x, tuple | list):
-            return self.repr_tuple(tuple(x), level)
-        return super().repr_instance(x, level)
-
-
-_REPR = _Repr()
-_REPR.maxstring = _REPR.maxother = 120
-
-
-def deeper_than(value: Any, levels: int) -> bool:
-    """Whether a JSON value is nested deeper than that many levels."""
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list):
-        return False
-    return levels <= 0 or any(deeper_than(item, levels - 1) for item in value)
-
-
-def canonical(value: Any) -> Hashable:
-    """The canonical, hashable form of an argument value (the spec's ``exact`` kernel). It never raises.
-
-    Strings are NFKC-normalised, stripped, inner white space folded; -0.0 is 0.0; integral floats equal their ints;
-    mappings compare by sorted key, sequences by order, sets without order. Booleans are not numbers, and NaN equals
-    NaN [ours]. Bytes, arrays, tensors and images compare by type and content, values of other types by type and text.
-    A value with more than `MAX_ITEMS` parts, or one that cannot be read, equals only itself.
-
-    The form of a container is flat, so that neither hashing nor printing it depends on how deep the value is.
-    """
-    if isinstance(value, str):
-        return fold_text(value)
-    try:
-        return tuple(_parts(value)) if isinstance(value, _CONTAINERS) else _scalar(value)
-    except Exception:  # foreign containers and objects may raise anything
-        return (type(value).__name__, "unreadable", id(value))
-
-
-_CONTAINERS = (Mapping, list, tuple, set, frozenset)
-
-
-def _parts(value: Any) -> list[Hashable]:
-    """A container as a flat list: each container as a head that tells its size, then its members."""
-    parts: list[Hashable] = []
-    waiting, expected = [value], 1
-    while waiting:
-        item = waiting.pop()
-        if not isinstance(item, _CONTAINERS):
-            parts.append(fold_text(item) if isinstance(item, str) else _scalar(item))
-            continue
-        expected += len(item)
-        if expected > MAX_ITEMS:
-            return [(type(value).__name__, f"more than {MAX_ITEMS} items", id(value))]
-        if isinstance(item, Mapping):
-            # Keys that fold to the same text come in an order of their own, whatever the mapping's.
-            named = [(fold_text(text := _key_text(key)), text, type(key).__name__, key) for key in item]
-            named.sort(key=lambda entry: entry[:3])
-            parts.append(("mapping", tuple([folded for folded, *_ in named])))
-            waiting += [item[key] for *_, key in reversed(named)]
-        elif isinstance(item, list | tuple):
-            parts.append(("sequence", len(item)))
-            waiting += reversed(item)
-        else:
-            parts.append(("set", tuple(sorted((canonical(member) for member in item), key=repr))))
-    return parts
-
-
-def prints(number: float) -> bool:
-    """Whether a number has a text: Python prints no whole number of thousands of digits. No float is as large."""
-    return not isinstance(number, int) or number.bit_length() <= _FLOAT_BITS
-
-
-def _key_text(key: Any) -> str:
-    return str(key) if prints(key) else hex(key)
-
-
-def _scalar(value: Any) -> Hashable:
-    if value is None or isinstance(value, bool | np.bool_):
-        return ("const", value if value is None else bool(value))
-    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
-        value = value.item()
-    if isinstance(value, int):
-        return ("number", int(value) if prints(value) else hex(value))
-    if isinstance(value, float):
-        if math.isnan(value):
-            return ("number", "nan")
-        return ("number", int(value) if value.is_integer() else float(value))
-    if isinstance(value, np.ndarray) and value.dtype.hasobject:
-        return ("ndarray", canonical(value.tolist()))
-    if isinstance(value, bytes | bytearray | torch.Tensor) or hasattr(value, "tobytes"):
-        return (type(value).__name__, content_hash(value))
-    return (type(value).__name__, str(value))

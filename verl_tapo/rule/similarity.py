@@ -7,9 +7,7 @@ forms are the same value, whatever the kernel, so that equal calls are compared 
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -19,22 +17,16 @@ from importlib.util import find_spec
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from verl_tapo.arrays import numbered
-from verl_tapo.steps import IntArray, canonical, prints, shown
+from verl_tapo.rule.arrays import FloatArray, IntArray, numbered
+from verl_tapo.rule.values import canonical, plain_box, prints, read_box, read_number, shown
 
 logger = logging.getLogger("verl_tapo")
-
-FloatArray: TypeAlias = npt.NDArray[np.float64]
 KernelSpec: TypeAlias = str | Mapping[str, Any]
-
 TEXT_LIMIT = 2_048
 """Characters (after normalisation) above which ``text`` compares by equality. The time for a pair grows with the
 square of its length: 5,000 pairs of this length take half a second, of 16,000 characters a minute [ours]."""
-
 _ROUNDING = 1e-6  # of single precision: a kernel's result may be so far out of [0, 1]
-
 ABSENT = object()
 """Stands for the value of a parameter that a call lacks."""
 
@@ -54,7 +46,7 @@ class Kernel(ABC):
 
     def prepare(self, value: Any) -> Hashable:
         """The value's canonical, hashable form: values with equal forms are equal. Default:
-        `verl_tapo.steps.canonical`.
+        `verl_tapo.rule.values.canonical`.
 
         None for a value that is not of the kernel's kind, and so for one over which `prepare` raises: it is equal to
         values with the same canonical form, and unlike all others. Models write values of any type.
@@ -289,99 +281,12 @@ def _rapidfuzz() -> tuple[Any, Any]:
     return fuzz, process
 
 
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?")
-_NUMBER_IN_TEXT = re.compile(r"(?<![\w.])" + _NUMBER.pattern)  # not the digit of `x1` or `bbox_2d`
-
-
-def read_number(value: Any) -> float | None:
-    """A finite number, or the text of one; None for anything else, truth values included."""
-    if isinstance(value, str):
-        if len(value) > _NUMBER_CHARS or not _NUMBER.fullmatch(value.strip()):
-            return None
-    elif isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-_NUMBER_CHARS = 100
-
-
-def read_box(value: Any, nested: int = 0) -> tuple[float, float, float, float] | None:
-    """``(left, top, right, bottom)`` of a box in one of the forms that models write and tools take, else None.
-
-    Four numbers, or texts of numbers, in a list: two opposite corners, in either order. The same as two pairs, in a
-    list of one, in a mapping with the usual names, or in a text, with or without words around them.
-    """
-    if nested > _BOX_NESTING:
-        return None
-    if isinstance(value, str):
-        if len(value) > _BOX_CHARS:
-            return None
-        try:
-            return read_box(json.loads(value), nested + 1)
-        except ValueError:
-            if re.search("nan|inf", value, re.IGNORECASE):
-                return None
-            return _box(_NUMBER.findall(value)) or _box(_NUMBER_IN_TEXT.findall(value))
-    if isinstance(value, Mapping):
-        names = {name.lower(): name for name in value if isinstance(name, str)}
-        for corners in _CORNERS:
-            if names.keys() >= set(corners):
-                return _box([value[names[corner]] for corner in corners])
-        for sides in _SIDES:
-            if names.keys() >= set(sides):
-                numbers = [read_number(value[names[side]]) for side in sides]
-                x, y, width, height = (math.inf if number is None else number for number in numbers)
-                return _box([x, y, x + width, y + height])
-        inner = [value[names[name]] for name in _BOX_NAMES if name in names]
-        return read_box(inner[0], nested + 1) if len(inner) == 1 else None
-    if isinstance(value, np.ndarray) and value.size == 4:
-        value = value.tolist()
-    if not isinstance(value, list | tuple):
-        return None
-    if len(value) == 1:
-        return read_box(value[0], nested + 1)
-    if len(value) == 2 and all(isinstance(corner, list | tuple) for corner in value):
-        return _box([*value[0], *value[1]]) if len(value[0]) == len(value[1]) == 2 else None
-    return _box(value)
-
-
-_BOX_NESTING = 3
-_BOX_CHARS = 300
-_BOX_RANGE = 1e100  # of coordinates: areas stay finite
-_PLAIN_NUMBERS = {int, float}
-_BOX_NAMES = ("bbox", "bbox_2d", "box", "box_2d")
-_CORNERS = (
-    ("x1", "y1", "x2", "y2"),
-    ("x0", "y0", "x1", "y1"),
-    ("xmin", "ymin", "xmax", "ymax"),
-    ("x_min", "y_min", "x_max", "y_max"),
-    ("left", "top", "right", "bottom"),
-)
-_SIDES = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height"))
-
-
-def _box(corners: Sequence[Any]) -> tuple[float, float, float, float] | None:
-    if len(corners) != 4:
-        return None
-    numbers: Any = corners if set(map(type, corners)) <= _PLAIN_NUMBERS else list(map(read_number, corners))
-    for number in numbers:
-        if number is None or not -_BOX_RANGE <= number <= _BOX_RANGE:
-            return None
-    x1, y1, x2, y2 = numbers
-    return (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-
-
 @register_kernel("iou")
 class IoU(Kernel):
     """Intersection over union of two boxes, see `read_box`. A malformed box is like no other, nor is an empty one."""
 
     def prepare(self, value: Any) -> Hashable:
-        return _box(value) if type(value) is list and len(value) == 4 else read_box(value)
+        return plain_box(value) if type(value) is list and len(value) == 4 else read_box(value)
 
     def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
         boxes = np.array(values, dtype=np.float64)

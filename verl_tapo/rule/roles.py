@@ -1,0 +1,24 @@
+"""What the rule calls a step, and what becomes of it."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Role(IntEnum):
+    """Parts 1 and 2 of the rule."""
+
+    NONE = 0
+    WITNESS = 1
+    FAILING = 2
+
+
+class Gate(IntEnum):
+    """Part 7: what becomes of a failing step. Each value says more than those before it."""
+
+    NONE = 0
+    """It is no failing step."""
+    NO_WITNESS = 1
+    BELOW_THETA = 2
+    BELOW_ALPHA = 3
+    CORRECTED = 4
