@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from verl_tapo import TapoConfig, ToolStep
+from verl_tapo.rule.config import Grounding
 
 TOOLS = {
     "text_search": {"query": "text"},
@@ -66,6 +67,9 @@ def random_batch(seed, rows=None, length=12, group_size=4):
                 tool = [*TOOLS, "python"][rng.choice(5, p=[0.35, 0.25, 0.2, 0.1, 0.1])]
                 ok = bool(rng.random() < 0.9)
                 steps.append(ToolStep(row, tool, random_arguments(rng, tool), (start, end), call, ok))
+    # Drawn on their own, so that the batches of a seed stay what they are.
+    sights = np.random.default_rng(seed + 20_000_000).choice(3, size=len(steps), p=[0.15, 0.6, 0.25])
+    steps = [step._replace(seen=(None, False, True)[sight]) for step, sight in zip(steps, sights, strict=True)]
     return base, mask, index, success.tolist(), steps
 
 
@@ -80,4 +84,5 @@ def random_config(seed):
         use_support=bool(rng.random() < 0.7),
         clip=bool(rng.random() < 0.7),
         tools=TOOLS if rng.random() < 0.8 else None,
+        grounding=Grounding(*(bool(switch) for switch in rng.random(3) < 0.5 * (seed % 2))),
     )

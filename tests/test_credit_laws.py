@@ -13,6 +13,7 @@ from slow_kernels import similarity
 
 from verl_tapo import TapoConfig, ToolStep, transfer_credit
 from verl_tapo.rule import matching
+from verl_tapo.rule.config import Grounding
 from verl_tapo.rule.reference import Reference, call_similarity
 
 SEEDS = st.integers(0, 1_000_000)
@@ -30,6 +31,7 @@ def test_equals_the_reference(block):
         for got, want in zip(report.steps, records, strict=True):
             assert (got.role, got.gate) == (want.role, want.gate), seed
             assert got.witness in (want.witnesses or {None}), seed
+            assert (got.forgiven, got.withheld) == (want.forgiven, want.withheld), seed
             for name in ("similarity", "support", "alpha", "reference_advantage", "transfer"):
                 assert getattr(got, name) == pytest.approx(getattr(want, name), abs=1e-6), (seed, name)
         corrected += any(s.gate == "corrected" for s in report.steps)
@@ -94,7 +96,7 @@ def test_exact_calls_are_matched_without_comparing_all_pairs(monkeypatch):
 @laws
 def test_nothing_to_transfer_leaves_the_base_bit_for_bit(seed):
     base, mask, index, success, steps = random_batch(seed)
-    cfg = random_config(seed)
+    cfg = dataclasses.replace(random_config(seed), grounding=Grounding())
     nothing = [
         (base, mask, index, success, steps, dataclasses.replace(cfg, beta=0.0)),
         (base, mask, index, success, [], cfg),
@@ -116,18 +118,91 @@ def test_nothing_to_transfer_leaves_the_base_bit_for_bit(seed):
 @laws
 def test_never_down_never_past_zero_never_outside_the_steps(seed):
     base, mask, index, success, steps = random_batch(seed)
-    cfg = dataclasses.replace(random_config(seed), clip=True)
+    cfg = random_config(seed)
+    cfg = dataclasses.replace(cfg, clip=True, grounding=dataclasses.replace(cfg.grounding, luck=False))
     result, report = transfer_credit(base, mask, index, success, steps, cfg)
     assert (result >= base).all()
     assert (result <= base.clamp(min=0)).all()
     outside = torch.ones_like(base, dtype=torch.bool)
     for step, credit in zip(steps, report.steps, strict=True):
-        if credit.gate == "corrected":
+        if credit.gate == "corrected" or credit.forgiven:
             start, end = step.span(cfg.token_scope)
             outside[step.row, start:end] = False
     outside |= mask == 0
     assert torch.equal(result[outside], base[outside])
     assert int((result != base).sum()) <= report.changed_tokens
+
+
+ALL_SWITCHES = Grounding(witnesses=True, own=True, luck=True)
+
+
+@given(SEEDS)
+@laws
+def test_what_cannot_be_told_changes_nothing(seed):
+    base, mask, index, success, steps = random_batch(seed)
+    cfg = dataclasses.replace(random_config(seed), grounding=Grounding())
+    expected, report = transfer_credit(base, mask, index, success, steps, cfg)
+    untold = [step._replace(seen=None) for step in steps]
+    result, again = transfer_credit(
+        base, mask, index, success, untold, dataclasses.replace(cfg, grounding=ALL_SWITCHES)
+    )
+    assert torch.equal(result, expected)
+    assert again.steps == report.steps
+
+
+@given(SEEDS)
+@laws
+def test_luck_takes_rewards_only_and_only_from_calls_of_ungrounded_successes(seed):
+    base, mask, index, success, steps = random_batch(seed)
+    cfg = dataclasses.replace(random_config(seed), grounding=dataclasses.replace(ALL_SWITCHES, luck=False))
+    kept, _ = transfer_credit(base, mask, index, success, steps, cfg)
+    cfg = dataclasses.replace(cfg, grounding=ALL_SWITCHES)
+    result, report = transfer_credit(base, mask, index, success, steps, cfg)
+    lowered = result != kept
+    assert torch.equal(result[lowered], torch.zeros_like(result[lowered]))
+    assert (kept[lowered] > 0).all()
+    for row in range(len(base)):
+        sights = [step.seen for step in steps if step.row == row]
+        ungrounded = bool(sights) and all(seen is False for seen in sights)
+        assert not lowered[row].any() or (success[row] and ungrounded)
+    within = torch.zeros_like(lowered)
+    for step, credit in zip(steps, report.steps, strict=True):
+        if credit.withheld:
+            within[step.row, slice(*step.span(cfg.token_scope))] = True
+    assert not (lowered & ~within).any()
+
+
+@given(SEEDS)
+@laws
+def test_own_makes_penalties_zero_up_to_the_first_sight(seed):
+    base, mask, index, success, steps = random_batch(seed)
+    without = dataclasses.replace(random_config(seed), grounding=Grounding())
+    cfg = dataclasses.replace(without, grounding=Grounding(own=True))
+    kept, _ = transfer_credit(base, mask, index, success, steps, without)
+    result, report = transfer_credit(base, mask, index, success, steps, cfg)
+    forgiven = result != kept
+    assert torch.equal(result[forgiven], torch.zeros_like(result[forgiven]))
+    assert (base[forgiven] < 0).all()
+    for step, credit in zip(steps, report.steps, strict=True):
+        first = min((s.turn[0] for s in steps if s.row == step.row and s.seen), default=-1)
+        assert credit.forgiven == (credit.role == "failing" and step.turn[0] <= first)
+
+
+@given(SEEDS)
+@laws
+def test_ungrounded_successes_are_no_witnesses(seed):
+    """With the switch it is as if their reward had been that of their group's mean: of no use to siblings."""
+    base, mask, index, success, steps = random_batch(seed)
+    cfg = dataclasses.replace(random_config(seed), grounding=Grounding(witnesses=True))
+    result, _ = transfer_credit(base, mask, index, success, steps, cfg)
+    sights = [[step.seen for step in steps if step.row == row] for row in range(len(base))]
+    lucky = [row for row, seen in enumerate(sights) if success[row] and seen and all(s is False for s in seen)]
+    without = base.clone()
+    without[lucky] = 0
+    cfg = dataclasses.replace(cfg, grounding=Grounding())
+    expected, _ = transfer_credit(without, mask, index, success, steps, cfg)
+    others = [row for row in range(len(base)) if row not in lucky]
+    assert torch.equal(result[others], expected[others])
 
 
 @given(SEEDS, st.randoms(use_true_random=False))

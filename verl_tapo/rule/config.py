@@ -4,16 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
-from verl_tapo.rule.checks import check_bool, check_choice, check_number, check_text
+from verl_tapo.rule.checks import check_bool, check_choice, check_number, check_text, hint
 from verl_tapo.rule.names import BOX_PARAMETERS, acquires_information, default_kernel
 from verl_tapo.rule.similarity import Kernel, KernelSpec, make_kernel
 from verl_tapo.rule.steps import TokenScope
 from verl_tapo.rule.values import shown
 
 Scope: TypeAlias = Literal["group", "batch"]
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """What follows where a tool's answer held an accepted answer of the prompt, or none did; see
+    `verl_tapo.rule.grounding`. [ours]"""
+
+    witnesses: bool = False
+    """Successes in which no tool's answer held an accepted answer are no witnesses, and do not count in the support."""
+    own: bool = False
+    """In a failing rollout the calls up to the one whose answer held an accepted answer lose their penalty."""
+    luck: bool = False
+    """Calls of a success in which no tool's answer held an accepted answer earn no reward. It lowers advantages."""
+
+    def __post_init__(self) -> None:
+        for switch in fields(self):
+            check_bool(f"grounding.{switch.name}", getattr(self, switch.name))
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any] | None) -> Grounding:
+        """From plain containers; None is all off.
+
+        Raises:
+            ValueError: naming the switch, for an unknown one or a value that is no truth value.
+        """
+        if mapping is not None and not isinstance(mapping, Mapping):
+            raise ValueError(f"grounding must be a block of switches, got {shown(mapping)}")
+        known = {switch.name for switch in fields(cls)}
+        for name in mapping or {}:
+            if name not in known:
+                raise ValueError(f"grounding.{name}: unknown setting{hint(name, known)}")
+        return cls(**(mapping or {}))
 
 
 @dataclass(frozen=True)
@@ -42,6 +74,8 @@ class TapoConfig:
     """Information-acquisition tools with their parameters' kernels, ``{tool: {parameter: kernel}}``; a parameter not
     named compares as ``exact``. None decides by name, see `acquires_information` and `default_kernel`, and calls
     without any parameter that counts are left out. [ours]"""
+    grounding: Grounding = Grounding()
+    """Switches for credit by what the tools' answers held; all are off by default. [ours]"""
     _kernels: dict[str, dict[str, Kernel]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -52,6 +86,8 @@ class TapoConfig:
         check_choice("scope", self.scope, get_args(Scope))
         check_bool("use_support", self.use_support)
         check_bool("clip", self.clip)
+        if not isinstance(self.grounding, Grounding):
+            raise ValueError(f"grounding must be a Grounding, got {shown(self.grounding)}")
         if self.tools is None:
             return
         if not isinstance(self.tools, Mapping):

@@ -15,6 +15,8 @@ such *witnesses* and gives back part of the penalty, never more than the penalty
                         ties go to the larger sup, then the larger abar, then the earliest row.             [ours]
     7. alpha            m * sup(G*); nothing happens where m < theta or alpha < alpha_min.                  [paper]
     8. A'               min(0, A + beta * alpha * abar(G*)) on the step's policy tokens with A < 0.         [paper]
+    9. Grounding        what follows where a tool's answer held an accepted answer, or none did; off by     [ours]
+                        default: `grounding`.
 
 Everything else stays bit for bit as it was. B rows, L tokens, T rollouts, S steps, N distinct calls ("nodes").
 
@@ -33,12 +35,13 @@ import torch
 
 from verl_tapo.rule.arrays import FloatArray, IntArray, distinct_pairs, link
 from verl_tapo.rule.config import TapoConfig
+from verl_tapo.rule.grounding import forgiven, successes, withheld
 from verl_tapo.rule.inputs import Batch, copied, read_batch
 from verl_tapo.rule.matching import Match, compared_pairs, distinct_calls, takes_part
 from verl_tapo.rule.report import CreditReport
 from verl_tapo.rule.roles import Gate, Role
 from verl_tapo.rule.steps import ToolStep
-from verl_tapo.rule.tokens import correct_tokens
+from verl_tapo.rule.tokens import correct_tokens, withhold_rewards
 
 
 def transfer_credit(
@@ -81,19 +84,21 @@ def transfer_credit(
     alpha = match.similarity * match.support
     gate = _gates(role, match, alpha, cfg)
     transfer = np.where(gate == Gate.CORRECTED, cfg.beta * alpha * match.reference_advantage, 0.0)
-    advantages = copy()
-    changed = correct_tokens(advantages, batch, transfer, cfg)
-    report = CreditReport(batch, role, gate, match, alpha, transfer, changed)
+    advantages, free, lucky = copy(), forgiven(batch, role, cfg), withheld(batch, cfg)
+    changed = correct_tokens(advantages, batch, np.where(free, np.inf, transfer), cfg)
+    withhold_rewards(advantages, batch, lucky, cfg)
+    report = CreditReport(batch, role, gate, match, alpha, transfer, free, lucky, changed)
     return torch.from_numpy(advantages).to(base.device, base.dtype), report
 
 
 def _roles(batch: Batch, cfg: TapoConfig) -> IntArray:
     """Parts 1 and 2: the role of each step, (S,)."""
-    y, a = batch.success[batch.holder], batch.advantage[batch.holder]
+    holder = batch.holder
+    failures = ~batch.success & (batch.advantage < 0)
     eligible = batch.steps.ok & takes_part(batch.steps, cfg)
     role = np.full(len(eligible), Role.NONE)
-    role[eligible & y & (a > 0)] = Role.WITNESS
-    role[eligible & ~y & (a < 0)] = Role.FAILING
+    role[eligible & successes(batch, cfg)[holder]] = Role.WITNESS
+    role[eligible & failures[holder]] = Role.FAILING
     return role
 
 
@@ -143,8 +148,8 @@ def _reference_groups(
     abar = np.bincount(held, batch.advantage[rollout], nodes) / np.maximum(holders, 1)
     # Of several prompts only under scope="batch".
     spread, prompt = distinct_pairs(reference_group, batch.group[holder])
-    successes = np.bincount(batch.group, batch.success & (batch.advantage > 0))
-    sup = holders / np.maximum(np.bincount(spread, successes[prompt], nodes), 1)
+    won = np.bincount(batch.group, successes(batch, cfg))
+    sup = holders / np.maximum(np.bincount(spread, won[prompt], nodes), 1)
     earliest = np.full(nodes, np.iinfo(np.int64).max)
     np.minimum.at(earliest, reference_group, batch.steps.row[witness])
     return abar, sup if cfg.use_support else np.ones(nodes), earliest

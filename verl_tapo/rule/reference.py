@@ -28,6 +28,8 @@ class Outcome:
     alpha: float = 0.0
     reference_advantage: float = 0.0
     transfer: float = 0.0
+    forgiven: bool = False
+    withheld: bool = False
     witnesses: set[int] = field(default_factory=set)
     """The most similar witness steps, of which the fast code names one."""
 
@@ -70,13 +72,12 @@ class Reference:
         cfg: TapoConfig,
         similarity: Callable[[ToolStep, ToolStep, TapoConfig], float] = call_similarity,
     ) -> None:
-        self.base, self.mask, self.index, self.success = base, response_mask, index, success
-        self.steps, self.cfg = steps, cfg
-        self._similarity = similarity
+        self.base, self.mask = base.tolist(), response_mask.tolist()
+        self.index, self.success, self.steps, self.cfg = index, success, steps, cfg
+        self._similarity, self._dtype = similarity, base.dtype
         # a: the mean base advantage of a rollout's policy tokens.
-        self.a = [
-            _mean([float(x) for x, m in zip(base[i], response_mask[i], strict=True) if m]) for i in range(len(base))
-        ]
+        rows = zip(self.base, self.mask, strict=True)
+        self.a = [_mean([x for x, m in zip(*row, strict=True) if m]) for row in rows]
 
     def transfer(self) -> tuple[torch.Tensor, list[Outcome]]:
         """The corrected advantages (B, L), and what became of each step."""
@@ -84,16 +85,45 @@ class Reference:
         for step, outcome in zip(self.steps, outcomes, strict=True):
             if outcome.role == "failing":
                 self.judge(step, outcome, [k for k, other in enumerate(outcomes) if other.role == "witness"])
-        return self.corrected([outcome.transfer for outcome in outcomes]), outcomes
+        for step, outcome in zip(self.steps, outcomes, strict=True):
+            outcome.forgiven = outcome.role == "failing" and self.forgiven(step)
+            outcome.withheld = self.withheld(step)
+        return self.corrected(outcomes), outcomes
 
     def role(self, step: ToolStep) -> str:
         """Parts 1 and 2."""
-        # By default a call without any parameter that counts is no evidence of anything.
-        counts = self.cfg.tools is not None or any(_counts(step, name, self.cfg) for name in step.arguments)
-        if not (step.ok and counts and self.cfg.takes_part(step.tool)):
+        if not step.ok or not self.takes_part(step):
             return "none"
-        y, a = self.success[step.row], self.a[step.row]
-        return "witness" if y and a > 0 else "failing" if not y and a < 0 else "none"
+        if self.counts_as_success(step.row):
+            return "witness"
+        return "failing" if not self.success[step.row] and self.a[step.row] < 0 else "none"
+
+    def takes_part(self, step: ToolStep) -> bool:
+        """Of a declared tool. By default a call without any parameter that counts is no evidence of anything."""
+        counts = self.cfg.tools is not None or any(_counts(step, name, self.cfg) for name in step.arguments)
+        return counts and self.cfg.takes_part(step.tool)
+
+    def counts_as_success(self, row: int) -> bool:
+        """(1) and (5): ``y`` and ``a > 0``; (9) with ``grounding.witnesses`` only if not known to be ungrounded."""
+        lucky = self.cfg.grounding.witnesses and self.grounded(row) is False
+        return self.success[row] and self.a[row] > 0 and not lucky
+
+    def grounded(self, row: int) -> bool | None:
+        """(9) Whether some tool's answer held an accepted answer; None where that cannot be told."""
+        sights = [step.seen for step in self.steps if step.row == row]
+        if True in sights:
+            return True
+        return None if None in sights or not sights else False
+
+    def forgiven(self, step: ToolStep) -> bool:
+        """(9) ``grounding.own``: calls up to the first sight of an accepted answer lose their penalty."""
+        sights = [other.turn[0] for other in self.steps if other.row == step.row and other.seen]
+        return self.cfg.grounding.own and bool(sights) and step.turn[0] <= min(sights)
+
+    def withheld(self, step: ToolStep) -> bool:
+        """(9) ``grounding.luck``: calls of an ungrounded success earn no reward."""
+        lucky = self.success[step.row] and self.a[step.row] > 0 and self.grounded(step.row) is False
+        return self.cfg.grounding.luck and lucky and self.takes_part(step)
 
     def judge(self, failing: ToolStep, outcome: Outcome, witnesses: list[int]) -> None:
         """Parts 3 to 7, for one failing step."""
@@ -142,24 +172,35 @@ class Reference:
         """(4) and (5) of one reference group, and its similarity to the failing step."""
         holders = {self.steps[k].row for k in members}
         prompts = {self.index[i] for i in holders}
-        successes = [i for i, y in enumerate(self.success) if y and self.a[i] > 0 and self.index[i] in prompts]
+        successes = [i for i in range(len(self.a)) if self.counts_as_success(i) and self.index[i] in prompts]
         support = len(holders) / len(successes) if self.cfg.use_support else 1.0
         advantage = _mean([self.a[i] for i in sorted(holders)])
         return _Group(max(s[k] for k in members), support, advantage, min(holders), members)
 
-    def corrected(self, transfers: list[float]) -> torch.Tensor:
-        """(8) A token in several steps' spans takes the smallest of their transfers."""
-        result = self.base.clone()
-        for i in range(result.shape[0]):
-            spans = [
-                (s.span(self.cfg.token_scope), x) for s, x in zip(self.steps, transfers, strict=True) if s.row == i
-            ]
-            for t in range(result.shape[1]):
-                covering = [x for (start, end), x in spans if start <= t < end]
-                if covering and min(covering) > 0 and self.mask[i, t] and self.base[i, t] < 0:
-                    value = self.base[i, t] + torch.tensor(min(covering), dtype=self.base.dtype)
-                    result[i, t] = min(value, torch.zeros_like(value)) if self.cfg.clip else value
-        return result
+    def corrected(self, outcomes: list[Outcome]) -> torch.Tensor:
+        """(8) and (9), token by token. Of several steps that hold it, all must agree: the least transfer counts."""
+        result = [list(row) for row in self.base]
+        spans = [(s.row, *s.span(self.cfg.token_scope), o) for s, o in zip(self.steps, outcomes, strict=True)]
+        for i, row in enumerate(result):
+            for t, base in enumerate(row):
+                holding = [outcome for holder, start, end, outcome in spans if holder == i and start <= t < end]
+                if not holding or not self.mask[i][t]:
+                    continue
+                if base < 0:
+                    row[t] = self.lessened(base, holding)
+                elif all(outcome.withheld for outcome in holding):
+                    row[t] = 0.0
+        return torch.tensor(result, dtype=self._dtype)
+
+    def lessened(self, penalty: float, holding: list[Outcome]) -> float:
+        """A negative advantage after parts 8 and 9."""
+        transfers = [outcome.transfer for outcome in holding if not outcome.forgiven]
+        if not transfers:
+            return 0.0
+        if min(transfers) <= 0:
+            return penalty
+        value = penalty + min(transfers)
+        return min(0.0, value) if self.cfg.clip else value
 
 
 def _mean(values: list[float]) -> float:

@@ -49,6 +49,10 @@ class StepCredit:
     """``beta * alpha * abar(G*)`` of a corrected step, else 0. Tokens of a turn with several calls get the smallest."""
     witness: int | None
     """Number of the most similar witness step, in G* where there is one, else of all; None where none was compared."""
+    forgiven: bool = False
+    """It lost its penalty, because its answer or a later one held an accepted answer: ``grounding.own``."""
+    withheld: bool = False
+    """It earns no reward, because its rollout's success is ungrounded: ``grounding.luck``."""
 
 
 class Lifts(NamedTuple):
@@ -80,12 +84,15 @@ class CreditReport:
         match: Match,
         alpha: FloatArray,
         transfer: FloatArray,
+        forgiven: BoolArray,
+        withheld: BoolArray,
         changed_tokens: int,
     ) -> None:
         # Without the mask, which is as large as the batch.
         self._batch = batch._replace(policy=batch.policy[:0])
         self._role, self._gate, self._match = role, gate, match
         self._alpha, self._transfer = alpha, transfer
+        self._forgiven, self._withheld = forgiven, withheld
         self._steps: list[StepCredit] | None = None
         self.changed_tokens = changed_tokens
         """Number of tokens whose advantage was corrected."""
@@ -100,8 +107,10 @@ class CreditReport:
         """One record per given step, in the given order."""
         if self._steps is None:
             self._steps = [
-                StepCredit(row, tool, _ROLES[role], _GATES[gate], m, sup, alpha, abar, add, w if w >= 0 else None)
-                for row, tool, role, gate, m, sup, alpha, abar, add, w in zip(
+                StepCredit(
+                    row, tool, _ROLES[role], _GATES[gate], m, sup, alpha, abar, add, w if w >= 0 else None, free, lucky
+                )
+                for row, tool, role, gate, m, sup, alpha, abar, add, w, free, lucky in zip(
                     self._batch.steps.row.tolist(),
                     self._batch.steps.tool,
                     self._role.tolist(),
@@ -112,6 +121,8 @@ class CreditReport:
                     self._match.reference_advantage.tolist(),
                     self._transfer.tolist(),
                     self._match.witness.tolist(),
+                    self._forgiven.tolist(),
+                    self._withheld.tolist(),
                     strict=True,
                 )
             ]

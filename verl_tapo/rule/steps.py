@@ -15,6 +15,9 @@ from verl_tapo.rule.checks import check_choice
 from verl_tapo.rule.values import shown
 
 TokenScope: TypeAlias = Literal["step", "call"]
+UNKNOWN, UNSEEN, SEEN = -1, 0, 1
+"""`ToolStep.seen` as a number."""
+_SIGHTS = {None: UNKNOWN, False: UNSEEN, True: SEEN}
 _WHOLE_NUMBERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
@@ -36,6 +39,8 @@ class ToolStep(NamedTuple):
     """Half-open span of the call's own tokens, inside ``turn``."""
     ok: bool = True
     """The call was executed and answered without an error."""
+    seen: bool | None = None
+    """The whole answer of the tool held an accepted answer of the prompt; None where that cannot be told."""
 
     def span(self, token_scope: TokenScope) -> tuple[int, int]:
         """The half-open token span this step stands for under ``token_scope``."""
@@ -51,6 +56,7 @@ class StepColumns(NamedTuple):
     turn: IntArray  # (S, 2)
     call: IntArray  # (S, 2)
     ok: BoolArray  # (S,)
+    seen: IntArray  # (S,) UNKNOWN, UNSEEN or SEEN
 
     def span(self, token_scope: TokenScope) -> IntArray:
         return self.call if token_scope == "call" else self.turn
@@ -68,35 +74,33 @@ def step_columns(steps: Sequence[ToolStep], batch_size: int, length: int) -> Ste
         raise ValueError(f"steps must be a list of ToolSteps, got {type(given).__name__}")
     if not len(steps):
         empty = np.zeros(0, np.int64)
-        return StepColumns(empty, (), (), empty.reshape(0, 2), empty.reshape(0, 2), empty.astype(bool))
+        return StepColumns(empty, (), (), empty.reshape(0, 2), empty.reshape(0, 2), empty.astype(bool), empty)
     columns = _plain_columns(steps, batch_size, length)
     if columns is not None:
         return columns
     for number, step in enumerate(steps):
         _check_step(number, step, batch_size, length)
     # Odd but valid types (a NumPy bool, a list for a span): bring them into form and go on.
-    return step_columns(
-        [ToolStep(int(s.row), str(s.tool), s.arguments, _pair(s.turn), _pair(s.call), bool(s.ok)) for s in steps],
-        batch_size,
-        length,
-    )
+    return step_columns([_plain(step) for step in steps], batch_size, length)
 
 
 def _plain_columns(steps: Sequence[ToolStep], batch_size: int, length: int) -> StepColumns | None:
     """The columns of steps that are right and of the plain types; None where one is not."""
     try:
-        rows, tools, arguments, turns, calls, oks = zip(*steps, strict=True)
+        rows, tools, arguments, turns, calls, oks, sights = zip(*steps, strict=True)
         spans = list(chain.from_iterable(turns)), list(chain.from_iterable(calls))
         # array("q") takes whole numbers only, and is much faster on many small tuples than np.array.
         row, turn, call = (np.frombuffer(array("q", numbers), dtype=np.int64) for numbers in (rows, *spans))
         turn, call = turn.reshape(-1, 2), call.reshape(-1, 2)
         ok = np.array(oks)
+        seen = np.array([_SIGHTS[sight] for sight in sights])
         fine = (
             ok.dtype.kind == "b"
             and set(map(type, rows)) == set(map(type, chain(*spans))) == {int}  # True is a whole number, too
             and set(map(type, turns)) | set(map(type, calls)) == {tuple}
             and set(map(len, turns)) == set(map(len, calls)) == {2}
             and set(map(type, tools)) == {str}
+            and set(map(type, sights)) <= {bool, type(None)}
             and (set(map(type, arguments)) == {dict} or all(isinstance(a, Mapping) for a in arguments))
             and bool(
                 (
@@ -110,9 +114,14 @@ def _plain_columns(steps: Sequence[ToolStep], batch_size: int, length: int) -> S
                 ).all()
             )
         )
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, KeyError):
         return None
-    return StepColumns(row, tools, arguments, turn, call, ok) if fine else None
+    return StepColumns(row, tools, arguments, turn, call, ok, seen) if fine else None
+
+
+def _plain(s: ToolStep) -> ToolStep:
+    seen = None if s.seen is None else bool(s.seen)
+    return ToolStep(int(s.row), str(s.tool), s.arguments, _pair(s.turn), _pair(s.call), bool(s.ok), seen)
 
 
 def _pair(span: Sequence[int]) -> tuple[int, int]:
@@ -138,6 +147,8 @@ def _check_step(number: int, step: Any, batch_size: int, length: int) -> None:
         fail(f"arguments must be a mapping, got {type(step.arguments).__name__}")
     if not isinstance(step.ok, bool | np.bool_):
         fail(f"ok must be a bool, got {shown(step.ok)}")
+    if not (step.seen is None or isinstance(step.seen, bool | np.bool_)):
+        fail(f"seen must be a bool or None, got {shown(step.seen)}")
     for name, span in (("turn", step.turn), ("call", step.call)):
         if not isinstance(span, tuple | list | np.ndarray) or len(span) != 2:
             fail(f"{name} must be a (start, end) pair, got {shown(span)}")

@@ -1,12 +1,13 @@
-"""Part 8 of the rule: which tokens are corrected, and by how much."""
+"""Parts 8 and 9 of the rule on tokens: which are corrected, and by how much."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from verl_tapo.rule.arrays import FloatArray, IntArray, sorted_unique, span_positions, thread_count
+from verl_tapo.rule.arrays import BoolArray, FloatArray, IntArray, sorted_unique, span_positions, thread_count
 from verl_tapo.rule.config import TapoConfig
 from verl_tapo.rule.inputs import Batch, TokenArray
 from verl_tapo.rule.steps import StepColumns
@@ -16,12 +17,43 @@ _TOKEN_BLOCK = 1 << 16
 
 
 def correct_tokens(advantages: TokenArray, batch: Batch, transfer: FloatArray, cfg: TapoConfig) -> int:
-    """Adds each step's transfer, (S,), to the negative advantages, (B, L), of its policy tokens, in place.
+    """Part 8: adds each step's transfer, (S,), to the negative advantages, (B, L), of its policy tokens, in place.
+
+    An infinite transfer makes them 0, with ``cfg.clip`` or without.
+
+    Returns:
+        The number of tokens corrected.
+    """
+
+    def corrected(old: TokenArray, amount: TokenArray) -> TokenArray:
+        amount += old
+        if cfg.clip:
+            return np.minimum(amount, 0, out=amount)
+        amount[np.isinf(amount)] = 0
+        return amount
+
+    return _change(advantages, batch, transfer, cfg, np.less, corrected)
+
+
+def withhold_rewards(advantages: TokenArray, batch: Batch, withheld: BoolArray, cfg: TapoConfig) -> int:
+    """Part 9: makes the positive advantages, (B, L), of such steps' policy tokens 0, in place.
 
     Returns:
         The number of tokens changed.
     """
-    rows, spans, amount = _segments(batch.steps, transfer, cfg)
+    return _change(advantages, batch, withheld.astype(np.float64), cfg, np.greater, lambda old, _: np.zeros_like(old))
+
+
+def _change(
+    advantages: TokenArray,
+    batch: Batch,
+    amount_of_step: FloatArray,
+    cfg: TapoConfig,
+    concerns: Callable[[TokenArray, float], BoolArray],
+    changed: Callable[[TokenArray, TokenArray], TokenArray],
+) -> int:
+    """Changes the advantages that it concerns, by their sign, on policy tokens of steps with a positive amount."""
+    rows, spans, amount = _segments(batch.steps, amount_of_step, cfg)
     if not len(rows):
         return 0
     width = advantages.shape[1]
@@ -30,21 +62,18 @@ def correct_tokens(advantages: TokenArray, batch: Batch, transfer: FloatArray, c
     lengths = spans[:, 1] - spans[:, 0]
     starts = rows * width + spans[:, 0]
 
-    def correct(first: int, last: int) -> int:
+    def change(first: int, last: int) -> int:
         where = span_positions(starts[first:last], lengths[first:last])
         old = values.take(where)
-        penalised = (old < 0) & (policy.take(where) != 0)
-        new = np.repeat(amount[first:last], lengths[first:last])
-        new += old
-        if cfg.clip:
-            np.minimum(new, 0, out=new)
-        values[where] = np.where(penalised, new, old)
-        return int(np.count_nonzero(penalised))
+        concerned = concerns(old, 0) & (policy.take(where) != 0)
+        new = changed(old, np.repeat(amount[first:last], lengths[first:last]))
+        values[where] = np.where(concerned, new, old)
+        return int(np.count_nonzero(concerned))
 
     # Segments share no token, so that blocks of them can go side by side.
     blocks = np.flatnonzero(np.diff(lengths.cumsum() // _TOKEN_BLOCK, prepend=-1)).tolist()
     with ThreadPoolExecutor(thread_count(len(blocks))) as pool:
-        return sum(pool.map(correct, blocks, [*blocks[1:], len(rows)]))
+        return sum(pool.map(change, blocks, [*blocks[1:], len(rows)]))
 
 
 def _segments(steps: StepColumns, transfer: FloatArray, cfg: TapoConfig) -> tuple[IntArray, IntArray, FloatArray]:

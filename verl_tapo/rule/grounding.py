@@ -1,0 +1,56 @@
+"""Part 9 of the rule [ours, off by default]: what follows where a tool's answer held an accepted answer, or none did.
+
+A step is *seen* where the whole answer of its tool held an accepted answer of the prompt. A rollout is *grounded* where
+one of its steps is; it is *ungrounded* where it has steps, and all are known not to be. What cannot be told changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from verl_tapo.rule.arrays import BoolArray, IntArray
+from verl_tapo.rule.config import TapoConfig
+from verl_tapo.rule.inputs import Batch
+from verl_tapo.rule.matching import takes_part
+from verl_tapo.rule.roles import Role
+from verl_tapo.rule.steps import SEEN, UNKNOWN, UNSEEN
+
+
+def grounded(batch: Batch) -> IntArray:
+    """(T,) `SEEN` for a grounded rollout, `UNSEEN` for an ungrounded one, `UNKNOWN` for the others."""
+    rollouts = len(batch.group)
+    least, most = np.full(rollouts, SEEN), np.full(rollouts, UNKNOWN)
+    np.minimum.at(least, batch.holder, batch.steps.seen)
+    np.maximum.at(most, batch.holder, batch.steps.seen)
+    return np.where((most == SEEN) | (least > UNKNOWN), most, UNKNOWN)
+
+
+def successes(batch: Batch, cfg: TapoConfig) -> BoolArray:
+    """(T,) the rollouts that make witnesses (part 1) and count in the support (part 5); ``grounding.witnesses`` leaves
+    out those that are ungrounded: they were lucky."""
+    won: BoolArray = batch.success & (batch.advantage > 0)
+    return won & (grounded(batch) != UNSEEN) if cfg.grounding.witnesses else won
+
+
+def forgiven(batch: Batch, role: IntArray, cfg: TapoConfig) -> BoolArray:
+    """(S,) the failing steps that lose their penalty: in a grounded rollout those up to the first sight of the answer,
+    parallel calls of that turn included (``grounding.own``)."""
+    steps, rollouts = batch.steps, len(batch.group)
+    if not cfg.grounding.own or not len(role):
+        return np.zeros(len(role), dtype=bool)
+    # Rows of a rollout follow one another, and turns within a row.
+    moment = steps.row * (int(steps.turn.max()) + 1) + steps.turn[:, 0]
+    first = np.full(rollouts, -1)
+    order = np.argsort(-moment, kind="stable")
+    order = order[steps.seen[order] == SEEN]
+    first[batch.holder[order]] = moment[order]
+    return (role == Role.FAILING) & (moment <= first[batch.holder])
+
+
+def withheld(batch: Batch, cfg: TapoConfig) -> BoolArray:
+    """(S,) the steps of declared tools that earn no reward: those of ungrounded successes (``grounding.luck``)."""
+    if not cfg.grounding.luck:
+        return np.zeros(len(batch.holder), dtype=bool)
+    lucky = batch.success & (batch.advantage > 0) & (grounded(batch) == UNSEEN)
+    return lucky[batch.holder] & takes_part(batch.steps, cfg)
