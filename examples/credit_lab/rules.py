@@ -13,7 +13,7 @@ from policy import Rollouts
 
 from verl_tapo import CreditReport, TapoConfig, ToolStep, build_tool_mask, register_kernel, transfer_credit
 from verl_tapo.rule.arrays import FloatArray, IntArray
-from verl_tapo.rule.config import Scope
+from verl_tapo.rule.config import Grounding, Scope
 from verl_tapo.rule.similarity import Kernel, KernelSpec, make_kernel, similarities
 from verl_tapo.rule.steps import TokenScope
 
@@ -87,6 +87,34 @@ def step_groups(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable
     return advantages * rollouts.mask, None
 
 
+def calib_adv(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> tuple[torch.Tensor, None]:
+    """CalibAdv (arXiv 2604.18235): of a failing rollout's calls the penalty is ``A (1 - s)``, s the share of what the
+    tool answered that tools of successful siblings answered, too. Then the penalties of a prompt group's last turns are
+    scaled to the sum of their rewards; where there are only one or the other, both are 0.
+    """
+    advantages = base.clone()
+    for group in dict.fromkeys(index):
+        rows = [row for row, prompt in enumerate(index) if prompt == group]
+        siblings = [rollouts.episodes[row] for row in rows if rollouts.success[row]]
+        evidence = {entity for episode in siblings for found in episode.found for entity in found}
+        last = torch.zeros_like(base, dtype=torch.bool)
+        for row in rows:
+            episode = rollouts.episodes[row]
+            if not rollouts.success[row]:
+                for step, found in zip(episode.steps, episode.found, strict=True):
+                    share = len(evidence.intersection(found)) / len(set(found))
+                    advantages[row, slice(*step.turn)] *= 1 - share
+            if episode.turns:
+                last[row, slice(*episode.turns[-1].span)] = True
+        rewards, penalties = ((advantages * (last & side)) for side in (advantages > 0, advantages < 0))
+        given, taken = float(rewards.sum()), -float(penalties.sum())
+        if not given or not taken:
+            advantages[last] = 0
+        else:
+            advantages = torch.where(last & (advantages < 0), advantages * (given / taken), advantages)
+    return advantages, None
+
+
 @register_kernel("lab_product")
 class Product(Kernel):
     """The product of the parameters' kernels, where the project takes their minimum."""
@@ -111,6 +139,10 @@ def all_steps(rollouts: Rollouts) -> list[ToolStep]:
     return [step for episode in rollouts.episodes for step in episode.steps]
 
 
+_UNGROUNDED = Grounding()
+_GROUNDED = Grounding(witnesses=True, own=True, luck=True)
+
+
 def tapo(
     beta: float = 0.8,
     theta: float = 0.8,
@@ -119,9 +151,10 @@ def tapo(
     scope: Scope = "group",
     use_support: bool = True,
     clip: bool = True,
+    grounding: Grounding = _UNGROUNDED,
 ) -> Tapo:
     """The rule with the project's defaults, or others."""
-    return Tapo(TapoConfig(beta, theta, alpha_min, token_scope, scope, use_support, clip, TOOLS))
+    return Tapo(TapoConfig(beta, theta, alpha_min, token_scope, scope, use_support, clip, TOOLS, grounding))
 
 
 _PRODUCT = TapoConfig(tools={tool: {"call": {"kernel": "lab_product", "kernels": of}} for tool, of in TOOLS.items()})
@@ -129,6 +162,16 @@ _PRODUCT = TapoConfig(tools={tool: {"call": {"kernel": "lab_product", "kernels":
 RULES: dict[str, Rule] = {
     "grpo": grpo,
     "tapo": tapo(),
+    "grounded": tapo(grounding=_GROUNDED),
+    "grounded/scope=batch": tapo(scope="batch", grounding=_GROUNDED),
+    "grounded/witnesses": tapo(grounding=Grounding(witnesses=True)),
+    "grounded/own": tapo(grounding=Grounding(own=True)),
+    "grounded/luck": tapo(grounding=Grounding(luck=True)),
+    "grounded/witnesses+luck": tapo(grounding=Grounding(witnesses=True, luck=True)),
+    "grounded/witnesses+own": tapo(grounding=Grounding(witnesses=True, own=True)),
+    "grounded/own alone": tapo(beta=0.0, grounding=Grounding(own=True)),
+    "grounded/luck alone": tapo(beta=0.0, grounding=Grounding(luck=True)),
+    "calib_adv": calib_adv,
     "clamp": clamp,
     "step_groups": step_groups,
     "tapo/no_support": tapo(use_support=False),

@@ -37,6 +37,8 @@ RESULTS, WARM_STARTS = HERE / "results", HERE / "warm_starts"
 KEYS = [field.name for field in fields(Run)]
 LOSSES = ("vanilla", "gspo", "sapo")
 SEEDS = range(10)
+MANY_SEEDS = range(40)
+"""Where a rule is to be told from another."""
 TUNING_SEEDS = (1000,)
 TUNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 LEARNING_RATES = {"vanilla": 4e-3, "gspo": 4e-3, "sapo": 4e-3}
@@ -49,12 +51,16 @@ GROUPS = [f"one_hop,group={group}" for group in (4, 16)]
 
 
 def _runs(
-    worlds: Iterable[str], losses: Iterable[str], rules: Iterable[str], slower: Iterable[float] = (1,)
+    worlds: Iterable[str],
+    losses: Iterable[str],
+    rules: Iterable[str],
+    slower: Iterable[float] = (1,),
+    seeds: Iterable[int] = SEEDS,
 ) -> list[Run]:
     """All cells for the first seed, then all for the second: what there is so far is always balanced."""
     cells = list(product(worlds, losses, rules, slower))
     return [
-        Run(world, loss, rule, LEARNING_RATES[loss] / by, seed) for seed in SEEDS for world, loss, rule, by in cells
+        Run(world, loss, rule, LEARNING_RATES[loss] / by, seed) for seed in seeds for world, loss, rule, by in cells
     ]
 
 
@@ -62,7 +68,11 @@ def sweeps() -> dict[str, list[Run]]:
     """Runs by sweep, the most important first."""
     gates = ("tapo/gate=lift", "tapo/gate=lucky")
     rivals = ("clamp", "step_groups")
-    ablations = [name for name in RULES if name not in ("grpo", "tapo", "tapo/beta=0.0", *gates, *rivals)]
+    grounded = ("grpo", "tapo", "grounded")
+    switches = [name for name in RULES if name.startswith("grounded/") or name == "calib_adv"]
+    ablations = [name for name in RULES if name not in (*grounded, *switches, "tapo/beta=0.0", *gates, *rivals)]
+    worlds = ("one_hop", "two_hops", "flaky")
+    errors = [f"lucky,{dial}={rate}" for rate in (0.2, 0.4) for dial in ("chance", "reworded")]
     tuning = [
         Run(world, loss, "grpo", rate, seed)
         for seed in TUNING_SEEDS
@@ -77,6 +87,15 @@ def sweeps() -> dict[str, list[Run]]:
         "rates": _runs(STUDIED, ("vanilla",), ("grpo", "tapo"), slower=(2, 4)),
         "dials": _runs([*FLAKY, *WRONG_ANSWER, *GROUPS], ("vanilla",), ("grpo", "tapo")),
         "ablations": _runs(STUDIED, ("vanilla",), ablations),
+        "grounding": [
+            *_runs(("lucky",), ("vanilla",), grounded, seeds=MANY_SEEDS),
+            *_runs(worlds, ("vanilla",), grounded, seeds=MANY_SEEDS),
+            *_runs(("lucky",), ("vanilla",), switches, seeds=MANY_SEEDS),
+            *_runs([*errors, "lucky,chance=0.2,reworded=0.2"], ("vanilla",), ("grounded",), seeds=range(20)),
+            *_runs(("lucky", "flaky"), ("gspo", "sapo"), grounded, seeds=range(20)),
+            *_runs(("plain",), ("vanilla",), grounded),
+            *_runs(worlds, ("vanilla",), [*switches, "tapo/scope=batch"]),
+        ],
     }
 
 
@@ -185,21 +204,18 @@ def main() -> int:
     parser.add_argument("command", nargs="?", choices=("status", "run"), default="status")
     parser.add_argument("sweeps", nargs="*", help=f"of {', '.join(sweeps())}; all where none is named")
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each (default: 1)")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="only so many seeds a cell (default: all)")
+    parser.add_argument("--seeds", type=int, help="only so many seeds a cell (default: all)")
     parser.add_argument("--worlds", nargs="+", help="only these worlds (default: all)")
     args = parser.parse_args()
     every = sweeps()
     if unknown := set(args.sweeps) - every.keys():
         parser.error(f"unknown sweep {min(unknown)!r}; known: {', '.join(every)}")
-    wanted = {
-        name: [
-            run
-            for run in runs
-            if (run.seed in TUNING_SEEDS or run.seed < args.seeds) and (not args.worlds or run.world in args.worlds)
-        ]
-        for name, runs in every.items()
-        if name in (args.sweeps or every)
-    }
+
+    def asked(run: Run) -> bool:
+        few = run.seed in TUNING_SEEDS or args.seeds is None or run.seed < args.seeds
+        return few and (not args.worlds or run.world in args.worlds)
+
+    wanted = {name: list(filter(asked, runs)) for name, runs in every.items() if name in (args.sweeps or every)}
     if args.command == "run":
         run_all(wanted, RESULTS, WARM_STARTS, args.workers)
     print(table(wanted, load(RESULTS), args.workers))

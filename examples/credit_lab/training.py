@@ -87,8 +87,9 @@ def _one_thread() -> Iterator[None]:
 
 def warm_start(world: World, start: int, folder: Path) -> Policy:
     """A policy that imitates the world's demonstrations, trained once and kept in ``folder`` at half precision."""
-    # What happens to answers and how many rollouts a prompt has makes no difference to demonstrations.
-    shown = {dial: value for dial, value in asdict(world).items() if dial not in ("flaky", "strict", "group")}
+    # What happens to answers, how many rollouts a prompt has and what is grounded make no difference to demonstrations.
+    other = ("flaky", "strict", "group", "chance", "reworded")
+    shown = {dial: value for dial, value in asdict(world).items() if dial not in other}
     file = folder / (
         ",".join(f"{name}={value:g}" for name, value in {**shown, "start": start}.items()) + ".safetensors"
     )

@@ -76,9 +76,24 @@ class World:
     """Warm start: how often the answer is the distractor: misassignment that training can remove."""
     guess: float = 0.0
     """Warm start: how often the answer is the popular entity, whatever was found."""
+    chance: float = 0.0
+    """Grounding: how often a tool's answer without the right entity is taken to hold it."""
+    reworded: float = 0.0
+    """Grounding: how often a tool's answer with the right entity is not seen to hold it."""
 
     def __post_init__(self) -> None:
-        for name in ("flaky", "popular", "twins", "skip", "wrong", "near", "wrong_answer", "guess"):
+        for name in (
+            "flaky",
+            "popular",
+            "twins",
+            "skip",
+            "wrong",
+            "near",
+            "wrong_answer",
+            "guess",
+            "chance",
+            "reworded",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         if self.hops < 0 or (self.hops == 0 and not self.image) or self.hops > 3:
@@ -193,6 +208,8 @@ class Episode:
     prompt: Prompt
     row: int
     steps: list[ToolStep] = field(default_factory=list)
+    found: list[tuple[int, ...]] = field(default_factory=list)
+    """The entities that each step's tool answered."""
     right: list[bool] = field(default_factory=list)
     """Whether each step is the next call of the right chain, with right parameters."""
     turns: list[Turn] = field(default_factory=list)
@@ -223,8 +240,13 @@ class Episode:
         turn, self._turn = self._turn, []
         span = (self.position - len(turn), self.position)
         self.turns.append(Turn(span, self._seen))
+        steps = len(self.steps)
         self._seen = tuple(self._act(turn, span))
         self.position += len(self._seen)
+        if len(self.steps) > steps:
+            entities = tuple(token - ENTITY for token in self._seen)
+            self.found.append(entities)
+            self.steps[-1] = self.steps[-1]._replace(seen=self._sight(entities))
         return list(self._seen)
 
     def _act(self, turn: list[int], span: tuple[int, int]) -> list[int]:
@@ -254,6 +276,14 @@ class Episode:
             )
             return self._found(chain.index(asked) + 1) if asked in chain else self._noise(100 + entity * 10 + relation)
         return [ERROR, ERROR]
+
+    def _sight(self, entities: tuple[int, ...]) -> bool:
+        """Whether these are taken to hold the answer; the same for the same answer of a prompt's tool."""
+        held = self.prompt.chain[-1] in entities
+        if not self.world.chance and not self.world.reworded:
+            return held
+        draw = np.random.default_rng([self.prompt.number, 1000, *entities]).random()
+        return draw >= self.world.reworded if held else draw < self.world.chance
 
     def _found(self, hop: int) -> list[int]:
         return [ENTITY + self.prompt.chain[hop], ENTITY + self.prompt.distractors[hop]]
