@@ -8,6 +8,9 @@ from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
 from verl.tools.schemas import OpenAIFunctionToolSchema
 from verl.workers.rollout.replica import TokenOutput
 
+GROUND_TRUTH = ["found Paris"]
+"""Of every scripted trajectory: what a search for Paris answers, and no call asks for."""
+
 
 def schema(name, **parameters):
     properties = {key: {"type": kind} for key, kind in parameters.items()}
@@ -73,7 +76,8 @@ def scripted(cls, tokenizer, tools, script, settings=None, model_type="qwen2", e
             tools=ToolListWrap(tools),
             **(settings or {}),
         )
-        return await loop.run({}, raw_prompt=[{"role": "user", "content": "Where is Paris?"}])
+        columns = {"raw_prompt": [{"role": "user", "content": "Where is Paris?"}]}
+        return await loop.run({}, **columns, reward_model={"style": "rule", "ground_truth": GROUND_TRUTH})
 
     return run, model
 

@@ -333,7 +333,7 @@ def test_bad_settings(settings, message):
         TapoSettings.from_mapping(settings)
 
 
-NULL_IS_A_VALUE = {"tools", "tool_format", "image_index_base", "max_fault_rate", "record_dir"}
+NULL_IS_A_VALUE = {"tools", "grounding", "tool_format", "image_index_base", "max_fault_rate", "record_dir"}
 
 
 @pytest.mark.parametrize("setting", sorted(TapoSettings().to_mapping()))

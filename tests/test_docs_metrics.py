@@ -37,7 +37,7 @@ def explained():
 
 def placeholders(name):
     """A metric's name as the document has it."""
-    name = re.sub(r"^(tapo/tool|tools)/[^/]+/", r"\1/<tool>/", name)
+    name = re.sub(r"^(tapo/tool|tapo/grounding/tool|tools)/[^/]+/", r"\1/<tool>/", name)
     name = re.sub(r"^reward/.+", "reward/<part>", name)
     return name.replace("<tool>/cache_hit", "<tool>/<number>")
 
@@ -49,7 +49,7 @@ def logged(tokenizer, calls=True, **tapo):
         if not calls:
             rollout.record.steps.clear()
         for step in rollout.record.steps:
-            step.metrics = {"cache_hit": True}
+            step.metrics, step.seen = {"cache_hit": True}, step.tool == "zoom"
     data, metrics = data_proto(rows, tokenizer), {}
     compute_tapo_advantage(
         data.batch["token_level_rewards"],

@@ -12,13 +12,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from verl_tapo.answers.evidence import evidence_of
 from verl_tapo.formats import MALFORMED
 from verl_tapo.parsing import parse_steps
 from verl_tapo.records import recorded_steps
 
 pytest.importorskip("verl.experimental.agent_loop")
 
-from agent_loops import call, run_scripted, schema, scripted
+from agent_loops import GROUND_TRUTH, call, run_scripted, schema, scripted
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.tools.base_tool import BaseTool
@@ -27,6 +28,7 @@ from verl.tools.schemas import ToolResponse
 
 from verl_tapo.rollout import execution
 from verl_tapo.rollout.tool_agent import TapoToolAgentLoop, strip_control_tokens
+from verl_tapo.trainer.verl_parser import cached_parser
 
 CYCLE = {}
 CYCLE["me"] = CYCLE
@@ -94,6 +96,8 @@ class Search(BaseTool):
             return ToolResponse(text="look", video=["x"]), 0.0, {}
         if query == "page":
             return ToolResponse(text=WEB_PAGE), None, {"hits": 3}
+        if query == "long Paris":
+            return ToolResponse(text=f"{'word ' * 40}found Paris in the end{' word' * 40}"), None, {}
         if query == "long":
             return ToolResponse(text="word " * 400), None, {}
         return ToolResponse(text=f"found {query}"), 0.5, {"hits": 1}
@@ -155,8 +159,6 @@ def record_of(output):
 
 def assert_parses_alike(tokenizer, output):
     """What was recorded is what parsing finds in the tokens."""
-    from verl_tapo.trainer.verl_parser import cached_parser
-
     recorded = recorded_steps(output.extra_fields["tapo_steps"], 0, len(output.response_ids), (), None)
     parsed = parse_steps(
         cached_parser("hermes", tokenizer),
@@ -164,6 +166,7 @@ def assert_parses_alike(tokenizer, output):
         torch.tensor(output.response_mask),
         [0, len(output.response_ids)],
         [0],
+        evidence=lambda row: evidence_of(GROUND_TRUTH),
     )
     assert parsed.steps == recorded
 
@@ -181,6 +184,7 @@ def test_tokens_are_those_of_the_stock_loop_on_a_well_behaved_script(qwen_like_t
     assert isinstance(ours.metrics, AgentLoopMetrics)
 
     search, addition = record_of(ours)
+    assert (search["seen"], addition["seen"]) == (True, False)
     for step, text in ((search, call("search", query="Paris")), (addition, call("add", a=1, b=2))):
         start, end = step["call"]
         assert qwen_like_tokenizer.decode(ours.response_ids[start:end]) == text
@@ -190,6 +194,51 @@ def test_tokens_are_those_of_the_stock_loop_on_a_well_behaved_script(qwen_like_t
     assert search["metrics"] == {"hits": 1}
     assert addition["arguments"] == {"a": 1, "b": 2}
     assert_parses_alike(qwen_like_tokenizer, ours)
+
+
+def text_of(tokenizer, model):
+    return tokenizer.decode(model.prompts[-1])
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_answers_are_cut_as_the_stock_loop_cuts_them_and_grounded_before(qwen_like_tokenizer, side):
+    """What the model sees is the same; what was cut away was held all the same, which tokens alone cannot tell."""
+    script = [call("search", query="long Paris"), call("search", query="Paris"), "done"]
+    limits = {"max_tool_response_length": 30, "tool_response_truncate_side": side}
+    stock, _ = run_loop(ToolAgentLoop, qwen_like_tokenizer, script, **limits)
+    ours, model = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, script, **limits)
+    assert ours.response_ids == stock.response_ids
+    assert "(truncated)" in text_of(qwen_like_tokenizer, model)
+    assert "found Paris in the end" not in text_of(qwen_like_tokenizer, model)
+    assert [step["seen"] for step in record_of(ours)] == [True, True]
+    parsed = parse_steps(
+        cached_parser("hermes", qwen_like_tokenizer),
+        torch.tensor(ours.response_ids),
+        torch.tensor(ours.response_mask),
+        [0, len(ours.response_ids)],
+        [0],
+        evidence=lambda row: evidence_of(GROUND_TRUTH),
+    )
+    assert [step.seen for step in parsed.steps] == [None, True]
+
+
+@pytest.mark.parametrize(
+    ("turn", "seen"),
+    [
+        (call("search", query="Paris"), True),
+        (call("search", query="Rome"), False),
+        (call("search", query="found Paris"), None),  # it may be an echo
+        (call("search", query="raise"), False),
+        (call("nothing", query="Paris"), False),
+        ("<tool_call>\n{]\n</tool_call>", False),
+    ],
+)
+def test_what_was_found_and_no_ground_truth_in_the_prompt(qwen_like_tokenizer, turn, seen):
+    output, model = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, [turn, "done"])
+    assert [step["seen"] for step in record_of(output)] == [seen]
+    assert_parses_alike(qwen_like_tokenizer, output)
+    if seen is False:
+        assert "found Paris" not in text_of(qwen_like_tokenizer, model)
 
 
 def test_calls_beyond_the_parallel_limit_are_answered(qwen_like_tokenizer):
@@ -607,7 +656,8 @@ def test_a_call_cut_at_the_response_length(qwen_like_tokenizer):
 @pytest.fixture
 def cropping(monkeypatch):
     """Loops with a tool that returns images, and a processor that refuses small ones. Veering off the real path in one
-    thing: no VL processor can be built offline, so the merge of image answers into the prompt is that of their text.
+    thing: no VL processor can be built offline, so the merge of image answers into the prompt is that of their text
+    and an image's tokens.
     """
     from PIL import Image
 
@@ -629,7 +679,7 @@ def cropping(monkeypatch):
                 return message
             if any(part["image"].width < 2 for part in message["content"] if part["type"] == "image"):
                 raise ValueError("width must be larger")
-            return {**message, "content": "a crop"}
+            return {**message, "content": "a crop<|vision_start|><|image_pad|><|vision_end|>"}
 
         return await stock_merge(self, list(map(plain, previous)), list(map(plain, updated)), *args, **kwargs)
 

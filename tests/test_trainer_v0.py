@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from rollouts import FakeRollout, data_proto, fake_batch
+from rollouts import GROUNDING_METRICS, LUXEMBOURG, FakeRollout, data_proto, fake_batch, grounded_group
 
 from verl_tapo import TapoConfig, TapoSettings, ToolStep, transfer_credit
 from verl_tapo.audit import audit
@@ -103,6 +103,27 @@ def test_recorded_and_parsed_steps_give_the_same(qwen_like_tokenizer, trainer):
     mixed.non_tensor_batch["tapo_steps"][::2] = None
     with pytest.raises(ValueError, match="6 of 11 rollouts have no record"):
         compute(mixed, step_source="recorded")
+
+
+def test_grounding_from_record_and_from_tokens(qwen_like_tokenizer, trainer):
+    """All three switches: what they do to each row, by hand."""
+    rows = grounded_group(qwen_like_tokenizer)
+    results = []
+    for recorded in (True, False):
+        data = data_proto(rows, qwen_like_tokenizer, recorded=recorded, reward_model=[LUXEMBOURG] * len(rows))
+        base = compute(data_proto(rows, qwen_like_tokenizer), "grpo").batch["advantages"]
+        switches = {"witnesses": True, "own": True, "luck": True}
+        data = compute(data, alpha_min=1.0, grounding=switches)
+        result, metrics = data.batch["advantages"], step_metrics(data)
+        told = {key: value for key, value in metrics.items() if "grounding" in key and not key.endswith("_steps")}
+        assert told == pytest.approx(GROUNDING_METRICS)
+        assert metrics["tapo/grounding/forgiven_steps"] == pytest.approx(1 / 4)
+        assert metrics["tapo/grounding/withheld_steps"] == pytest.approx(1 / 7)
+        results.append(result)
+    assert torch.equal(*results)
+    changed = {row: set(result[row][result[row] != base[row]].tolist()) for row in range(len(rows))}
+    # The lucky success earns nothing for its call; the failure that found the answer pays nothing for that search.
+    assert changed == {0: set(), 1: {0.0}, 2: set(), 3: {0.0}, 4: set(), 5: set()}
 
 
 def _nothing(case, rows):

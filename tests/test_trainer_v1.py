@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from rollouts import fake_batch, fake_group
+from rollouts import GROUNDING_METRICS, LUXEMBOURG, fake_batch, fake_group, grounded_group
 
 from verl_tapo.audit import audit
 from verl_tapo.step_records import read_step_records
@@ -240,6 +240,19 @@ def test_parsed_is_recorded(queue, make_trainer, qwen_like_tokenizer):
     assert torch.equal(recorded, parsed)
     assert metrics["tapo/recorded_rollouts"] == 0.0
     assert metrics["tapo/unanswered_calls_per_trajectory"] == pytest.approx(1 / 11)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("name", ["grpo", "tapo"])
+def test_what_was_found_is_told_under_any_estimator(queue, make_trainer, qwen_like_tokenizer, name, recorded):
+    """From the record, or from the tokens and the data set's ground truth."""
+    if PATCHED and name != "tapo":
+        pytest.skip("the hook that watches for others is not installed where veRL is patched")
+    batch = put(queue, grounded_group(qwen_like_tokenizer), recorded=recorded, extra={"reward_model": LUXEMBOURG})
+    metrics = {}
+    advantages(queue, make_trainer(name), batch, metrics)
+    told = {key: value for key, value in metrics.items() if "grounding" in key and not key.endswith("_steps")}
+    assert told == pytest.approx(GROUNDING_METRICS)
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -11,11 +11,12 @@ import logging
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise, product
+from itertools import groupby, pairwise, product
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from verl_tapo.answers.evidence import Evidence
 from verl_tapo.formats import FALLBACK, MALFORMED, NATIVE_FORMATS, Call, Tools, decode, format_for, read_call, read_text
 from verl_tapo.images import resolve_images
 from verl_tapo.rule.arrays import IntArray
@@ -45,6 +46,8 @@ IMAGE_PLACEHOLDERS = ("[IMG]", "<image>", "<|image|>")
 
 Fallback: TypeAlias = Callable[[Sequence[int]], list[tuple[str, str]]]
 
+_CUT = "(truncated)"
+"""What the stock loop writes where it cuts an answer."""
 _HEAD = 3  # characters of an error text that tell it from nearly every other answer
 _LOOK = 8  # tokens of an answer in which these are looked for first
 _HEADING = 64  # tokens at most of what may stand before an answer's text
@@ -298,6 +301,11 @@ class ToolCallParser:
                 ended = False
         return apart
 
+    def text(self, ids: Iterable[int]) -> str:
+        """Of tokens; each special one among them is a line end."""
+        runs = groupby(ids, self._words.special.__contains__)
+        return decode(b"\n".join(self._words.text(list(run)) for special, run in runs if not special))
+
     def failed(self, ids: IntArray, start: int, stop: int, answer: _Answer | None, errors: _Errors) -> bool:
         """Whether the answer in ``[start, stop)`` is an error, see `answer_is_error`."""
         if answer is None:
@@ -391,6 +399,45 @@ class _Images:
             )
 
 
+class _Sights:
+    """Whether answers hold what is looked for in their row's."""
+
+    def __init__(
+        self,
+        parser: ToolCallParser,
+        ids: IntArray,
+        image_places: list[int],
+        evidence: Callable[[int], Evidence] | None,
+    ) -> None:
+        self._parser, self._ids, self._image_places, self._evidence = parser, ids, image_places, evidence
+        self._of_row: Evidence | None = None
+        # Rollouts of a prompt often get the same answers.
+        self._known: dict[tuple[int, bytes], bool | None] = {}
+
+    def enter(self, number: int) -> None:
+        """Begins the row of that number."""
+        self._of_row = self._evidence(number) if self._evidence else None
+
+    @property
+    def none(self) -> bool | None:
+        """Of a call without an answer."""
+        return self._of_row.no_sight if self._of_row else None
+
+    def of(self, arguments: Mapping[str, Any], start: int, stop: int) -> bool | None:
+        """Of a call that is answered in ``[start, stop)``."""
+        evidence = self._of_row
+        if evidence is None or not evidence.tells:
+            return None
+        key = id(evidence), self._ids[start:stop].tobytes()
+        if key not in self._known:
+            text = self._parser.text(self._ids[start:stop].tolist())
+            images = bisect_left(self._image_places, start) < bisect_left(self._image_places, stop)
+            # What the stock loop has cut may have held it.
+            self._known[key] = evidence.sight({}, text, images=images or _CUT in text)
+        seen = self._known[key]
+        return None if seen and evidence.asked_for(arguments) else seen
+
+
 def parse_steps(
     parser: ToolCallParser,
     responses: Any,
@@ -402,6 +449,7 @@ def parse_steps(
     image_parameters: Iterable[str] = (),
     image_index_base: int | None = None,
     prompt_images: Callable[[int], Sequence[str]] | None = None,
+    evidence: Callable[[int], Evidence] | None = None,
 ) -> ParsedBatch:
     """The tool-use steps of a batch of rollouts, out of their tokens.
 
@@ -422,6 +470,7 @@ def parse_steps(
         prompt_images: gives the identities of the images in a row's prompt, by the row's number; asked only for rows
             with a call that has one of ``image_parameters``. Images of an observation are identified by the call that
             they answer.
+        evidence: gives what to look for in the answers of a row's tools, by the row's number; for `ToolStep.seen`.
 
     Raises:
         ValueError: for arrays that disagree. No token makes it raise.
@@ -442,7 +491,8 @@ def parse_steps(
     marks = list(zip(seen.position.tolist(), seen.kind.tolist(), strict=True))
     errors = _Errors(error_markers)
     image_parameters = frozenset(image_parameters)
-    images = _Images(seen.of(IMAGE).position.tolist(), prompt_images)
+    image_places = seen.of(IMAGE).position.tolist()
+    images, sights = _Images(image_places, prompt_images), _Sights(parser, ids, image_places, evidence)
     known: dict[bytes, tuple[list[Call], int]] = {}  # rollouts of a prompt often make the same calls
     steps: list[ToolStep] = []
     malformed = unanswered = unclosed = failed = 0
@@ -459,6 +509,7 @@ def parse_steps(
         if row != current:
             current = row
             images.enter(number, origin)
+            sights.enter(number)
         images.see(start)
         answer, blocks = parser.answers(ids, end, stop, marks[low:high])
         all_answered = len(blocks) == len(calls)
@@ -470,7 +521,7 @@ def parse_steps(
                 arguments = resolve_images(arguments, image_parameters, images.at_hand(), image_index_base)
             block = len(answered)
             has_answer = block < len(blocks) and (all_answered or not call.dropped)
-            ok = False
+            ok, sight = False, sights.none
             if call.error is not None:
                 malformed += 1
             elif not has_answer:
@@ -479,8 +530,9 @@ def parse_steps(
                 after = blocks[block + 1] if block + 1 < len(blocks) else stop
                 ok = not parser.failed(ids, blocks[block], after, answer, errors)
                 failed += not ok
+                sight = sights.of(call.arguments, blocks[block], after) if ok else sight
             span = (first - origin + call.start, first - origin + call.end)
-            steps.append(ToolStep(number, call.tool, arguments, turn, span, ok))
+            steps.append(ToolStep(number, call.tool, arguments, turn, span, ok, sight))
             if has_answer:
                 answered.append(steps[-1])
         images.see(stop, blocks, answered)

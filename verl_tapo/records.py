@@ -6,7 +6,8 @@ a list, because veRL V0 packs lists of equal length into broken object arrays)::
     {"version": 1,
      "images": ["<identity>", ...],            # every image of the trajectory, in order, prompt images first
      "steps": [{"tool": "zoom", "arguments": {...}, "turn": [s, e], "call": [cs, ce], "ok": True,
-                "status": "ok", "latency_s": 0.12, "images_at_hand": 1, "produced": [1], "metrics": {...}}, ...]}
+                "status": "ok", "latency_s": 0.12, "images_at_hand": 1, "produced": [1], "metrics": {...},
+                "seen": False}, ...]}
 
 Spans are half-open, in response tokens, before the cut at ``response_length``.
 """
@@ -56,6 +57,8 @@ class CallRecord:
     """What the tool's ``execute`` returned as its third value; its key ``fault`` is read by `fault_of`."""
     answer_tokens: int = 0
     """Response tokens of the answer; those of parallel calls are shared out evenly."""
+    seen: bool | None = None
+    """Whether the whole answer held an accepted answer of the prompt; None where that cannot be told."""
     abandoned: bool = False
     """The tool was still running when the trajectory ended, although its time was up: nothing could stop it."""
 
@@ -141,5 +144,5 @@ def recorded_steps(
             arguments = resolve_images(arguments, parameters, images[: step["images_at_hand"]], image_index_base)
         turn = (start, min(end, length))
         call = (min(call_start, length), min(call_end, length))
-        steps.append(ToolStep(row, step["tool"], arguments, turn, call, step["ok"]))
+        steps.append(ToolStep(row, step["tool"], arguments, turn, call, step["ok"], step.get("seen")))
     return steps

@@ -7,11 +7,11 @@ In a run it is one flat block of veRL's Hydra configuration; every knob with its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 from verl_tapo.rule.checks import check_bool, check_choice, check_text, hint, is_number
-from verl_tapo.rule.config import TapoConfig
+from verl_tapo.rule.config import Grounding, TapoConfig
 from verl_tapo.rule.values import shown
 
 StepSource: TypeAlias = Literal["auto", "recorded", "parsed"]
@@ -93,6 +93,7 @@ class TapoSettings:
     def to_mapping(self) -> dict[str, Any]:
         """All settings as the flat block that `from_mapping` takes."""
         rule = {f.name: getattr(self.rule, f.name) for f in fields(TapoConfig) if f.init}
+        rule["grounding"] = asdict(self.rule.grounding)
         return {**rule, **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "rule"}}
 
     @classmethod
@@ -113,6 +114,7 @@ class TapoSettings:
                 raise ValueError(f"algorithm.tapo.{key}: unknown setting{hint(key, known)}")
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in mapping.items()}
         try:
+            values["grounding"] = Grounding.from_mapping(values.get("grounding"))
             config = TapoConfig(**{key: value for key, value in values.items() if key in rule})
             return cls(rule=config, **{key: value for key, value in values.items() if key not in rule})
         except ValueError as error:

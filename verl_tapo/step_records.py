@@ -8,14 +8,16 @@ first is the header, every other one a row of the batch, padding left out::
     {"key": "<uid>_<session>_<output>", "uid": "...", "trajectory": 0, "score": 0.0, "success": false,
      "advantage": -0.72, "tokens": 310, "length": 512, "changed_tokens": 120, "calls": [
        {"tool": "text_search", "arguments": {...}, "turn": [0, 40], "call": [12, 39], "turn_tokens": 40,
-        "call_tokens": 27, "ok": true, "status": "ok", "latency_s": 0.12, "fault": null, "role": "failing",
+        "call_tokens": 27, "ok": true, "seen": false, "status": "ok", "latency_s": 0.12, "fault": null,
+        "role": "failing",
         "gate": "corrected", "similarity": 1.0, "support": 1.0, "alpha": 1.0, "reference_advantage": 1.2,
         "transfer": 0.96, "witness": [1, 0]}, ...]}
 
 ``arguments`` are as the rule compared them, with identities of images in place of their indices. Spans and counts
 are in response tokens; ``advantage`` is the trajectory's ``a``; ``witness`` is a row of the file and the number of its
-call. ``status``, ``latency_s`` and ``fault`` are null for calls that were parsed, not recorded. Parquet files have a
-row for each of those lines, with ``arguments`` as JSON text, and the header in the schema's metadata.
+call. ``seen`` is null where it cannot be told whether the answer held an accepted answer. ``status``, ``latency_s`` and
+``fault`` are null for calls that were parsed, not recorded. Parquet files have a row for each of those lines, with
+``arguments`` as JSON text, and the header in the schema's metadata.
 
 Writing goes on in the background. It neither slows nor fails a training step: what cannot be written is logged once,
 and counted. Only a step's own file, as its name and its header say, is ever replaced or removed.
@@ -136,6 +138,7 @@ class StepSnapshot:
                         "turn_tokens": int(policy[row, slice(*step.turn)].sum()),
                         "call_tokens": int(policy[row, slice(*step.call)].sum()),
                         "ok": bool(step.ok),
+                        "seen": step.seen,
                         **(told[place] if len(told) == len(mine) else _NOT_RECORDED),
                         "role": credit.role,
                         "gate": credit.gate,
@@ -342,7 +345,7 @@ def _write_parquet(path: Path, snapshot: StepSnapshot) -> None:
             **{name: number for name in numbers},
             **{name: whole for name in ("turn_tokens", "call_tokens")},
             **{name: pyarrow.list_(whole) for name in ("turn", "call", "witness")},
-            "ok": truth,
+            **{name: truth for name in ("ok", "seen")},
         }
     )
     schema = pyarrow.schema(

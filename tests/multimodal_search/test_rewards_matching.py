@@ -6,7 +6,8 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from search_agent.rewards.matching import exact, f1, in_range, numbers, substring, tokens
+
+from verl_tapo.answers.matching import exact, f1, in_range, numbers, substring, tokens
 
 SAME = [
     # English

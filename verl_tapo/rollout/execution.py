@@ -37,6 +37,17 @@ def tell_once(what: str, tool: str, message: str) -> None:
         logger.warning("tapo_tool_agent: the tool %r %s (Said once.)", tool, message)
 
 
+def cut(text: str, limit: int, side: str) -> str:
+    """An answer's text as the stock loop cuts it: ``max_tool_response_length``, ``tool_response_truncate_side``."""
+    if len(text) <= limit:
+        return text
+    if side == "left":
+        return f"(truncated)...{text[-limit:]}"
+    if side == "right":
+        return f"{text[:limit]}...(truncated)"
+    return f"{text[: limit // 2]}...(truncated)...{text[-(limit // 2) :]}"
+
+
 class ToolFailed(Exception):
     """A call without a usable answer."""
 

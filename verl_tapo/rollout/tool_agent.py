@@ -21,7 +21,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -31,12 +31,14 @@ from verl.experimental.agent_loop.tool_agent_loop import AgentState, ToolAgentLo
 from verl.experimental.agent_loop.tool_parser import FunctionCall
 from verl.tools.schemas import ToolResponse
 
+from verl_tapo.answers.evidence import evidence_of, ground_truth_of
 from verl_tapo.cpu import ROLLOUT_NAME
 from verl_tapo.parsing import NOT_EXECUTED_PREFIX, STOCK_ERRORS, FoundCall, answer_is_error
 from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryRecord, finite, shown
 from verl_tapo.rollout.execution import (
     Execution,
     ToolFailed,
+    cut,
     give_tools_threads,
     leave_behind,
     tell_once,
@@ -55,6 +57,7 @@ _TOOL_MARKERS = tuple(
     for slash in ("", "/")
 )
 ALL_TOOLS = "all"  # in max_calls
+_LONG_TEXT = 20_000
 _ERROR_CHARS = 256  # of an error's text are kept, whatever the limit for answers: it must still read as an error
 _ANSWER_CHARS = 4096  # of an answer are looked at, or as many as the limit allows and veRL's note that it was cut
 
@@ -177,6 +180,7 @@ class _Answer(NamedTuple):
     reward: float | None = None
     status: CallStatus = "ok"
     metrics: Mapping[str, Any] = {}
+    seen: bool | None = None
 
 
 @register("tapo_tool_agent")
@@ -227,11 +231,15 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         # The stock loop cuts the list of calls there, silently; `_call_tool` answers those beyond instead.
         self.parallel_limit: int = self.rollout_config.multi_turn.max_parallel_calls
         self.max_parallel_calls = sys.maxsize
+        # It cuts answers, too; whether they hold an accepted answer is looked for in the whole ones.
+        self.answer_limit: int = self.rollout_config.multi_turn.max_tool_response_length
+        self.max_tool_response_length = sys.maxsize
         self.error_markers = load_settings(self.config.get("algorithm")).error_markers
         self._reset()
 
     def _reset(self) -> None:
         self._record = TrajectoryRecord()
+        self._evidence = evidence_of(None)
         self._malformed_turns = 0
         self._made: Counter[str] = Counter()  # calls by tool
         self._answers: dict[int, _Answer] = {}  # of tools, by position of the record
@@ -247,6 +255,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             # That engine draws reproducibly if it can tell the rollouts of a prompt apart; others mean by it a seed.
             number = zlib.crc32(f"{kwargs.get('index')}/{kwargs['session_id']}".encode())
             sampling_params = {**sampling_params, "seed": number}
+        self._evidence = evidence_of(ground_truth_of(kwargs.get("reward_model")))
         output = await super().run(sampling_params, *args, **kwargs)
         images = getattr(self._agent_data, "image_data", None)
         if self._record.steps and images is not None:
@@ -338,6 +347,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
                     span,
                     status="not_executed" if problem is None else "malformed",
                     images_at_hand=_count(agent_data.image_data),
+                    seen=self._evidence.no_sight,
                 )
             )
             refusal = self._refusal(name, number) if problem is None else None
@@ -388,6 +398,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             record.answer_tokens = tokens * (number + 1) // len(calls) - tokens * number // len(calls)
             if state == AgentState.TERMINATED:  # the answers did not fit: the model never saw them
                 record.status = "malformed" if call.problem else "not_executed"
+                record.seen = self._evidence.no_sight
             elif call.position in self._answers:
                 produced = _count(self._answers[call.position].response.image)
                 record.produced = list(range(image, image + produced))
@@ -408,14 +419,15 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
 
     def _failed(self, call: RecordedCall, error: ToolFailed) -> _Answer:
         """The answer to a call that failed; its status is recorded."""
-        self._record.steps[call.position].status = error.status
+        record = self._record.steps[call.position]
+        record.status, record.seen = error.status, self._evidence.no_sight
         text = self._clean(f"Error executing tool '{call.name}': {words(error)}")
         logger.warning(text)
-        return _Answer(ToolResponse(text=text[: max(self.max_tool_response_length, _ERROR_CHARS)]))
+        return _Answer(ToolResponse(text=text[: max(self.answer_limit, _ERROR_CHARS)]))
 
     def _clean(self, text: str) -> str:
         # veRL cuts what a tool returns, but no error; nested tokens in a long one would take forever to strip.
-        return strip_control_tokens(text[: max(self.max_tool_response_length + 64, _ANSWER_CHARS)], self.tokenizer)
+        return strip_control_tokens(text[: max(self.answer_limit + 64, _ANSWER_CHARS)], self.tokenizer)
 
     async def _call_tool(self, tool_call: Any, tools_kwargs: dict[str, Any], agent_data: Any) -> Any:
         if tool_call.problem:
@@ -443,13 +455,13 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             if execution.running:
                 self._late.append((record, execution))
             return self._failed(call, error)
-        record.status, record.metrics = answered.status, dict(answered.metrics)
+        record.status, record.metrics, record.seen = answered.status, dict(answered.metrics), answered.seen
         return answered
 
     async def _execute(self, call: RecordedCall, tools_kwargs: dict[str, Any], view: Any) -> _Answer:
         """A tool's answer, fit for the prompt. Whatever is wrong with it is raised."""
         response, reward, metrics = await super()._call_tool(call, tools_kwargs, view)
-        text = self._clean(response.text or "")
+        whole = response.text or ""
         images = [image for image in response.image or [] if image is not None]
         if response.video:
             raise ToolFailed("video answers are not supported")
@@ -457,9 +469,12 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             if not getattr(self.processor, "image_processor", None):
                 raise ToolFailed("it returned an image, and the model takes none")
             self._assert_mm_supported(True)
-        status = _status(text, self.error_markers)
+        status = _status(whole, self.error_markers)
         if status == "error":
-            text = text[: max(self.max_tool_response_length, _ERROR_CHARS)]  # veRL does not cut those
+            text = self._clean(whole)[: max(self.answer_limit, _ERROR_CHARS)]
+        else:
+            text = self._clean(cut(whole, self.answer_limit, self.tool_response_truncate_side))
+        seen = await self._sight(json.loads(call.arguments), "" if status == "error" else whole, bool(images))
         kept, lost = _plain(metrics)
         if lost:
             what = ", ".join(lost[:3])
@@ -470,4 +485,12 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
                 "reward", call.name, f"returned a reward that is no finite number, {shown(reward)}; it is left out."
             )
         response = ToolResponse(text=text, **({"image": images} if images else {}))
-        return _Answer(response, number, status, kept)
+        return _Answer(response, number, status, kept, seen)
+
+    async def _sight(self, arguments: Mapping[str, Any], text: str, images: bool) -> bool | None:
+        """`Evidence.sight`; of long texts in a thread, as it takes a second for a million characters."""
+        looking = partial(self._evidence.sight, arguments, text, images=images)
+        if not self._evidence.tells or len(text) < _LONG_TEXT:
+            return looking()
+        seen: bool | None = await self.loop.run_in_executor(None, looking)
+        return seen

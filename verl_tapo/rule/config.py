@@ -44,7 +44,8 @@ class Grounding:
         known = {switch.name for switch in fields(cls)}
         for name in mapping or {}:
             if name not in known:
-                raise ValueError(f"grounding.{name}: unknown setting{hint(name, known)}")
+                named = name if isinstance(name, str) else shown(name)
+                raise ValueError(f"grounding.{named}: unknown setting{hint(named, known)}")
         return cls(**(mapping or {}))
 
 

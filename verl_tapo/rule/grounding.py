@@ -17,12 +17,17 @@ from verl_tapo.rule.roles import Role
 from verl_tapo.rule.steps import SEEN, UNKNOWN, UNSEEN
 
 
-def grounded(batch: Batch) -> IntArray:
-    """(T,) `SEEN` for a grounded rollout, `UNSEEN` for an ungrounded one, `UNKNOWN` for the others."""
-    rollouts = len(batch.group)
+def grounded(holder: IntArray, seen: IntArray, rollouts: int) -> IntArray:
+    """`SEEN` for a grounded rollout, `UNSEEN` for an ungrounded one, `UNKNOWN` for the others; (T,).
+
+    Args:
+        holder: (S,) the rollout that holds each step.
+        seen: (S,) `SEEN`, `UNSEEN` or `UNKNOWN`.
+        rollouts: T.
+    """
     least, most = np.full(rollouts, SEEN), np.full(rollouts, UNKNOWN)
-    np.minimum.at(least, batch.holder, batch.steps.seen)
-    np.maximum.at(most, batch.holder, batch.steps.seen)
+    np.minimum.at(least, holder, seen)
+    np.maximum.at(most, holder, seen)
     return np.where((most == SEEN) | (least > UNKNOWN), most, UNKNOWN)
 
 
@@ -30,7 +35,7 @@ def successes(batch: Batch, cfg: TapoConfig) -> BoolArray:
     """(T,) the rollouts that make witnesses (part 1) and count in the support (part 5); ``grounding.witnesses`` leaves
     out those that are ungrounded: they were lucky."""
     won: BoolArray = batch.success & (batch.advantage > 0)
-    return won & (grounded(batch) != UNSEEN) if cfg.grounding.witnesses else won
+    return won & (_grounded(batch) != UNSEEN) if cfg.grounding.witnesses else won
 
 
 def forgiven(batch: Batch, role: IntArray, cfg: TapoConfig) -> BoolArray:
@@ -45,12 +50,18 @@ def forgiven(batch: Batch, role: IntArray, cfg: TapoConfig) -> BoolArray:
     order = np.argsort(-moment, kind="stable")
     order = order[steps.seen[order] == SEEN]
     first[batch.holder[order]] = moment[order]
-    return (role == Role.FAILING) & (moment <= first[batch.holder])
+    free: BoolArray = (role == Role.FAILING) & (moment <= first[batch.holder])
+    return free
 
 
 def withheld(batch: Batch, cfg: TapoConfig) -> BoolArray:
     """(S,) the steps of declared tools that earn no reward: those of ungrounded successes (``grounding.luck``)."""
     if not cfg.grounding.luck:
         return np.zeros(len(batch.holder), dtype=bool)
-    lucky = batch.success & (batch.advantage > 0) & (grounded(batch) == UNSEEN)
-    return lucky[batch.holder] & takes_part(batch.steps, cfg)
+    lucky = batch.success & (batch.advantage > 0) & (_grounded(batch) == UNSEEN)
+    unearned: BoolArray = lucky[batch.holder] & takes_part(batch.steps, cfg)
+    return unearned
+
+
+def _grounded(batch: Batch) -> IntArray:
+    return grounded(batch.holder, batch.steps.seen, len(batch.group))

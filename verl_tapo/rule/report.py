@@ -152,6 +152,8 @@ class CreditReport:
             "tapo/token_share": _share(self.changed_tokens, batch.policy_tokens.sum()),
             "tapo/steps_per_trajectory": _share(len(role), real.sum()),
             "tapo/failed_calls": _share((~self._batch.steps.ok).sum(), len(role)),
+            "tapo/grounding/forgiven_steps": _share(self._forgiven.sum(), failing.sum()),
+            "tapo/grounding/withheld_steps": _share(self._withheld.sum(), len(role)),
             "tapo/successes_per_group": _share((real & batch.success).sum(), len(np.unique(batch.group[real]))),
         }
         if matched.any():

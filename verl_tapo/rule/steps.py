@@ -16,8 +16,8 @@ from verl_tapo.rule.values import shown
 
 TokenScope: TypeAlias = Literal["step", "call"]
 UNKNOWN, UNSEEN, SEEN = -1, 0, 1
+SIGHTS = {None: UNKNOWN, False: UNSEEN, True: SEEN}
 """`ToolStep.seen` as a number."""
-_SIGHTS = {None: UNKNOWN, False: UNSEEN, True: SEEN}
 _WHOLE_NUMBERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
@@ -93,7 +93,7 @@ def _plain_columns(steps: Sequence[ToolStep], batch_size: int, length: int) -> S
         row, turn, call = (np.frombuffer(array("q", numbers), dtype=np.int64) for numbers in (rows, *spans))
         turn, call = turn.reshape(-1, 2), call.reshape(-1, 2)
         ok = np.array(oks)
-        seen = np.array([_SIGHTS[sight] for sight in sights])
+        seen = np.array([SIGHTS[sight] for sight in sights])
         fine = (
             ok.dtype.kind == "b"
             and set(map(type, rows)) == set(map(type, chain(*spans))) == {int}  # True is a whole number, too

@@ -63,6 +63,7 @@ def rollout_from_batch(
         records=list(columns.get(RECORD_KEY, [None] * rows)),
         tokens=tokens,
         prompt_ids=lambda row: _prompt(batch, row),
+        reward_model=lambda row: columns["reward_model"][row] if "reward_model" in columns else None,
         lengths=lengths,
         padding=padding,
         sessions=None if keys is None else Sessions.from_keys(list(keys)),

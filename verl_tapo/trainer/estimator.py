@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from verl_tapo.answers.evidence import evidence_of, ground_truth_of
 from verl_tapo.parsing import ToolCallParser, parse_steps
 from verl_tapo.records import recorded_steps
 from verl_tapo.rule.arrays import numbered
@@ -19,6 +20,7 @@ from verl_tapo.rule.report import CreditReport
 from verl_tapo.rule.steps import ToolStep, build_tool_mask
 from verl_tapo.settings import TapoSettings
 from verl_tapo.step_records import StepRecorder, StepSnapshot
+from verl_tapo.trainer.grounding import grounding_metrics
 from verl_tapo.trainer.rollout import CURRENT, Rollout
 from verl_tapo.trainer.tool_metrics import check_outage, executed_tools, odd_reward_parts, reward_metrics, tool_metrics
 from verl_tapo.trainer.verl_parser import cached_parser
@@ -113,6 +115,7 @@ def find_steps(rollout: Rollout, settings: TapoSettings) -> list[ToolStep]:
             image_parameters=settings.image_parameters,
             image_index_base=settings.image_index_base,
             prompt_images=lambda row: _prompt_images(rollout, parser, row),
+            evidence=lambda row: evidence_of(ground_truth_of(rollout.reward_model(row))),
         )
         steps += [step for step in parsed.steps if not rollout.padding[step.row]]
         malformed += parsed.malformed
@@ -162,6 +165,19 @@ def watch(
             f"which are left out of its mean",
         )
     return {**metrics, **reward_metrics(rewards)}
+
+
+def watch_grounding(rollout: Rollout, settings: TapoSettings) -> dict[str, float]:
+    """`grounding_metrics` under another estimator; none where the calls cannot be found, which is told once."""
+    success = rollout.success(settings)
+    if rollout.sessions is not None:
+        success = success[rollout.sessions.final_row]
+    try:
+        steps = find_steps(rollout, settings)
+    except ValueError as error:
+        WATCH.tell("calls are not found", f"there are no metrics tapo/grounding: {error}")
+        return {}
+    return grounding_metrics(rollout, success, steps)
 
 
 def estimate(
@@ -233,6 +249,7 @@ def estimate(
     done = time.perf_counter()
     WATCH.look(steps, settings)
     rollout.metrics.update(report.metrics())
+    rollout.metrics.update(grounding_metrics(rollout, success, steps))
     rollout.metrics.update(WATCH.silent_tools(steps, rollout.metrics))
     rollout.metrics.update(
         watch(rollout.records, rollout.reward_infos, rollout.padding, settings, rollout.agent_loop, rollout.agent_names)

@@ -82,6 +82,9 @@ class Rollout:
     """Which rows are outputs of one trajectory, for loops that return several; None: each row is one."""
     keys: Sequence[str] | None = None
     """(B,) veRL's ``{uid}_{session}_{output}``, where the trainer has them."""
+    reward_model: Callable[[int], Any] = lambda row: None
+    """What the data set's column ``reward_model`` has for a row, its ground truth among it; called only where steps
+    have to be parsed."""
     step: int | None = None
     """Number of the training step; None where the trainer does not tell."""
     part: int = 0

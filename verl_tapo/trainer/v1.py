@@ -18,7 +18,7 @@ from verl_tapo.records import RECORD_KEY
 from verl_tapo.settings import TapoSettings
 from verl_tapo.trainer.batch import base_advantages
 from verl_tapo.trainer.check import check_run
-from verl_tapo.trainer.estimator import load_settings, watch
+from verl_tapo.trainer.estimator import load_settings, watch, watch_grounding
 from verl_tapo.trainer.rollout import CURRENT, Rollout, Sessions, Tokens, agent_loop_of, agent_names_of
 from verl_tapo.trainer.tool_metrics import check_rollouts
 from verl_tapo.trainer.verl_parser import declared_tools
@@ -40,23 +40,20 @@ def compute_advantage_hook(wrapped: Callable[..., Any], trainer: Any, args: Any,
 
 
 def _add_metrics(trainer: Any, batch: Any, metrics: dict[str, Any]) -> None:
-    import transfer_queue as tq
-
     settings = load_settings(trainer.config.algorithm)
     _check_rollouts(trainer, batch, settings)
-    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-    extra = _extra_fields(data, len(batch))
-    records = [fields.get(RECORD_KEY) for fields in extra]
+    rollout, _ = fetch_rollout(trainer, batch, settings)
     metrics.update(
         watch(
-            records,
-            _reward_infos(extra),
-            _padding(batch),
+            rollout.records,
+            rollout.reward_infos,
+            rollout.padding,
             settings,
-            agent_loop_of(trainer.config),
-            partial(agent_names_of, trainer),
+            rollout.agent_loop,
+            rollout.agent_names,
         )
     )
+    metrics.update(watch_grounding(rollout, settings))
 
 
 def _check_rollouts(trainer: Any, batch: Any, settings: TapoSettings) -> None:
@@ -131,6 +128,14 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
     def prompts() -> list[list[int]]:
         return [prompt.tolist() for prompt in get("prompts")["prompts"].unbind()]
 
+    @cache
+    def reward_models() -> list[Any]:
+        stored = get("reward_model").pop("reward_model", None)
+        if stored is None:
+            return [None] * len(batch)
+        # Mappings of equal keys come as a stack, others as a list.
+        return list(stored.tolist() if hasattr(stored, "tolist") else stored)
+
     algorithm = trainer.config.algorithm
     rollout = Rollout(
         base=lambda chosen, rewards, mask, index: base_advantages(
@@ -145,6 +150,7 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
         records=[fields.get(RECORD_KEY) for fields in extra],
         tokens=tokens,
         prompt_ids=lambda row: prompts()[row],
+        reward_model=lambda row: reward_models()[row],
         lengths=np.diff(offsets),
         padding=_padding(batch),
         sessions=Sessions.from_keys(batch.keys),

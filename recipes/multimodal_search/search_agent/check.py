@@ -131,7 +131,7 @@ def _reward_problems(config: Any, file: Path) -> Iterator[str]:
     from verl.trainer.ppo.reward import get_custom_reward_fn
     from verl.utils.import_utils import load_extern_object
 
-    from search_agent.rewards.answers import accepted_answers
+    from verl_tapo.answers.accepted import accepted_answers
 
     function = config.reward.custom_reward_function
     settings = function.get("reward_kwargs", {})

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from search_agent.rewards.answers import Range, accepted_answers
+from verl_tapo.answers.accepted import Range, accepted_answers
 
 _MAPPED = ("question", "answer", "image", "id", "category")
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from search_agent.rewards.answers import accepted_answers
+from verl_tapo.answers.accepted import accepted_answers
 
 COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info")
 PLACEHOLDER = "<image>"

@@ -23,8 +23,8 @@ import numpy.typing as npt
 from bm25s.stopwords import STOPWORDS_EN
 from numba import njit
 
-from search_agent.letters import ALONE, ARABIC_LETTERS, ARABIC_VOWELS, HEBREW_VOWELS, TATWEEL, combining_marks
 from search_agent.retrieval.manifest import IndexProblem, write_json
+from verl_tapo.answers.letters import ALONE, ARABIC_LETTERS, ARABIC_VOWELS, HEBREW_VOWELS, TATWEEL, combining_marks
 
 K1, B = 1.5, 0.75
 SETTINGS = {

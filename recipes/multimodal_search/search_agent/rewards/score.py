@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from search_agent.rewards.answers import Range, accepted_answers, read_reply
+from search_agent.rewards.answers import read_reply
 from search_agent.rewards.judge import MAX_ANSWER_CHARS, Judge, NoVerdict
-from search_agent.rewards.matching import Tokens, exact, f1, in_range, substring, tokens
 from search_agent.rewards.settings import RewardSettings
+from verl_tapo.answers.accepted import Range, accepted_answers
+from verl_tapo.answers.matching import Tokens, exact, f1, in_range, substring, tokens
 from verl_tapo.records import RECORD_KEY, fault_of
 
 MAX_COMPARED_CHARS = 100_000

@@ -12,9 +12,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from functools import lru_cache
 from typing import TypeAlias
 
-from search_agent.letters import ALONE, ARABIC_LETTERS, ARABIC_VOWELS, HEBREW_VOWELS, TATWEEL
+from verl_tapo.answers.letters import ALONE, ARABIC_LETTERS, ARABIC_VOWELS, HEBREW_VOWELS, TATWEEL
 
 Tokens: TypeAlias = tuple[str, ...]
 
@@ -74,6 +75,7 @@ _MARKS = re.compile(f"[\u0301\u0308]|(?<!\u0438)[\u0300-\u036f]|[{HEBREW_VOWELS}
 _LETTERS = str.maketrans(
     {"ø": "o", "ł": "l", "đ": "d", "ð": "d", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th", **ARABIC_LETTERS}
 )
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 _BETWEEN_WORDS = re.compile(r"(?<!\d) | (?!\d)")
 
 
@@ -88,6 +90,27 @@ def tokens(text: str) -> Tokens:
         del words[0]
     folded = unicodedata.normalize("NFC", _MARKS.sub("", unicodedata.normalize("NFD", " ".join(words))))
     return tuple(folded.translate(_LETTERS).split()) or tuple(text.split())
+
+
+def folded(text: str) -> str:
+    """The text with letters as in `tokens`, and without what may stand within a word there.
+
+    Every word of letters in ``tokens(text)`` is a part of it, which costs a hundredth to find out.
+    """
+    text = text.casefold()
+    text = text if text.isascii() else _BEYOND_ASCII.sub(_fold, text)
+    return text.replace("'", "").replace(".", "")
+
+
+@lru_cache(maxsize=10_000)
+def _fold_run(run: str) -> str:
+    run = unicodedata.normalize("NFKC", run).casefold().translate(_ALIKE)
+    run = unicodedata.normalize("NFC", _MARKS.sub("", unicodedata.normalize("NFD", run))).translate(_LETTERS)
+    return "".join(character for character in run if unicodedata.category(character) != "Cf")
+
+
+def _fold(match: re.Match[str]) -> str:
+    return _fold_run(match[0])
 
 
 def numbers(text: str) -> list[float]:

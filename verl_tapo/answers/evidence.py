@@ -1,0 +1,177 @@
+"""Whether a text, the answer of a tool, holds an accepted answer of the prompt [ours].
+
+Texts are compared as the rewards compare answers (`verl_tapo.answers.matching`), as whole words. A chance hit costs
+more than a missed one, so that answers which many pages hold anyway tell nothing: yes, a colour, a year.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from verl_tapo.answers.accepted import Range, accepted_answers
+from verl_tapo.answers.letters import ALONE
+from verl_tapo.answers.matching import Tokens, folded, tokens
+from verl_tapo.rule.values import canonical, prints
+
+LONGEST_TEXT = 200_000
+"""Characters of a text that are searched; what is not found there may stand behind them."""
+LONGEST_ANSWER = 200
+"""Characters of an accepted answer that a page may hold word for word; longer ones are worded anew."""
+MOST_NAMES = 100
+"""Accepted answers that are looked for."""
+_KEPT = 10_000
+_MOST_PARTS = 1_000
+
+_LEAST_LETTERS = 4
+_LEAST_CHARACTERS = 6
+_YEARS = range(1000, 2101)
+_COMMON = frozenset(
+    """
+    yes no true false none unknown both neither either maybe same different all some any other left right up down top
+    bottom front back center middle north south east west northern southern eastern western red orange yellow green
+    blue purple violet pink brown black white gray grey gold golden silver beige dark light zero one two three four
+    five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty
+    thirty forty fifty sixty seventy eighty ninety hundred thousand million billion first second third fourth fifth
+    once twice january february march april may june july august september october november december monday tuesday
+    wednesday thursday friday saturday sunday spring summer autumn fall winter morning evening night day week month
+    year years days hours minutes meters metres kilometers kilometres miles feet inches percent male female man woman
+    men women boy girl child children person people water fire wood metal stone glass paper plastic city town country
+    state river mountain lake house home school company group team game book film movie song music red-and-white
+    animal bird fish tree flower food good bad high low large small big long short old new early late english french
+    german spanish italian chinese japanese american british oui non si ja nein vrai faux rouge bleu vert noir blanc
+    rot blau gelb schwarz weiss
+    """.split()
+)
+_ALONE = re.compile(f"[{ALONE}]")
+_POSSESSIVE = re.compile("['\u2019]s\\b")
+_LETTERS_ONLY = re.compile(r"[^\W\d_]+")
+
+
+class Evidence:
+    """The accepted answers of one prompt, to be looked for in many texts."""
+
+    def __init__(self, accepted: Sequence[str | Range]) -> None:
+        texts = [text for text in accepted if isinstance(text, str)][:MOST_NAMES]
+        words = [tokens(text) for text in texts if len(text) <= LONGEST_ANSWER]
+        self._telling = [_Phrase(each) for each in words if each and tells(each)]
+        self._doubtful = [_Phrase(each) for each in words if each and not tells(each)]
+
+    @property
+    def tells(self) -> bool:
+        """Whether anything can be told: False where no accepted answer is rare enough to mean something."""
+        return bool(self._telling)
+
+    def seen_in(self, text: str) -> bool | None:
+        """Whether the text holds an accepted answer.
+
+        Returns:
+            True: it holds one that means something. None: nothing can be told; it holds one that many texts hold, or
+            only its beginning was searched. False: it holds none.
+        """
+        if not self._telling:
+            return None
+        searched = text[:LONGEST_TEXT]
+        loose = folded(searched)
+        telling = [phrase for phrase in self._telling if phrase.may_be_in(loose)]
+        doubtful = [phrase for phrase in self._doubtful if phrase.may_be_in(loose)]
+        if telling or doubtful:
+            # "Kinshasa's mayor" is about Kinshasa, and McDonald's is no McDonald.
+            readings = [f" {' '.join(tokens(each))} " for each in {searched, _POSSESSIVE.sub("", searched)}]
+            if any(phrase.text in words for phrase in telling for words in readings):
+                return True
+            if any(phrase.text in words for phrase in doubtful for words in readings):
+                return None
+        return None if len(text) > LONGEST_TEXT else False
+
+    @property
+    def no_sight(self) -> bool | None:
+        """`sight` of a call without an answer."""
+        return False if self.tells else None
+
+    def sight(self, arguments: Mapping[str, Any], text: str, *, images: bool = False) -> bool | None:
+        """Whether the answer of a call showed an accepted answer, ``ToolStep.seen``.
+
+        What the call itself asked for may come back as an echo, and an image may show anything: neither can be told.
+
+        Args:
+            arguments: of the call.
+            text: the whole answer's.
+            images: whether the answer holds images.
+        """
+        seen = self.seen_in(text)
+        return None if (self.asked_for(arguments) if seen else images) else seen
+
+    def asked_for(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call's arguments hold an accepted answer, or one that many texts hold."""
+        return self.seen_in(_written(arguments)) is not False
+
+
+class _Phrase:
+    """An answer's words. Comparing texts takes milliseconds, most texts do not even hold the letters."""
+
+    def __init__(self, words: Tokens) -> None:
+        self.text = f" {' '.join(words)} "
+        self._letters = [word for word in words if _LETTERS_ONLY.fullmatch(word)]
+
+    def may_be_in(self, loose: str) -> bool:
+        return all(word in loose for word in self._letters)
+
+
+def _written(arguments: Mapping[str, Any]) -> str:
+    """The texts and numbers in a call's arguments, as far as anyone looks."""
+    texts: list[str] = []
+    waiting: list[Any] = list(arguments.values())
+    for _ in range(_MOST_PARTS):
+        if not waiting:
+            break
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, str) or (isinstance(value, int | float) and prints(value)):
+            texts.append(str(value))
+    return " ".join(texts)
+
+
+def tells(words: Tokens) -> bool:
+    """Whether an answer of these words is rare enough that a text which holds it says something."""
+    if sum(bool(_ALONE.fullmatch(word)) for word in words) > 1:
+        return True
+    if all(word in _COMMON for word in words):
+        return False
+    if len(words) > 1 and sum(map(len, words)) >= _LEAST_CHARACTERS:
+        return True
+    return any(_informs(word) for word in words)
+
+
+def _informs(word: str) -> bool:
+    if word in _COMMON or len(word) < _LEAST_LETTERS:
+        return False
+    return not (word.isdecimal() and int(word) in _YEARS)
+
+
+def ground_truth_of(reward_model: Any) -> Any:
+    """The ground truth in the column ``reward_model`` of veRL's data sets; None where there is none."""
+    return reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
+
+
+_known: dict[Hashable, Evidence] = {}
+
+
+def evidence_of(ground_truth: Any) -> Evidence:
+    """The evidence to look for, by a data set's ground truth (see `accepted_answers`); it never raises.
+
+    What cannot be read as answers tells nothing. Rollouts of a prompt share theirs, so it is made once.
+    """
+    key = canonical(ground_truth)
+    if key not in _known:
+        if len(_known) >= _KEPT:
+            _known.clear()
+        try:
+            _known[key] = Evidence(accepted_answers(ground_truth))
+        except ValueError:
+            _known[key] = Evidence(())
+    return _known[key]

@@ -1,0 +1,51 @@
+"""How a batch's successes and failures are grounded: figures for any estimator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_tapo.rule.arrays import numbered
+from verl_tapo.rule.grounding import grounded
+from verl_tapo.rule.report import metric_word
+from verl_tapo.rule.steps import SEEN, SIGHTS, UNKNOWN, UNSEEN, ToolStep
+from verl_tapo.trainer.rollout import Rollout
+
+_TOOLS = 20
+
+
+def grounding_metrics(rollout: Rollout, success: npt.NDArray[np.bool_], steps: Sequence[ToolStep]) -> dict[str, float]:
+    """Shares of rollouts in which a tool's answer held an accepted answer, see `verl_tapo.rule.grounding`.
+
+    Only rollouts of which it can be told count; a share of none is left out. All names begin with ``tapo/grounding/``.
+
+    Args:
+        rollout: B rows.
+        success: (B,) ``y`` of each row's rollout.
+        steps: S tool-use steps, of real rows.
+    """
+    real = np.flatnonzero(~rollout.padding)
+    of_row = np.arange(len(success)) if rollout.sessions is None else numbered(rollout.sessions.of_row)[1]
+    rollouts, first = np.unique(of_row[real], return_index=True)
+    if not len(rollouts):
+        return {}
+    holder = np.array([of_row[step.row] for step in steps], dtype=np.int64)
+    seen = np.array([SIGHTS[step.seen] for step in steps], dtype=np.int64)
+    state = grounded(holder, seen, int(of_row.max()) + 1)[rollouts]
+    y = success[real[first]]
+    told = state != UNKNOWN
+    metrics = {"tapo/grounding/told": float(told.mean())}
+    for name, of in (("successes", told & y), ("failures", told & ~y)):
+        if of.any():
+            metrics[f"tapo/grounding/grounded_{name}"] = float((state[of] == SEEN).mean())
+    if told.any():
+        metrics["tapo/grounding/never_found"] = float((state[told] == UNSEEN).mean())
+    calls = Counter(step.tool for step in steps if step.ok and step.seen is not None)
+    finds = Counter(step.tool for step in steps if step.ok and step.seen)
+    # A model may invent any number of names: only the most used tools become curves.
+    for tool, count in calls.most_common(_TOOLS):
+        metrics[f"tapo/grounding/tool/{metric_word(tool)}/found"] = finds[tool] / count
+    return metrics
