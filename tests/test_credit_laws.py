@@ -175,17 +175,22 @@ def test_luck_takes_rewards_only_and_only_from_calls_of_ungrounded_successes(see
 @given(SEEDS)
 @laws
 def test_own_makes_penalties_zero_up_to_the_first_sight(seed):
+    """Where a token is another step's, too, as far as that one is corrected."""
     base, mask, index, success, steps = random_batch(seed)
-    without = dataclasses.replace(random_config(seed), grounding=Grounding())
+    without = dataclasses.replace(random_config(seed), clip=True, grounding=Grounding())
     cfg = dataclasses.replace(without, grounding=Grounding(own=True))
     kept, _ = transfer_credit(base, mask, index, success, steps, without)
     result, report = transfer_credit(base, mask, index, success, steps, cfg)
-    forgiven = result != kept
-    assert torch.equal(result[forgiven], torch.zeros_like(result[forgiven]))
-    assert (base[forgiven] < 0).all()
+    changed = result != kept
+    assert (kept[changed] < result[changed]).all()
+    assert (result[changed] <= 0).all()
+    free, bound = torch.zeros(2, *base.shape, dtype=torch.bool)
     for step, credit in zip(steps, report.steps, strict=True):
         first = min((s.turn[0] for s in steps if s.row == step.row and s.seen), default=-1)
         assert credit.forgiven == (credit.role == "failing" and step.turn[0] <= first)
+        (free if credit.forgiven else bound)[step.row, slice(*step.span(cfg.token_scope))] = True
+    assert (result[free & ~bound & (mask == 1)] >= 0).all()
+    assert not (changed & ~free).any()
 
 
 @given(SEEDS)

@@ -438,7 +438,8 @@ from verl.trainer.ppo import core_algos
 from verl_tapo.plugin import SEAMS
 import verl_tapo.trainer.v0, verl_tapo.trainer.v1
 from verl_tapo.trainer.check import check_run
-from verl_tapo.trainer.estimator import load_settings, watch
+from verl_tapo.settings import load_settings
+from verl_tapo.trainer.estimator import watch
 print(sorted({seam.status for seam in SEAMS if seam.module in sys.modules}))
 print("tapo_tool_agent" in _agent_loop_registry, "tapo" in core_algos.ADV_ESTIMATOR_REGISTRY)
 for overrides in (["algorithm.adv_estimator=grpo", "+algorithm.tapo.beta=0.5"],

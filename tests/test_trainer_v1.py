@@ -1,6 +1,7 @@
 """The V1 trainer's ``_compute_advantage`` on a real TransferQueue, in a real Ray, for every trainer mode."""
 
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -434,6 +435,13 @@ def test_shipped_yaml_states_the_defaults(config):
     assert config.algorithm.adv_estimator == "tapo"
 
 
+def test_shipped_yaml_is_made_from_the_settings():
+    import verl_tapo.conf
+    from verl_tapo.settings import as_yaml
+
+    assert (Path(verl_tapo.conf.__file__).parent / "tapo.yaml").read_text() == as_yaml()
+
+
 def _all_knobs():
     from dataclasses import fields
 
@@ -446,7 +454,7 @@ def _all_knobs():
 def test_a_knob_added_on_the_command_line_composes():
     from hydra import compose, initialize_config_module
 
-    from verl_tapo.trainer.estimator import load_settings
+    from verl_tapo.settings import load_settings
 
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose(

@@ -250,8 +250,8 @@ def _examine_config_safely(config: Any, findings: Findings) -> tuple[_Rows, _Row
 
 def _examine_config(config: Any, findings: Findings) -> tuple[_Rows, _Rows]:
     """TAPO's settings in a configuration, the run's tools, and what is wrong there."""
+    from verl_tapo.settings import load_settings
     from verl_tapo.trainer.check import find_problems, find_warnings
-    from verl_tapo.trainer.estimator import load_settings
 
     rows = [("algorithm.adv_estimator", str(config.algorithm.adv_estimator))]
     if config.algorithm.adv_estimator != "tapo":

@@ -1,16 +1,19 @@
 """All of ``algorithm.tapo``: the rule's settings, and how a run feeds it.
 
-In a run it is one flat block of veRL's Hydra configuration; every knob with its default and a sentence stands in
-``verl_tapo/conf/tapo.yaml``.
+In a run it is one block of veRL's Hydra configuration. Its file is made from what stands here and in
+`verl_tapo.rule.config`::
+
+    python -m verl_tapo.settings > verl_tapo/conf/tapo.yaml
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
-from verl_tapo.rule.checks import check_bool, check_choice, check_text, hint, is_number
+from verl_tapo.rule.checks import Knobs, choice, finite, hint, knob, number, text, texts, truth, whole
 from verl_tapo.rule.config import Grounding, TapoConfig
 from verl_tapo.rule.values import shown
 
@@ -18,87 +21,96 @@ StepSource: TypeAlias = Literal["auto", "recorded", "parsed"]
 RecordFormat: TypeAlias = Literal["jsonl", "parquet"]
 
 
+def _base_estimator(name: str, value: Any) -> None:
+    text("a non-empty string")(name, value)
+    if value == "tapo":
+        raise ValueError(f"{name} must be another estimator than 'tapo' itself, 'grpo' for example")
+
+
+def _rule(name: str, value: Any) -> None:
+    if not isinstance(value, TapoConfig):
+        raise ValueError(f"{name} must be a TapoConfig, got {type(value).__name__}")
+
+
 @dataclass(frozen=True)
-class TapoSettings:
-    """All of ``algorithm.tapo``: the rule, and how a run feeds it.
+class TapoSettings(Knobs):
+    """All of ``algorithm.tapo``.
 
     Raises:
         ValueError: naming the setting, for a value out of range.
     """
 
-    rule: TapoConfig = field(default_factory=TapoConfig)
-    base_estimator: str = "grpo"
-    """The registered group estimator whose advantages are corrected."""
-    success_key: str = "acc"
-    """Key of the reward function's extra info that says whether a rollout succeeded."""
-    success_threshold: float = 0.5
-    """A rollout succeeded where that value, or the score where the key is missing, is at least this."""
-    step_source: StepSource = "auto"
-    """``recorded``: by the agent loop ``tapo_tool_agent``; ``parsed``: out of the tokens; ``auto``: recorded, else
-    parsed, row by row."""
-    tool_format: str | None = None
-    """Tool-call format to parse; None takes ``actor_rollout_ref.rollout.multi_turn.format``."""
-    error_markers: tuple[str, ...] = ()
-    """Texts a failing tool's answer starts with, besides those of veRL's own loop; such calls get no credit."""
-    image_parameters: tuple[str, ...] = ("image", "images", "image_index", "image_idx", "image_id", "img", "img_idx")
-    """Call parameters that hold an index of an image: compared by the image's content, not by the index."""
-    image_index_base: int | None = None
-    """Whether image indices count from 0 or from 1; None: not known, so two indices are the same image only where
-    both readings agree."""
-    write_tool_mask: bool = True
-    """Write the tool mask to the batch, as the field ``tapo_tool_mask``."""
-    patience: int = 20
-    """Training steps after which a tool named in ``tools`` that never occurred is reported; 0: never."""
-    max_fault_rate: float | None = None
-    """Share of a step's recorded tool calls that may fail through no fault of the model, and of its prompts' rollouts
-    that may be missing (V1); beyond it the run ends. None: no limit."""
-    record_dir: str | None = None
-    """Folder for a file of records in every training step, see `verl_tapo.step_records`; None: none are written."""
-    record_format: RecordFormat = "jsonl"
-    """Of these files: ``jsonl`` (compressed) or ``parquet``."""
-    record_keep: int = 0
-    """How many of the newest steps' files stay; 0: all."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rule, TapoConfig):
-            raise ValueError(f"rule must be a TapoConfig, got {type(self.rule).__name__}")
-        for name in ("base_estimator", "success_key"):
-            check_text(name, getattr(self, name), "a non-empty string")
-        if self.base_estimator == "tapo":
-            raise ValueError("base_estimator must be another estimator than 'tapo' itself, 'grpo' for example")
-        if not is_number(self.success_threshold):
-            raise ValueError(f"success_threshold must be a finite number, got {shown(self.success_threshold)}")
-        check_choice("step_source", self.step_source, get_args(StepSource))
-        if self.tool_format is not None:
-            check_text("tool_format", self.tool_format, "a tool parser's name or null")
-        for name in ("error_markers", "image_parameters"):
-            texts = getattr(self, name)
-            if not isinstance(texts, list | tuple) or not all(isinstance(item, str) and item for item in texts):
-                raise ValueError(
-                    f"{name} must be a list of non-empty strings, got {shown(texts)}; [] where there are none"
-                )
-        check_choice("image_index_base", self.image_index_base, (None, 0, 1))
-        check_bool("write_tool_mask", self.write_tool_mask)
-        for name in ("patience", "record_keep"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a whole number >= 0, got {shown(value)}")
-        if self.record_dir is not None:
-            check_text("record_dir", self.record_dir, "a folder or null")
-        check_choice("record_format", self.record_format, get_args(RecordFormat))
-        rate = self.max_fault_rate
-        if rate is not None and (not is_number(rate) or not 0 <= rate <= 1):
-            raise ValueError(f"max_fault_rate must be null or a number from 0 to 1, got {shown(rate)}")
+    rule: TapoConfig = field(default_factory=TapoConfig, metadata={"check": _rule})
+    base_estimator: str = knob(
+        "grpo", "The registered group estimator whose advantages are corrected.", _base_estimator
+    )
+    success_key: str = knob(
+        "acc",
+        """Key in the reward function's returned dict that says whether a rollout succeeded; the score where it is
+        missing.""",
+        text("a non-empty string"),
+    )
+    success_threshold: float = knob(0.5, "A rollout succeeded where that value is at least this.", finite)
+    step_source: StepSource = knob(
+        "auto",
+        """"recorded": by the agent loop tapo_tool_agent; "parsed": out of the tokens; "auto": recorded where there is a
+        record, else parsed.""",
+        choice(*get_args(StepSource)),
+    )
+    tool_format: str | None = knob(
+        None,
+        "Tool-call format to parse; null takes actor_rollout_ref.rollout.multi_turn.format.",
+        text("a tool parser's name or null", null=True),
+    )
+    error_markers: tuple[str, ...] = knob(
+        (),
+        "Texts that a failing tool's answer starts with, besides those of veRL's own loop; such calls get no credit.",
+        texts,
+    )
+    image_parameters: tuple[str, ...] = knob(
+        ("image", "images", "image_index", "image_idx", "image_id", "img", "img_idx"),
+        "Call parameters that hold the index of an image: compared by the image, not by the index.",
+        texts,
+    )
+    image_index_base: int | None = knob(
+        None,
+        """Whether such indices count from 0 or from 1; null: not known, two are the same only where both readings
+        agree.""",
+        choice(None, 0, 1),
+    )
+    write_tool_mask: bool = knob(True, "Write the tool mask to the batch, as the field tapo_tool_mask.", truth)
+    patience: int = knob(
+        20, "Training steps after which a tool named in `tools` that never occurred is reported; 0: never.", whole
+    )
+    max_fault_rate: float | None = knob(
+        None,
+        """Share of a step's tool calls, recorded by tapo_tool_agent, that may fail through no fault of the model (a
+        search service that is down), and of its prompts' rollouts that may be missing (an inference server that died),
+        0 to 1; beyond it the run ends. null: no limit. Under other estimators too, but for a veRL that patches/ has
+        changed.""",
+        number(1, null=True),
+    )
+    record_dir: str | None = knob(
+        None,
+        """A folder for a file of records in every training step, which `verl-tapo audit` reads; null: none. Of its own:
+        only records of a step that is done again are replaced, and a folder with other files of such names is
+        refused.""",
+        text("a folder or null", null=True),
+    )
+    record_format: RecordFormat = knob(
+        "jsonl", "Of these files: jsonl (compressed) or parquet.", choice(*get_args(RecordFormat))
+    )
+    record_keep: int = knob(0, "How many of the newest steps' files stay; 0: all.", whole)
 
     def to_mapping(self) -> dict[str, Any]:
-        """All settings as the flat block that `from_mapping` takes."""
+        """All settings as the block that `from_mapping` takes."""
         rule = {f.name: getattr(self.rule, f.name) for f in fields(TapoConfig) if f.init}
         rule["grounding"] = asdict(self.rule.grounding)
         return {**rule, **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "rule"}}
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any] | None) -> TapoSettings:
-        """Settings from the flat block ``algorithm.tapo`` (plain containers; None is all defaults).
+        """Settings from the block ``algorithm.tapo`` (plain containers; None is all defaults).
 
         Raises:
             ValueError: for an unknown key (with the closest known one), or a value out of range.
@@ -119,3 +131,82 @@ class TapoSettings:
             return cls(rule=config, **{key: value for key, value in values.items() if key not in rule})
         except ValueError as error:
             raise ValueError(f"algorithm.tapo.{error}") from None
+
+
+class _Loaded:
+    """The settings of this process's run; kept while the configuration stays the same (kernels may hold models)."""
+
+    raw: Any = None
+    settings: TapoSettings | None = None
+
+
+def load_settings(algorithm: Any) -> TapoSettings:
+    """The settings in the ``tapo`` block of veRL's ``algorithm`` configuration (a DictConfig, mapping or dataclass).
+
+    Raises:
+        ValueError: for an unknown key or a value out of range.
+    """
+    raw: Any = None
+    if algorithm is not None:
+        raw = algorithm.get("tapo", None) if hasattr(algorithm, "get") else getattr(algorithm, "tapo", None)
+    if type(raw).__module__.startswith("omegaconf"):
+        from omegaconf import OmegaConf
+
+        raw = OmegaConf.to_container(raw, resolve=True)
+    if _Loaded.settings is None or _Loaded.raw != raw:
+        _Loaded.raw, _Loaded.settings = raw, TapoSettings.from_mapping(raw)
+    return _Loaded.settings
+
+
+# --- conf/tapo.yaml -------------------------------------------------------------------------------------------------
+
+_HEAD = """\
+# veRL's own PPO configuration with TAPO switched on, and every knob of TAPO present:
+#   python -m verl.trainer.main_ppo --config-name tapo algorithm.tapo.beta=0.5 ...
+# (verl_tapo puts this folder on Hydra's search path.) With veRL's own configuration instead, write
+#   algorithm.adv_estimator=tapo +algorithm.tapo.beta=0.5
+# [paper]: as the paper has it. [ours]: decided here, because the paper leaves it open.
+# Made by `python -m verl_tapo.settings`: change defaults, sentences and ranges there.
+defaults:
+  - ppo_trainer
+  - _self_
+
+algorithm:
+  adv_estimator: tapo
+
+  tapo:
+"""
+_WIDTH = 120
+
+
+def as_yaml() -> str:
+    """The text of ``conf/tapo.yaml``."""
+    knobs = [each for each in (*fields(TapoConfig), *fields(TapoSettings)) if "sentence" in each.metadata]
+    return _HEAD + "\n".join(line for each in knobs for line in ("", *_lines(each, 4))) + "\n"
+
+
+def _lines(each: Field[Any], indent: int) -> Iterator[str]:
+    import yaml
+
+    margin = " " * indent
+    comment = f"{margin}# "
+    yield from textwrap.wrap(
+        each.metadata["sentence"],
+        _WIDTH,
+        initial_indent=comment,
+        subsequent_indent=comment,
+        break_on_hyphens=False,
+    )
+    if isinstance(each.default, Knobs):
+        yield f"{margin}{each.name}:"
+        for inner in fields(each.default):  # type: ignore[arg-type]
+            yield ""
+            yield from _lines(inner, indent + 2)
+        return
+    value = list(each.default) if isinstance(each.default, tuple) else each.default
+    text = yaml.safe_dump({each.name: value}, default_flow_style=True, width=10 * _WIDTH)
+    yield margin + text.strip()[1:-1]
+
+
+if __name__ == "__main__":
+    print(as_yaml(), end="")

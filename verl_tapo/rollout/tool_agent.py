@@ -32,7 +32,6 @@ from verl.experimental.agent_loop.tool_parser import FunctionCall
 from verl.tools.schemas import ToolResponse
 
 from verl_tapo.answers.evidence import evidence_of, ground_truth_of
-from verl_tapo.cpu import ROLLOUT_NAME
 from verl_tapo.parsing import NOT_EXECUTED_PREFIX, STOCK_ERRORS, FoundCall, answer_is_error
 from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryRecord, finite, shown
 from verl_tapo.rollout.execution import (
@@ -45,7 +44,7 @@ from verl_tapo.rollout.execution import (
     words,
 )
 from verl_tapo.rule.values import MAX_DEPTH, content_hash, deeper_than
-from verl_tapo.trainer.estimator import load_settings
+from verl_tapo.settings import load_settings
 from verl_tapo.trainer.verl_parser import cached_parser
 
 logger = logging.getLogger(__name__)
@@ -56,6 +55,7 @@ _TOOL_MARKERS = tuple(
     for name in ("tool_call", "tool_response", "seed:tool_call", "minimax:tool_call")
     for slash in ("", "/")
 )
+_REPRODUCIBLE_ENGINE = "transformers"  # of verl_tapo.cpu
 ALL_TOOLS = "all"  # in max_calls
 _LONG_TEXT = 20_000
 _ERROR_CHARS = 256  # of an error's text are kept, whatever the limit for answers: it must still read as an error
@@ -251,7 +251,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
     async def run(self, sampling_params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the stock loop, with the record in ``extra_fields["tapo_steps"]`` of the output."""
         self._reset()
-        if self.rollout_config.get("name") == ROLLOUT_NAME and "session_id" in kwargs:
+        if self.rollout_config.get("name") == _REPRODUCIBLE_ENGINE and "session_id" in kwargs:
             # That engine draws reproducibly if it can tell the rollouts of a prompt apart; others mean by it a seed.
             number = zlib.crc32(f"{kwargs.get('index')}/{kwargs['session_id']}".encode())
             sampling_params = {**sampling_params, "seed": number}

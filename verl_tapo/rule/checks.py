@@ -1,13 +1,40 @@
-"""Checks of settings: each raises ValueError with the setting's name and what it must be."""
+"""Settings: each is declared once, with its default, a sentence and its check."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import field, fields
+from typing import Any, TypeAlias
 
 from verl_tapo.rule.values import read_number, shown
+
+Check: TypeAlias = Callable[[str, Any], None]
+"""Takes a setting's name and value; raises ValueError that says what it must be."""
+
+
+def knob(default: Any, sentence: str, check: Check) -> Any:
+    """A dataclass field of a class derived from `Knobs`.
+
+    Args:
+        default: its default.
+        sentence: what it does; `verl_tapo/conf/tapo.yaml` is made from it.
+        check: asked whenever settings are made.
+    """
+    return field(default=default, metadata={"sentence": " ".join(sentence.split()), "check": check})
+
+
+class Knobs:
+    """A dataclass of settings."""
+
+    block = ""
+    """Stands before the names in messages."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):  # type: ignore[arg-type]
+            if "check" in each.metadata:
+                each.metadata["check"](f"{self.block}{each.name}", getattr(self, each.name))
 
 
 def is_number(value: Any) -> bool:
@@ -15,30 +42,56 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and read_number(value) is not None
 
 
-def check_number(name: str, value: Any, upper: float) -> None:
-    """A number from 0 to ``upper``."""
-    if not is_number(value) or not 0 <= value <= upper:
-        span = f"in [0, {upper:g}]" if math.isfinite(upper) else ">= 0"
-        raise ValueError(f"{name} must be a number {span}, got {shown(value)}")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """One of the choices."""
-    # By type as well: true is no 1.
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
-
-
-def check_bool(name: str, value: Any) -> None:
-    """A truth value."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {shown(value)}")
-
-
-def check_text(name: str, value: Any, what: str) -> None:
-    """A text that is not empty."""
-    if not isinstance(value, str) or not value:
+def _require(fine: bool, name: str, what: str, value: Any) -> None:
+    if not fine:
         raise ValueError(f"{name} must be {what}, got {shown(value)}")
+
+
+def number(upper: float = math.inf, *, null: bool = False) -> Check:
+    """A number from 0 to ``upper``; with ``null`` None, too."""
+    span = f"in [0, {upper:g}]" if math.isfinite(upper) else ">= 0"
+    what = f"null or a number from 0 to {upper:g}" if null else f"a number {span}"
+    return lambda name, value: _require(
+        (null and value is None) or (is_number(value) and 0 <= value <= upper), name, what, value
+    )
+
+
+def finite(name: str, value: Any) -> None:
+    """A finite number."""
+    _require(is_number(value), name, "a finite number", value)
+
+
+def whole(name: str, value: Any) -> None:
+    """A whole number from 0 on."""
+    fine = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    _require(fine, name, "a whole number >= 0", value)
+
+
+def choice(*choices: Any) -> Check:
+    """One of the choices, by type as well: true is no 1."""
+    what = f"one of {', '.join(map(repr, choices))}"
+    return lambda name, value: _require(
+        any(type(value) is type(each) and value == each for each in choices), name, what, value
+    )
+
+
+def truth(name: str, value: Any) -> None:
+    """A truth value."""
+    _require(isinstance(value, bool), name, "true or false", value)
+
+
+def text(what: str, *, null: bool = False) -> Check:
+    """A text that is not empty; with ``null`` None, too."""
+    return lambda name, value: _require(
+        (null and value is None) or (isinstance(value, str) and value != ""), name, what, value
+    )
+
+
+def texts(name: str, value: Any) -> None:
+    """A list of texts that are not empty."""
+    fine = isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value)
+    if not fine:
+        raise ValueError(f"{name} must be a list of non-empty strings, got {shown(value)}; [] where there are none")
 
 
 def hint(name: Any, known: Collection[str]) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
-from verl_tapo.rule.checks import check_bool, check_choice, check_number, check_text, hint
+from verl_tapo.rule.checks import Knobs, choice, hint, knob, number, text, truth
 from verl_tapo.rule.names import BOX_PARAMETERS, acquires_information, default_kernel
 from verl_tapo.rule.similarity import Kernel, KernelSpec, make_kernel
 from verl_tapo.rule.steps import TokenScope
@@ -17,20 +16,32 @@ Scope: TypeAlias = Literal["group", "batch"]
 
 
 @dataclass(frozen=True)
-class Grounding:
+class Grounding(Knobs):
     """What follows where a tool's answer held an accepted answer of the prompt, or none did; see
-    `verl_tapo.rule.grounding`. [ours]"""
+    `verl_tapo.rule.grounding`. [ours]
 
-    witnesses: bool = False
-    """Successes in which no tool's answer held an accepted answer are no witnesses, and do not count in the support."""
-    own: bool = False
-    """In a failing rollout the calls up to the one whose answer held an accepted answer lose their penalty."""
-    luck: bool = False
-    """Calls of a success in which no tool's answer held an accepted answer earn no reward. It lowers advantages."""
+    Raises:
+        ValueError: naming the switch, for a value that is no truth value.
+    """
 
-    def __post_init__(self) -> None:
-        for switch in fields(self):
-            check_bool(f"grounding.{switch.name}", getattr(self, switch.name))
+    block = "grounding."
+
+    witnesses: bool = knob(
+        False,
+        """Successes in which no tool's answer held an accepted answer are no witnesses, and do not count in the
+        support.""",
+        truth,
+    )
+    own: bool = knob(
+        False,
+        "In a failing rollout the calls up to the one whose answer held an accepted answer lose their penalty.",
+        truth,
+    )
+    luck: bool = knob(
+        False,
+        "Calls of a success in which no tool's answer held an accepted answer earn no reward. It lowers advantages.",
+        truth,
+    )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any] | None) -> Grounding:
@@ -49,61 +60,88 @@ class Grounding:
         return cls(**(mapping or {}))
 
 
+def _grounding(name: str, value: Any) -> None:
+    if not isinstance(value, Grounding):
+        raise ValueError(f"{name} must be a Grounding, got {shown(value)}")
+
+
+def _tools(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name} must map tool names to their parameters' kernels, got {shown(value)}")
+    if value is not None and not value:
+        raise ValueError(
+            "tools names no tool, so that nothing would be corrected: null decides by name, beta=0 turns TAPO off"
+        )
+
+
 @dataclass(frozen=True)
-class TapoConfig:
+class TapoConfig(Knobs):
     """The rule's settings. Defaults are the paper's where it states them.
 
     Raises:
         ValueError: naming the setting, for a value out of range, an unknown kernel or bad kernel options.
     """
 
-    beta: float = 0.8
-    """Scale of the transfer, >= 0; 0 turns TAPO off. [paper: 0.8 was the best of those tried]"""
-    theta: float = 0.8
-    """Similarity from which on two calls are the same action, in [0, 1]. [paper has it; the value is ours]"""
-    alpha_min: float = 0.2
-    """Confidence below which nothing is transferred, in [0, 1]. [paper has it; the value is ours]"""
-    token_scope: TokenScope = "step"
-    """``step``: the whole assistant turn that made the call; ``call``: the call's own tokens. [ours]"""
-    scope: Scope = "group"
-    """``group``: witnesses among the rollouts of the same prompt; ``batch``: in the whole batch. [ours]"""
-    use_support: bool = True
-    """False sets the support factor to 1. [paper's ablation]"""
-    clip: bool = True
-    """False drops the cut-off at 0. [paper's ablation]"""
-    tools: Mapping[str, Mapping[str, KernelSpec]] | None = None
-    """Information-acquisition tools with their parameters' kernels, ``{tool: {parameter: kernel}}``; a parameter not
-    named compares as ``exact``. None decides by name, see `acquires_information` and `default_kernel`, and calls
-    without any parameter that counts are left out. [ours]"""
-    grounding: Grounding = Grounding()
-    """Switches for credit by what the tools' answers held; all are off by default. [ours]"""
+    beta: float = knob(
+        0.8,
+        "Scale of the transfer, >= 0; 0 turns TAPO off, but for `grounding`. [paper: 0.8 was the best of those tried]",
+        number(),
+    )
+    theta: float = knob(
+        0.8,
+        "Similarity from which on two calls are the same action, 0 to 1. [paper has it; the value is ours]",
+        number(1),
+    )
+    alpha_min: float = knob(
+        0.2,
+        """Confidence (similarity times support) below which nothing is transferred, 0 to 1. [paper has it; the value is
+        ours]""",
+        number(1),
+    )
+    token_scope: TokenScope = knob(
+        "step",
+        """Corrected tokens: "step" is the whole assistant turn that made the call, "call" the call's own tokens.
+        [ours]""",
+        choice(*get_args(TokenScope)),
+    )
+    scope: Scope = knob(
+        "group",
+        'Where witnesses are looked for: "group" is the rollouts of the same prompt, "batch" all of them. [ours]',
+        choice(*get_args(Scope)),
+    )
+    use_support: bool = knob(
+        True,
+        "Weigh the transfer with the share of successful rollouts that hold the call; false is the paper's ablation.",
+        truth,
+    )
+    clip: bool = knob(True, "Never lift an advantage past 0; false is the paper's ablation (unstable there).", truth)
+    tools: Mapping[str, Mapping[str, KernelSpec]] | None = knob(
+        None,
+        """Information-acquisition tools and how their parameters compare, {tool: {parameter: kernel}}; kernels: exact,
+        text, iou, {kernel: number, scale: S}, embedding, ignore; parameters not named: exact. null decides by name, and
+        logs it once a tool [ours]: tools stay out whose names say that they end the rollout, or run, make or change
+        things (finish, answer, python, click, write_file ...); what is named like a query, keyword, question or prompt
+        compares as text, like a box as iou; a reason or thought does not count, nor does a label beside a box; calls
+        without any argument that counts are left out.""",
+        _tools,
+    )
+    grounding: Grounding = knob(
+        Grounding(),
+        """What follows where a tool's answer held an accepted answer of the prompt, or none did; what cannot be told
+        (yes, a colour, a year; no ground truth; images) changes nothing. [ours]""",
+        _grounding,
+    )
     _kernels: dict[str, dict[str, Kernel]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta, math.inf)
-        check_number("theta", self.theta, 1.0)
-        check_number("alpha_min", self.alpha_min, 1.0)
-        check_choice("token_scope", self.token_scope, get_args(TokenScope))
-        check_choice("scope", self.scope, get_args(Scope))
-        check_bool("use_support", self.use_support)
-        check_bool("clip", self.clip)
-        if not isinstance(self.grounding, Grounding):
-            raise ValueError(f"grounding must be a Grounding, got {shown(self.grounding)}")
-        if self.tools is None:
-            return
-        if not isinstance(self.tools, Mapping):
-            raise ValueError(f"tools must map tool names to their parameters' kernels, got {shown(self.tools)}")
-        if not self.tools:
-            raise ValueError(
-                "tools names no tool, so that nothing would be corrected: null decides by name, beta=0 turns TAPO off"
-            )
-        for tool, parameters in self.tools.items():
-            check_text("tools: a tool's name", tool, "a text")
+        super().__post_init__()
+        for tool, parameters in (self.tools or {}).items():
+            _TEXT("tools: a tool's name", tool)
             if parameters is not None and not isinstance(parameters, Mapping):
                 raise ValueError(f"tools[{tool!r}] must map parameters to kernels, got {shown(parameters)}")
             try:
                 for name, spec in (parameters or {}).items():
-                    check_text("a parameter's name", name, "a text")
+                    _TEXT("a parameter's name", name)
                     self._kernels.setdefault(tool, {})[name] = make_kernel(spec)
             except ValueError as error:
                 raise ValueError(f"tools[{tool!r}]: {error}") from None
@@ -129,4 +167,5 @@ class TapoConfig:
         return self.kernel(tool, parameter, BOX_PARAMETERS).ignores
 
 
+_TEXT = text("a text")
 _BY_NAME = {name: make_kernel(name) for name in ("text", "iou", "exact", "ignore")}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from verl_tapo.rule.arrays import BoolArray, IntArray
-from verl_tapo.rule.checks import check_choice
+from verl_tapo.rule.checks import choice
 from verl_tapo.rule.values import shown
 
 TokenScope: TypeAlias = Literal["step", "call"]
@@ -187,7 +187,7 @@ def build_tool_mask(
     """
     if not isinstance(response_mask, torch.Tensor) or response_mask.is_nested or response_mask.dim() != 2:
         raise ValueError(f"response_mask must be a (B, L) tensor, got {described(response_mask)}")
-    check_choice("token_scope", token_scope, get_args(TokenScope))
+    choice(*get_args(TokenScope))("token_scope", token_scope)
     columns = step_columns(steps, *response_mask.shape)
     most = int(np.bincount(columns.row).max(initial=0))
     if not isinstance(dtype, torch.dtype) or dtype not in _WHOLE_NUMBERS or most > torch.iinfo(dtype).max:

@@ -7,9 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from verl_tapo.formats import NATIVE_FORMATS
-from verl_tapo.settings import TapoSettings
+from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.step_records import check_folder
-from verl_tapo.trainer.estimator import load_settings
 from verl_tapo.trainer.tools_check import config_problems, recording_warning, rule_problems
 
 logger = logging.getLogger("verl_tapo")

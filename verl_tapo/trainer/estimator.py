@@ -18,7 +18,7 @@ from verl_tapo.rule.arrays import numbered
 from verl_tapo.rule.credit import transfer_credit
 from verl_tapo.rule.report import CreditReport
 from verl_tapo.rule.steps import ToolStep, build_tool_mask
-from verl_tapo.settings import TapoSettings
+from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.step_records import StepRecorder, StepSnapshot
 from verl_tapo.trainer.grounding import grounding_metrics
 from verl_tapo.trainer.rollout import CURRENT, Rollout
@@ -30,31 +30,6 @@ logger = logging.getLogger("verl_tapo")
 
 TOOL_MASK_FIELD = "tapo_tool_mask"
 WATCH = Watch()
-
-
-class _SettingsCache:
-    """The settings of this process's run; kept while the configuration stays the same (kernels may hold models)."""
-
-    raw: Any = None
-    settings: TapoSettings | None = None
-
-
-def load_settings(algorithm: Any) -> TapoSettings:
-    """The settings in the ``tapo`` block of veRL's ``algorithm`` configuration (a DictConfig, mapping or dataclass).
-
-    Raises:
-        ValueError: for an unknown key or a value out of range.
-    """
-    raw: Any = None
-    if algorithm is not None:
-        raw = algorithm.get("tapo", None) if hasattr(algorithm, "get") else getattr(algorithm, "tapo", None)
-    if type(raw).__module__.startswith("omegaconf"):
-        from omegaconf import OmegaConf
-
-        raw = OmegaConf.to_container(raw, resolve=True)
-    if _SettingsCache.settings is None or _SettingsCache.raw != raw:
-        _SettingsCache.raw, _SettingsCache.settings = raw, TapoSettings.from_mapping(raw)
-    return _SettingsCache.settings
 
 
 def make_parser(rollout: Rollout, settings: TapoSettings) -> ToolCallParser:

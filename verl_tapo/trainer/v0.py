@@ -13,9 +13,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from verl_tapo.settings import load_settings
 from verl_tapo.trainer.batch import rollout_from_batch
 from verl_tapo.trainer.check import check_run
-from verl_tapo.trainer.estimator import load_settings
 from verl_tapo.trainer.rollout import CURRENT, agent_names_of
 
 _trainer: weakref.ref[Any] | None = None

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 
 from verl_tapo.records import RECORD_KEY
-from verl_tapo.settings import TapoSettings
+from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.trainer.batch import base_advantages
 from verl_tapo.trainer.check import check_run
-from verl_tapo.trainer.estimator import load_settings, watch, watch_grounding
+from verl_tapo.trainer.estimator import watch, watch_grounding
 from verl_tapo.trainer.rollout import CURRENT, Rollout, Sessions, Tokens, agent_loop_of, agent_names_of
 from verl_tapo.trainer.tool_metrics import check_rollouts
 from verl_tapo.trainer.verl_parser import declared_tools

@@ -260,7 +260,7 @@ def _tool_problems(config: Any, tools: Sequence[Any]) -> Iterator[str]:
 def _credit_problems(algorithm: Any, tools: Sequence[Any]) -> Iterator[str]:
     """What ``algorithm.tapo.tools`` names and is not there. Says which tools take part in credit transfer."""
     from search_agent import tools as recipe
-    from verl_tapo.trainer.estimator import load_settings
+    from verl_tapo.settings import load_settings
 
     rule = load_settings(algorithm).rule
     where = "algorithm.tapo.tools"
