@@ -66,6 +66,14 @@ SCRIPTS = {
         says('<tool_call>{"name": "text_search", "arguments": {"query": "\\ud83d"}}</tool_call>'),
         answer("value 1 \ud83d"),
     ],
+    # And as a call's id; as the name of a malformed call and of one whose arguments are no object.
+    "ids": [
+        says("", call("text_search", {"query": "fact 2"}, "functions.\ud83d:0")),
+        says("", call("\ud83d", "{query", "\ud83d"), call("sea\ud83drch", "[1]", "c2"), call("zoom", "{", "c3")),
+        says('<tool_call>{"name": \ud83d</tool_call>\n<tool_call>{"name": "\\ud83d", "arguments": 1}</tool_call>'),
+        answer("value 1"),
+    ],
+    "names": [says("", call("text_search", {"query": "fact 1"}), call("teleport", {}, "c2"))],
     "endless": [search("fact 1")],
     "cut": [says("I thought about", finish="length")],
     "long": [search("fact 1"), 400],

@@ -285,6 +285,30 @@ def test_half_a_surrogate_pair_is_the_model_s_fault_and_told_to_it(stand_ins, fo
     assert (found["undone"], found["tools"]["text_search"]["infrastructure_faults"]) == (0, 0)
 
 
+def test_half_a_surrogate_pair_in_ids_and_malformed_calls_ends_no_conversation(stand_ins, folder, server):
+    data = write(folder, [row(1, "ids")])
+    assert command.main(arguments(folder, data, server.url, "--calls-per-turn", "3")) == 0
+    (entry,) = transcripts(folder).values()
+    assert (entry["ending"], entry["acc"], len(server.requests)) == ("answered", 1, 4)
+    assert [status for _, status in statuses(entry)] == ["ok"] + ["malformed"] * 5
+    asked, answered = server.requests[1]["messages"][-2:]
+    assert asked["tool_calls"][0]["id"] == answered["tool_call_id"] == "functions.?:0"
+
+
+def test_only_tools_that_there_are_stand_in_the_tables(stand_ins, folder, server):
+    data = write(folder, [row(1, "ids"), row(2, "names"), row(3, "malformed")])
+    assert command.main(arguments(folder, data, server.url, "--calls-per-turn", "1", "--max-turns", "3")) == 0
+    found = json.loads((folder / "out" / "results.json").read_text())
+    assert list(found["tools"]) == ["text_search"]
+    # One call of each turn of "names" is beyond the limit, and in the last turn no call is executed: there is no tool
+    # `teleport` all the same.
+    assert (found["malformed_calls"], found["calls_of_no_tool"]) == (6, 3)
+    assert found["tools"]["text_search"]["calls"] == 1 + 2 + 1
+    text = (folder / "out" / "results.md").read_text()
+    assert "Malformed calls: 6; calls of tools that do not exist: 3." in text
+    assert "teleport" not in text
+
+
 @pytest.mark.parametrize("play", ["no_number", "parts"])
 def test_an_answer_of_another_form_is_the_server_s_fault(stand_ins, folder, server, play):
     data = write(folder, [row(1, "direct"), row(2, play)])

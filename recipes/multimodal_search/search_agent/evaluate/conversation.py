@@ -154,7 +154,8 @@ async def converse(question: Question, model: ChatModel, toolbox: Toolbox, limit
                     contents.append(_refused(f"The call could not be read: {call.problem}. Write it again, correctly."))
                     continue
                 if refusal := limited.refusal(call.tool, number):
-                    record.status = "over_limit"
+                    if record.status != "unknown_tool":
+                        record.status = "over_limit"
                     contents.append(_refused(refusal))
                 else:
                     contents.append(await _run(call, record, question, pictures, toolbox, limits.tool_timeout_s))
@@ -181,8 +182,11 @@ async def _turn(
     talk.completion_tokens += reply.completion_tokens
     talk.answer = reply.text
     talk.messages.append(reply.message)
+    known = {schema["function"]["name"] for schema in toolbox.schemas}
     for call in reply.calls:
-        status: CallStatus = "malformed" if call.problem else "not_executed"
+        status: CallStatus = "not_executed" if call.tool in known else "unknown_tool"
+        if call.problem:
+            status = "malformed"
         at_hand = len(talk.pictures.images)
         talk.record.steps.append(CallRecord(call.tool, call.arguments, turn, turn, status, images_at_hand=at_hand))
     if not reply.calls:

@@ -147,7 +147,10 @@ class ChatModel:
             asked = said.get("tool_calls") or []
             calls = tuple(
                 read_call(
-                    call["function"].get("name"), call["function"].get("arguments"), call.get("id") or f"call_{number}"
+                    call["function"].get("name"),
+                    call["function"].get("arguments"),
+                    # Some formats have the model write the id.
+                    whole(str(call.get("id") or f"call_{number}")),
                 )
                 for number, call in enumerate(asked)
             )

@@ -13,6 +13,8 @@ BENCHMARKS = ("MMSearch", "HR-MMSearch", "FVQA-test", "InfoSeek", "SimpleVQA", "
 """In the paper's order; others follow by name."""
 
 _EXECUTED = ("ok", "error", "timeout")
+# The names in such calls are the model's own: they are no tools, whatever they spell.
+_OF_NO_TOOL = ("malformed", "unknown_tool")
 
 
 def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -97,17 +99,21 @@ def results(
         by_benchmark.setdefault(entry["data_source"], []).append(entry)
     benchmarks = {name: _summary(by_benchmark[name]) for name in order(by_benchmark)}
     by_tool: dict[str, list[Mapping[str, Any]]] = {}
+    of_no_tool: Counter[str] = Counter()
     attempts = list(failures)
     for steps in (*(_steps(entry) for entry in entries), *(attempt["steps"] for attempt in attempts)):
         for step in steps:
-            by_tool.setdefault(step["tool"] if step["status"] != "unknown_tool" else "", []).append(step)
-    unknown = by_tool.pop("", [])
+            if step["status"] in _OF_NO_TOOL:
+                of_no_tool[step["status"]] += 1
+            else:
+                by_tool.setdefault(step["tool"], []).append(step)
     return {
         **about,
         "average": _mean(summary["accuracy"] for summary in benchmarks.values()),
         "undone": undone,
         "failed_attempts": len(attempts),
-        "calls_of_no_tool": len(unknown),
+        "calls_of_no_tool": of_no_tool["unknown_tool"],
+        "malformed_calls": of_no_tool["malformed"],
         "all": _summary(entries),
         "benchmarks": benchmarks,
         "tools": {name: _of_tool(by_tool[name]) for name in sorted(by_tool)},
@@ -173,7 +179,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     endings = ", ".join(f"{name} {count}" for name, count in everything["endings"].items())
     parts.append(
         f"Endings: {endings or 'none'}. Tokens for a question: {everything['prompt_tokens']:.0f} read, "
-        f"{everything['completion_tokens']:.0f} written. Calls of tools that do not exist: {found['calls_of_no_tool']}."
+        f"{everything['completion_tokens']:.0f} written. Malformed calls: {found['malformed_calls']}; "
+        f"calls of tools that do not exist: {found['calls_of_no_tool']}."
     )
     settings = "\n".join(f"- {name}: `{value}`" for name, value in {**found["settings"], **found["versions"]}.items())
     parts.append(f"## Settings\n\n{settings}")
