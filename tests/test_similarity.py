@@ -1,5 +1,6 @@
 """Parameter kernels, canonical values, and the decisions by name."""
 
+import hashlib
 import sys
 import types
 import unicodedata
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz import fuzz
 
+import verl_tapo.images
 from verl_tapo import Kernel, TapoConfig, TapoSettings, ToolStep, register_kernel, transfer_credit
 from verl_tapo.images import image_index, resolve_images
 from verl_tapo.records import CallRecord, TrajectoryRecord, recorded_steps
@@ -584,6 +586,49 @@ def test_recorded_calls_of_an_images_index_compare_by_its_content(other, base):
 
     assert second_gate(["prompt", "left"]) == "corrected"
     assert second_gate(["prompt", "right"]) == "below_theta"
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """How many bytes the identities of images took to hash, all together."""
+    sizes = []
+
+    class Counted:
+        def __init__(self, data=b"", **settings):
+            self.hash = hashlib.blake2b(**settings)
+            self.update(data)
+
+        def update(self, data):
+            sizes.append(len(data))
+            self.hash.update(data)
+
+        def hexdigest(self):
+            return self.hash.hexdigest()
+
+    monkeypatch.setattr(verl_tapo.images, "hashlib", types.SimpleNamespace(blake2b=Counted))
+    return lambda: sum(sizes)
+
+
+def test_numbers_that_refer_to_no_image_cost_one_look_at_each_image(hashed):
+    images = [f"image {number}" for number in range(200)]
+    found = resolve_images({"image": [999] * 500, "images": 999}, ["image", "images"], images, 0)
+    assert set(found["image"]) == {found["images"]}
+    assert hashed() <= 2 * len("\0".join(images))
+
+
+def test_many_recorded_calls_cost_one_look_at_each_image(hashed):
+    images = [f"image {number}" for number in range(200)]
+    calls = [
+        CallRecord("zoom", {"image": 999}, (number, number + 1), (number, number + 1), "ok", images_at_hand=at_hand)
+        for number, at_hand in enumerate([*range(len(images) + 1), 3, 200, 3])
+    ]
+    record = TrajectoryRecord(calls, images).to_dict()
+    found = [step.arguments["image"] for step in recorded_steps(record, 0, len(calls), ["image"], 0)]
+    assert hashed() <= 2 * len("\0".join(images))
+    alone = [resolve_images({"image": 999}, ["image"], images[:at_hand], 0)["image"] for at_hand in (0, 1, 3, 200)]
+    assert [found[0], found[1], found[3], found[200]] == alone
+    assert found[-3:] == [found[3], found[200], found[3]]
+    assert len(set(found)) == len(images) + 1
 
 
 def test_odd_values_in_place_of_an_image():

@@ -36,12 +36,41 @@ def image_index(value: Any) -> int | None:
     return int(value) if value == value and abs(value) < 1e9 and value == int(value) else None
 
 
-def _identity(index: int, images: Sequence[str], base: int) -> str | None:
-    position = index - base if index >= 0 else len(images) + index
-    return images[position] if 0 <= position < len(images) else None
+class Images:
+    """Identities of one trajectory's images, in order, as it comes by them."""
+
+    def __init__(self, identities: Iterable[str] = ()):
+        self._identities = list(identities)
+        # What the first so many are called together, as far as it was asked for. Each image is hashed once, however
+        # many calls there are.
+        self._together: list[str] = []
+        self._hash = hashlib.blake2b(digest_size=12)
+
+    def __len__(self) -> int:
+        return len(self._identities)
+
+    def __getitem__(self, position: int) -> str:
+        return self._identities[position]
+
+    def append(self, identity: str) -> None:
+        """Adds the image that comes next."""
+        self._identities.append(identity)
+
+    def together(self, count: int) -> str:
+        """A hash of the first ``count`` identities, one at least."""
+        for position in range(len(self._together), count):
+            separator = "\0" if position else ""
+            self._hash.update(f"{separator}{self._identities[position]}".encode("utf-8", "backslashreplace"))
+            self._together.append(self._hash.hexdigest())
+        return self._together[count - 1]
 
 
-def _identity_of(value: Any, images: Sequence[str], base: int | None) -> Any:
+def _identity(index: int, images: Images, count: int, base: int) -> str | None:
+    position = index - base if index >= 0 else count + index
+    return images[position] if 0 <= position < count else None
+
+
+def _identity_of(value: Any, images: Images, count: int, base: int | None) -> Any:
     """The identity of the image that ``value`` refers to; the value itself where it is no reference.
 
     A number that refers to no image is told apart by all images at hand: whatever a tool makes of it, it does the same
@@ -49,7 +78,7 @@ def _identity_of(value: Any, images: Sequence[str], base: int | None) -> Any:
     """
     index = image_index(value)
     if index is not None:
-        readings = [_identity(index, images, b) for b in ((0, 1) if base is None else (base,))]
+        readings = [_identity(index, images, count, b) for b in ((0, 1) if base is None else (base,))]
         found = sorted({reading for reading in readings if reading is not None})
         if found:
             return " or ".join(found)
@@ -57,12 +86,16 @@ def _identity_of(value: Any, images: Sequence[str], base: int | None) -> Any:
         return value  # a name; `image_0012` may be one, too
     if not isinstance(value, str | int | float | np.number | np.bool_):
         return value
-    among = hashlib.blake2b("\0".join(images).encode("utf-8", "backslashreplace"), digest_size=12).hexdigest()
-    return f"no image {hex(value) if isinstance(value, int) and index is None else value} among {among}"
+    shown = hex(value) if isinstance(value, int) and index is None else value
+    return f"no image {shown} among {images.together(count)}"
 
 
 def resolve_images(
-    arguments: Mapping[str, Any], parameters: Iterable[str], images: Sequence[str], base: int | None
+    arguments: Mapping[str, Any],
+    parameters: Iterable[str],
+    images: Images | Sequence[str],
+    base: int | None,
+    at_hand: int | None = None,
 ) -> Mapping[str, Any]:
     """Call arguments with identities in place of image indices; the given mapping where there is nothing to resolve.
 
@@ -72,18 +105,22 @@ def resolve_images(
         arguments: parsed call arguments.
         parameters: names of the parameters that hold image indices, see ``TapoSettings.image_parameters``; an index as
             `image_index` reads it, or a list of such. Negative ones count from the end.
-        images: identities of the images at hand when the call was made, in order.
+        images: identities of the trajectory's images, in order. Where it makes many calls, `Images` spares work.
         base: 0 or 1, what indices count from; None where not known: the one reading that exists, or both together.
+        at_hand: how many of the images there were when the call was made; None for all of them.
     """
-    if not images:
+    count = len(images) if at_hand is None else min(at_hand, len(images))
+    if count <= 0:
         return arguments
+    if not isinstance(images, Images):
+        images = Images(images)
     resolved: dict[str, Any] = {}
     for name in parameters:
         if name not in arguments:
             continue
         value = arguments[name]
         if image_index(value) is None and isinstance(value, list | tuple):
-            resolved[name] = [_identity_of(item, images, base) for item in value]
+            resolved[name] = [_identity_of(item, images, count, base) for item in value]
         else:
-            resolved[name] = _identity_of(value, images, base)
+            resolved[name] = _identity_of(value, images, count, base)
     return {**arguments, **resolved} if resolved else arguments

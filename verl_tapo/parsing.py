@@ -18,7 +18,7 @@ import numpy as np
 
 from verl_tapo.answers.evidence import Evidence
 from verl_tapo.formats import FALLBACK, MALFORMED, NATIVE_FORMATS, Call, Tools, decode, format_for, read_call, read_text
-from verl_tapo.images import resolve_images
+from verl_tapo.images import Images, resolve_images
 from verl_tapo.rule.arrays import IntArray
 from verl_tapo.rule.steps import ToolStep
 from verl_tapo.rule.values import canonical
@@ -375,15 +375,15 @@ class _Images:
         """Begins the row of that number, whose tokens begin at ``origin``."""
         self._number, self._origin = number, origin
         self._at = bisect_left(self._places, origin, self._at)
-        self._prompt: list[str] | None = None
         self._seen: list[str] = []
+        self._all: Images | None = None
 
-    def at_hand(self) -> Sequence[str]:
+    def at_hand(self) -> Images:
         """Those of the prompt, and those seen so far."""
-        if self._prompt is None:
-            self._prompt = list(self._prompt_images(self._number) if self._prompt_images else ())
-            self._seen[:0] = self._prompt
-        return self._seen
+        if self._all is None:
+            prompt = self._prompt_images(self._number) if self._prompt_images else ()
+            self._all = Images([*prompt, *self._seen])
+        return self._all
 
     def see(self, until: int, blocks: Sequence[int] = (), answered: Sequence[ToolStep] = ()) -> None:
         """Takes note of the images up to the token ``until``; those of an answer are known by the call it answers."""
@@ -394,9 +394,8 @@ class _Images:
             block, ordinal = own, ordinal + 1 if own == block else 0
             # Images that came in where no call was made have no known origin.
             known = own < len(answered)
-            self._seen.append(
-                _made_by(answered[own], ordinal) if known else f"unknown {self._number} {image - self._origin}"
-            )
+            identity = _made_by(answered[own], ordinal) if known else f"unknown {self._number} {image - self._origin}"
+            (self._seen if self._all is None else self._all).append(identity)
 
 
 class _Sights:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any, Literal, TypeAlias
 
-from verl_tapo.images import resolve_images
+from verl_tapo.images import Images, resolve_images
 from verl_tapo.rule.steps import ToolStep
 
 RECORD_KEY = "tapo_steps"
@@ -133,7 +133,7 @@ def recorded_steps(
     """
     if record.get("version") != RECORD_VERSION:
         raise ValueError(f"row {row}: {RECORD_KEY} has version {record.get('version')!r}, expected {RECORD_VERSION}")
-    images, parameters = record["images"], frozenset(image_parameters)
+    images, parameters = Images(record["images"]), frozenset(image_parameters)
     steps = []
     for step in record["steps"]:
         (start, end), (call_start, call_end) = step["turn"], step["call"]
@@ -141,7 +141,7 @@ def recorded_steps(
             continue
         arguments = step["arguments"]
         if not parameters.isdisjoint(arguments):
-            arguments = resolve_images(arguments, parameters, images[: step["images_at_hand"]], image_index_base)
+            arguments = resolve_images(arguments, parameters, images, image_index_base, step["images_at_hand"])
         turn = (start, min(end, length))
         call = (min(call_start, length), min(call_end, length))
         steps.append(ToolStep(row, step["tool"], arguments, turn, call, step["ok"], step.get("seen")))
