@@ -23,6 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from written_calls import written
 
 from verl_tapo import TapoConfig, transfer_credit
 from verl_tapo.audit import ReadOptions, audit, terminal
@@ -195,6 +196,66 @@ class TestText:
         assert found.size == len(two) + len(call_text("search", query="c")) + len("end")
         broken = call_text("search", query="a") + "\nuser\nError executing tool 'search': x"
         assert find_calls(broken, "hermes").calls[0].status == "error"
+
+    def test_gpt_oss_with_its_special_tokens(self):
+        def call(query):
+            head = "<|start|>assistant<|channel|>commentary to=functions.search <|constrain|>json<|message|>"
+            return f'{head}{{"query": "{query}"}}<|call|>'
+
+        def answer(text):
+            head = "<|start|>functions.search to=assistant<|channel|>commentary<|message|>"
+            return f'{head}"{text}"<|end|>'
+
+        text = "<|channel|>analysis<|message|>I think.<|end|>" + call("a") + call("b") + "<|return|>"
+        text += answer("A <|start|>functions.search quoted") + answer("Error executing tool 'search': down")
+        text += call("c") + answer("") + "<|start|>assistant<|channel|>final<|message|>The end.<|return|>"
+        found = find_calls(text, "gpt-oss")
+        assert [(of.arguments["query"], of.status, of.result, of.turn) for of in found.calls] == [
+            ("a", "ok", "A <|start|>functions.search quoted", 0),
+            ("b", "error", "Error executing tool 'search': down", 0),
+            ("c", "ok", "", 1),
+        ]
+        assert not found.unclear
+
+    @pytest.mark.parametrize("tool_format", ["deepseek_v4", "gemma4", "minimax", "kimi", "gpt-oss"])
+    def test_the_template_decides_how_answers_are_written(self, tool_format):
+        a, b = (written(tool_format, "search", {"query": query}) for query in "ab")
+        text = a + "\n" + b + answers("A", "Error executing tool 'search': down") + a + answers("A") + "The end."
+        found = find_calls(text, tool_format)
+        assert [(of.status, of.result, of.turn) for of in found.calls] == [
+            ("ok", "A", 0),
+            ("error", "Error executing tool 'search': down", 0),
+            ("ok", "A", 1),
+        ]
+
+    def test_marks_of_answers_that_an_answer_quotes(self):
+        two = call_text("search", query="a") + call_text("search", query="b")
+        page = "Of tools: <tool_response> and <tool_result> begin answers, <|tool_response> too."
+        failed = "Error executing tool 'search': down"
+        calls = find_calls(two + answers(page, failed) + "The end.", "hermes").calls
+        assert [(of.status, of.result) for of in calls] == [("ok", page), ("error", failed)]
+        # Where answers have no marks of their own, those that a page quotes are none either.
+        text = two + f"tool\n\n{page}tool\n\nBassistant\n\nThe end."
+        assert [of.result for of in find_calls(text, "hermes").calls] == [page, "B"]
+
+    @pytest.mark.parametrize(
+        ("tool", "assistant"),
+        [("tool\n\n", "assistant\n\n"), ("\ntool\n", "\nassistant\n"), ("\ntool\n", "\nmodel\n")],
+    )
+    def test_empty_answers_behind_headers(self, tool, assistant):
+        a, b = (call_text("search", query=query) for query in "ab")
+        text = f"{a}{tool}{assistant}{a}{b}{tool}A{tool}{assistant}"
+        text += f"<tool_call>{{</tool_call>{a}{b}{tool}{tool}B{assistant}end"
+        found = find_calls(text, "hermes")
+        assert [(of.status, of.result, of.turn) for of in found.calls] == [
+            ("ok", "", 0),
+            ("ok", "A", 1),
+            ("ok", "", 1),
+            ("malformed", None, 2),  # veRL does not answer it
+            ("ok", "", 2),
+            ("ok", "B", 2),
+        ]
+        assert not found.unclear
 
     def test_another_format(self):
         text = "<tool_call>\n<function=search>\n<parameter=query>\nOman\n</parameter>\n</function>\n</tool_call>"
@@ -1207,6 +1268,14 @@ class TestWarnings:
 
     def test_no_calls(self, tmp_path):
         assert self.codes(tmp_path, [line("hm", 1.0), line("hm", 0.0, session=1)]) == {"no_calls": "error"}
+
+    def test_calls_whose_special_tokens_a_dump_left_out(self, tmp_path):
+        said = 'assistantcommentary to=functions.search json{"query": "a"}functions.search to=assistantcommentary"A"'
+        write_dump(tmp_path / "1.jsonl", [line(said, float(right), session=right) for right in (0, 1)])
+        (warned,) = audit(tmp_path, options=ReadOptions(tool_format="gpt-oss")).result["warnings"]
+        assert (warned["code"], warned["level"]) == ("no_calls", "error")
+        assert "special tokens" in warned["advice"]
+        assert "record_dir" in warned["advice"]
 
     @pytest.mark.parametrize(("share", "level"), [(4, "error"), (1, "warning"), (0, None)])
     def test_turns_that_cannot_be_told_apart(self, tmp_path, share, level):

@@ -12,6 +12,7 @@ import pytest
 from real_tokenizers import FAMILIES, load
 from written_calls import written
 
+from verl_tapo.audit.text import find_calls
 from verl_tapo.formats import MALFORMED, NATIVE_FORMATS
 from verl_tapo.parsing import ToolCallParser, parse_steps
 from verl_tapo.rule.steps import step_columns
@@ -178,7 +179,24 @@ def test_calls_are_those_that_verl_executes_and_answers(family, fmt):
             assert spells(family, row, step.call, text.removeprefix(SECTION[0]).removesuffix(SECTION[1]))
             assert all(row.mask[slice(*step.turn)])
             assert step.turn[0] == 0 or not row.mask[step.turn[0] - 1]
+        dumps_say_the_same(family, fmt, row, own)
     cut_rows_hold_the_calls_before_the_cut(family, fmt, rows[1])
+
+
+# Their templates separate answers from what the policy wrote by special tokens alone.
+OPAQUE = ("gpt_oss", "gemma4")
+
+
+def dumps_say_the_same(family, fmt, row, steps):
+    """The audit finds in a rollout's text what training finds in its tokens, or says that it cannot."""
+    for skip in (True, False):
+        found = find_calls(load(family).decode(row.ids, skip_special_tokens=skip), fmt)
+        if skip and steps and family in OPAQUE:
+            assert found.unclear or not found.calls
+            continue
+        assert not found.unclear
+        expected = [(step.tool, step.arguments, step.ok) for step in steps]
+        assert [(call.tool, call.arguments, call.ok) for call in found.calls] == expected
 
 
 SECTION = ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")  # round Kimi's calls

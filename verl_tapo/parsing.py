@@ -66,7 +66,7 @@ class FoundCall(NamedTuple):
     """Why the call is malformed, short; None where it is fine."""
 
 
-class _Answer(NamedTuple):
+class AnswerMarks(NamedTuple):
     """How an answer of a tool begins, in the text of an observation."""
 
     marker: bytes
@@ -76,17 +76,17 @@ class _Answer(NamedTuple):
     """What ends it, if another answer follows."""
 
 
-_ANSWERS = (
-    _Answer(b"<tool_response>", ending=b"</tool_response>"),
-    _Answer(b"<|tool_response>", b'{value:<|"|>', b"<tool_response|>"),
-    _Answer(b"<tool_result>", ending=b"</tool_result>"),
-    _Answer(b"<|start|>functions.", b'<|message|>"', b"<|end|>"),
+KNOWN_ANSWERS = (
+    AnswerMarks(b"<tool_response>", ending=b"</tool_response>"),
+    AnswerMarks(b"<|tool_response>", b'{value:<|"|>', b"<tool_response|>"),
+    AnswerMarks(b"<tool_result>", ending=b"</tool_result>"),
+    AnswerMarks(b"<|start|>functions.", b'<|message|>"', b"<|end|>"),
 )
 """What veRL's builders write themselves, and what most templates do; the formats name others."""
-_HEADINGS = {b"## Return of": b"\n"}
+ANSWER_HEADINGS = {b"## Return of": b"\n"}
 
 
-def template_answer(tokenizer: Any) -> _Answer | None:
+def template_answer(tokenizer: Any) -> AnswerMarks | None:
     """What the tokenizer's chat template writes before each of several answers; None where it does not tell."""
     names, said = ("one", "two"), ("the first answer", "the second answer")
     for arguments, in_parts, system in product(({}, "{}"), (False, True), (True, False)):
@@ -118,7 +118,7 @@ def template_answer(tokenizer: Any) -> _Answer | None:
         ending = between[: len(between) - size].strip()
         if second and marker:
             # A heading that names the call differs from one answer to the next.
-            return _Answer(marker.encode(), ending=b"" if names[1] in ending else ending.encode())
+            return AnswerMarks(marker.encode(), ending=b"" if names[1] in ending else ending.encode())
     return None
 
 
@@ -181,13 +181,13 @@ class ToolCallParser:
         tokens = self._words.tokens
         candidates = (IMAGE_STARTS, IMAGE_PLACEHOLDERS) if image_markers is None else (tuple(image_markers),)
         images = (tuple(tokens[name] for name in names if name in tokens) for names in candidates)
-        expected = {marker: _Answer(marker, _HEADINGS.get(marker, b"")) for marker in self._format.responses}
+        expected = {marker: AnswerMarks(marker, ANSWER_HEADINGS.get(marker, b"")) for marker in self._format.responses}
         if learned := template_answer(tokenizer):
             own = {learned.marker: learned}
             expected = own | expected if learned.ending else expected | own
         self._answers = [
             (answer, ANSWER << number)
-            for number, answer in enumerate((expected | {answer.marker: answer for answer in _ANSWERS}).values())
+            for number, answer in enumerate((expected | {answer.marker: answer for answer in KNOWN_ANSWERS}).values())
         ]
         # An observation is no answer where answers begin with a token of their own, and it has none.
         added = tuple(tokenizer.get_added_vocab())
@@ -279,7 +279,7 @@ class ToolCallParser:
 
     def answers(
         self, ids: IntArray, start: int, stop: int, marks: Sequence[tuple[int, int]]
-    ) -> tuple[_Answer | None, list[int]]:
+    ) -> tuple[AnswerMarks | None, list[int]]:
         """How the answers in the observation ``[start, stop)`` begin, and where; ``marks`` are its own.
 
         None where that is not known, and the observation is one answer.
@@ -291,7 +291,7 @@ class ToolCallParser:
             return None, [start] if self._words.shows_text(ids[start : min(stop, start + _HEADING)].tolist()) else []
         return None, []
 
-    def _apart(self, ids: IntArray, found: list[int], answer: _Answer) -> list[int]:
+    def _apart(self, ids: IntArray, found: list[int], answer: AnswerMarks) -> list[int]:
         """Those of the places found at which an answer begins after another has ended; others are quotes in one."""
         apart, ended = found[:1], False
         for last, place in pairwise(found):
@@ -306,7 +306,7 @@ class ToolCallParser:
         runs = groupby(ids, self._words.special.__contains__)
         return decode(b"\n".join(self._words.text(list(run)) for special, run in runs if not special))
 
-    def failed(self, ids: IntArray, start: int, stop: int, answer: _Answer | None, errors: _Errors) -> bool:
+    def failed(self, ids: IntArray, start: int, stop: int, answer: AnswerMarks | None, errors: _Errors) -> bool:
         """Whether the answer in ``[start, stop)`` is an error, see `answer_is_error`."""
         if answer is None:
             few = ids[start : min(stop, start + _HEADING + errors.longest)].tolist()

@@ -2,8 +2,12 @@
 
 Turns are told apart by what the chat template leaves of them: an observation is a user's or tool's header with an
 answer's marker (``\\nuser\\n<tool_response>``), up to the next assistant header. Where no header is left, the markers
-themselves count; where no marker is (a template that knows no tools), a header after a call. A model that writes such
-a header itself cannot be told from the template [ours]. Where nothing of all that is left, `TextCalls.unclear` says so.
+themselves count, right behind a call; where no marker is (a template that knows no tools), a header after a call. The
+markers are those of the format or of any template that is known here: which of them a call is answered with decides. A
+model that writes such a header itself cannot be told from the template [ours]. Where nothing of all that is left,
+`TextCalls.unclear` says so.
+
+Calls and answers then belong together as in training. A test compares both on rollouts of real tokenizers.
 
 Reading takes time in proportion to the text, whatever it holds: no expression here has two repetitions that can share
 a run of white space, nor is tried again over the same run.
@@ -20,7 +24,7 @@ from typing import Any, NamedTuple
 
 from verl_tapo.audit.model import Call, Span
 from verl_tapo.formats import FORMATS, Format, read_text
-from verl_tapo.parsing import NOT_EXECUTED_PREFIX, answer_is_error
+from verl_tapo.parsing import ANSWER_HEADINGS, KNOWN_ANSWERS, NOT_EXECUTED_PREFIX, AnswerMarks, answer_is_error
 
 # The special tokens of a message, for dumps that kept them: its end, what its role stands between.
 _END = r"(?:<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<end_of_turn>|<seed:eos>)"
@@ -33,18 +37,24 @@ _POLICY = rf"(?:assistant|model)(?:{_ROLE_END}\n?|[^\S\n]*(?:\n|\Z))"
 _OPEN_HEADER = re.compile(rf"{_END}?\s*{_BEGIN}?\b{_ANSWERER}(?:{_ROLE_END}\s*|\s+)\Z")
 _CLOSE_HEADER = re.compile(rf"\s*(?:{_END}\s*)?{_BEGIN}?\b{_POLICY}")
 _HEADER_CHARS = 64
+_CALL_END_CHARS = 160  # of a call's end, and special tokens behind it
 # After an answer whose format has no marker for its end.
 _FREE_HEADER = re.compile(rf"(?:{_END}\s*{_BEGIN}?|{_BEGIN}|(?<=\n)){_POLICY}")
 _TAG = re.compile(r"<[^<>\n]{1,40}>")
 
-# Where answers have no markers. ChatML gives a header a line of its own.
-_LINE_HEADER = re.compile(rf"{_END}?\n{_BEGIN}?assistant(?:\n|\Z)")
+# Where answers have no markers. ChatML and Gemma give a header a line of its own.
 _LINE_ANSWER = re.compile(rf"{_END}?\n{_BEGIN}?tool\n")
 # Llama puts a header right behind the message before, and an empty line after it: "It is Parisassistant\n\n". Where
 # the word belongs to a sentence, a blank, a hyphen or the like stands before it.
 _GLUED = rf"{_END}?{_BEGIN}?(?<![ \t\u00a0(\[#/-])"
-_GLUED_HEADER = re.compile(rf"{_LINE_HEADER.pattern}|{_GLUED}assistant{_ROLE_END}?(?:\n\n|\Z)")
+_GLUED_HEADER = re.compile(rf"{_END}?\n{_BEGIN}?assistant(?:\n|\Z)|{_GLUED}assistant{_ROLE_END}?(?:\n\n|\Z)")
 _GLUED_ANSWER = re.compile(rf"{_GLUED}(?:tool|ipython){_ROLE_END}?\n\n")
+_GLUED_END = re.compile(rf"{_GLUED_ANSWER.pattern}\Z")
+
+_SPECIAL = r"<(?:\|[^|<>\s]{1,40}\||｜[^｜<>\s]{1,40}｜)>"
+# What ends an answer's text, after such a heading.
+_TAILS = {'<|message|>"': '"', '{value:<|"|>': '<|"|>}'}
+_DEEPSEEK_V3 = AnswerMarks("<｜tool▁output▁begin｜>".encode(), ending="<｜tool▁output▁end｜>".encode())
 
 
 class TextTurns(NamedTuple):
@@ -57,26 +67,37 @@ class TextTurns(NamedTuple):
 
 
 class _Markers(NamedTuple):
-    begin: re.Pattern[str]
+    """How the answers of a text are written."""
+
+    begin: str
     """What an answer begins with."""
+    heading: str
+    """What ends the heading between that and the answer's text; empty where there is none."""
     end: str
-    """What it ends with; empty where the format has nothing for it."""
+    """What an answer ends with; empty where there is nothing for it."""
 
 
 @cache
-def _markers(tool_format: str) -> _Markers:
-    begins = [marker.decode() for marker in FORMATS[tool_format].responses]
-    ends = [begin.replace("<", "</") for begin in begins if re.fullmatch(r"<\w+>", begin)]
-    return _Markers(re.compile("|".join(map(re.escape, begins))), ends[0] if ends else "")
+def _kinds(tool_format: str) -> tuple[_Markers, ...]:
+    """All ways in which answers may be written, the format's own first: the chat template decides, as in training."""
+    own = [AnswerMarks(marker, ANSWER_HEADINGS.get(marker, b"")) for marker in FORMATS[tool_format].responses]
+    known = {kind.marker: kind for kind in (*KNOWN_ANSWERS, _DEEPSEEK_V3)}
+    kinds = [known.get(kind.marker, kind) for kind in own] + list(known.values())
+    found: dict[str, _Markers] = {}
+    for marker, heading, ending in kinds:
+        begin, end = marker.decode(), ending.decode()
+        if re.fullmatch(r"<\w+>", begin):
+            end = begin.replace("<", "</")
+        found.setdefault(begin, _Markers(begin, heading.decode(), end))
+    return tuple(found.values())
 
 
 def split_turns(text: str, tool_format: str) -> TextTurns:
     """Tells the policy's turns from what the tools answered."""
-    markers = _markers(tool_format)
-    begins = [found.start() for found in markers.begin.finditer(text)]
-    if not begins:
-        return _split_by_headers(text, FORMATS[tool_format].closing.decode())
-    heads = {begin: head for begin in begins if (head := _header_before(text, begin)) is not None}
+    found = _answer_markers(text, tool_format)
+    if found is None:
+        return _split_by_headers(text, FORMATS[tool_format])
+    markers, begins, heads = found
     ends = _ends(text, begins[0], markers)
     turns = TextTurns([], [])
     at = 0
@@ -91,23 +112,54 @@ def split_turns(text: str, tool_format: str) -> TextTurns:
     return turns
 
 
-def _split_by_headers(text: str, call_end: str) -> TextTurns:
+def _answer_markers(text: str, tool_format: str) -> tuple[_Markers, list[int], dict[int, int]] | None:
+    """How the text's answers are written, where that stands, and where the headers before it begin.
+
+    What counts stands right behind a call, or at least behind a header: other texts only quote it. None where answers
+    have no markers.
+    """
+    behind_call = _behind_call(FORMATS[tool_format].closing.decode())
+    with_headers = None
+    for markers in _kinds(tool_format):
+        begins = [found.start() for found in re.finditer(re.escape(markers.begin), text)]
+        heads = {begin: head for begin in begins if (head := _header_before(text, begin)) is not None}
+        found = markers, begins, heads
+        for begin in begins:
+            head = heads.get(begin, begin)
+            if behind_call.search(text[max(0, head - _CALL_END_CHARS) : head]):
+                return found
+        if heads:
+            with_headers = with_headers or found
+    return with_headers
+
+
+@cache
+def _behind_call(call_end: str) -> re.Pattern[str]:
+    return re.compile(rf"{re.escape(call_end)}(?:\s|{_SPECIAL})*\Z")
+
+
+def _split_by_headers(text: str, fmt: Format) -> TextTurns:
     """The turns where answers have no markers: what stands between a header after a call and the assistant's."""
     turns = TextTurns([], [])
     at = 0
+    call_end = fmt.closing.decode()
     after_call = _header_after(call_end)
+    role = "model" if _line_header("model").search(text) and not _GLUED_HEADER.search(text) else "assistant"
     while (found := after_call.search(text, at)) is not None:
         turn, begin = (at, found.start() + len(call_end)), found.end()
         turns.assistant.append(turn)
-        glued = text.startswith("\n", begin)
+        # A header on a line of its own has a line break before it, too.
+        glued = role == "assistant" and text.startswith("\n", begin) and not found["space"]
+        close = (_GLUED_HEADER if glued else _line_header(role)).search(text, begin)
         begin += glued
-        close = (_GLUED_HEADER if glued else _LINE_HEADER).search(text, begin)
-        stop, at = (close.start(), close.end()) if close else (len(text), len(text))
+        # Behind an empty answer the header before it ends where the assistant's seems to begin.
+        stop, at = (max(begin, close.start()), close.end()) if close else (len(text), len(text))
+        stop += glued and _GLUED_END.search(text[max(begin, stop - _HEADER_CHARS) : stop + 1]) is not None
         limits = [begin]
         for again in (_GLUED_ANSWER if glued else _LINE_ANSWER).finditer(text, begin, stop):
             limits += [again.start(), again.end()]
         # A sentence may end with "tool": behind any text it is a header where there is one for each call.
-        if glued and len(limits) // 2 + 1 != text.count(call_end, *turn):
+        if glued and len(limits) // 2 + 1 not in _answered(fmt, text[slice(*turn)]):
             limits = [begin]
         limits.append(stop)
         turns.answers.append(list(zip(limits[::2], limits[1::2], strict=True)))
@@ -116,9 +168,22 @@ def _split_by_headers(text: str, call_end: str) -> TextTurns:
     return turns
 
 
+def _answered(fmt: Format, turn: str) -> tuple[int, int]:
+    """How many answers a turn's calls may have: one each, or one for each that veRL does not drop."""
+    calls = read_text(fmt, turn.encode("utf-8", "surrogatepass"))[0]
+    return len(calls), sum(not call.dropped for call in calls)
+
+
+@cache
+def _line_header(role: str) -> re.Pattern[str]:
+    """The policy's header on a line of its own, as ChatML and Gemma have it."""
+    return re.compile(rf"{_END}?\n{_BEGIN}?{role}(?:\n|\Z)")
+
+
 @cache
 def _header_after(call_end: str) -> re.Pattern[str]:
-    return re.compile(rf"{re.escape(call_end)}{_END}?\s*{_BEGIN}?{_ANSWERER}{_ROLE_END}?\n")
+    section_end = r"(?:<\|tool_calls_section_end\|>)?"
+    return re.compile(rf"{re.escape(call_end)}{section_end}{_END}?(?P<space>\s*){_BEGIN}?{_ANSWERER}{_ROLE_END}?\n")
 
 
 def _header_before(text: str, place: int) -> int | None:
@@ -188,12 +253,23 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _answers(text: str, begin: int, stop: int, markers: _Markers) -> list[Span]:
-    found = [match.span() for match in markers.begin.finditer(text, begin, stop)]
-    limits = [*(first for first, _ in found[1:]), stop]
+    """The texts of an observation's answers. One begins where another has ended; other markers are quotes."""
+    found, last, ended = [begin], begin, False
+    while (place := text.find(markers.begin, last + 1, stop)) >= 0:
+        ended = ended or text.find(markers.end, last, place) >= 0
+        last = place
+        if ended:
+            found.append(place)
+            ended = False
     spans = []
-    for (_, start), limit in zip(found, limits, strict=True):
+    for first, limit in zip(found, [*found[1:], stop], strict=True):
+        start = first + len(markers.begin)
         end = text.rfind(markers.end, start, limit) if markers.end else -1
-        spans.append((start, end if end >= 0 else limit))
+        end = end if end >= 0 else limit
+        if markers.heading and (heading := text.find(markers.heading, start, end)) >= 0:
+            start = heading + len(markers.heading)
+            end -= len(tail) if text.endswith(tail := _TAILS.get(markers.heading, ""), start, end) else 0
+        spans.append((start, end))
     return spans
 
 
