@@ -19,6 +19,7 @@ import prepare
 import pytest
 import torch
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from run import HERE, Failure, Run, check, describe, read_metrics, summary, train, validation
 
 from verl_tapo.audit import audit
@@ -257,6 +258,24 @@ def test_the_summary_can_be_read(tapo):
 def test_mistakes_are_told_at_once(out, override, message):
     with pytest.raises(Failure, match=message):
         check(Run("mistake", out=out, overrides=[override]))
+
+
+@pytest.mark.parametrize(
+    "name", ["a=b", "a,b", "(a) [b]", "#a ~b", "it's", 'say "a"', "Größe 北京", "\\", "a\\'b\\", "$a {b}", "null"]
+)
+def test_hydra_gets_paths_as_they_are(tmp_path, name):
+    run = Run("odd", out=tmp_path / name)
+    command = run.command()
+    parse = OverridesParser.create().parse_override
+    told = {each.key_or_group: each.value() for each in map(parse, command[command.index("quickstart") + 1 :])}
+    assert told["data.train_files"] == str(tmp_path / name / "data" / "train.parquet")
+    assert told["trainer.default_local_dir"] == str(tmp_path / name / "odd" / "checkpoints")
+
+
+def test_a_path_with_an_interpolation_is_refused(tmp_path):
+    with pytest.raises(Failure, match=r"a path with \$\{ in it"):
+        check(Run("odd", out=tmp_path / "${a}"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_plug_in_that_is_not_installed_is_told_at_once(out, monkeypatch):

@@ -37,6 +37,21 @@ class Failure(Exception):
     """Something a person can mend; the message says how."""
 
 
+def quoted(path: Path) -> str:
+    """A path as Hydra's grammar takes it, whatever characters it holds.
+
+    Raises:
+        Failure: It holds an interpolation, which OmegaConf would resolve wherever the configuration is read.
+    """
+    text = str(path)
+    if "${" in text:
+        raise Failure(f"{text}: a path with ${{ in it cannot stand in a configuration; rename that folder")
+    # Backslashes count only before a quotation mark.
+    inner = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    ending = len(inner) - len(inner.rstrip("\\"))
+    return f"'{inner}{inner[len(inner) - ending :]}'"
+
+
 @dataclass
 class Run:
     """One training run, in a folder of its own."""
@@ -94,7 +109,8 @@ class Run:
             "--config-name",
             "quickstart",
         ]
-        return [*start, *(f"{key}={value}" for key, value in settings.items()), *self.overrides]
+        written = {key: quoted(value) if isinstance(value, Path) else value for key, value in settings.items()}
+        return [*start, *(f"{key}={value}" for key, value in written.items()), *self.overrides]
 
     def environment(self) -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
@@ -114,6 +130,7 @@ def check(run: Run) -> None:
         raise Failure(f"{', '.join(missing)} cannot be imported by {sys.executable}.\n  {install}")
     if "tapo" not in entry_points(group="verl.plugins").names:
         raise Failure(f"verl-tapo is not installed, veRL would not see it.\n  {install}")
+    run.command()  # refuses paths that no configuration can hold
     model = Path(run.setting("actor_rollout_ref.model.path") or HERE / "flags_and_facts" / "model")
     if not (model / "config.json").is_file():
         raise Failure(f"no model at {model} (actor_rollout_ref.model.path): there is no config.json in it")

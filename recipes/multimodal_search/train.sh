@@ -57,12 +57,16 @@ if [ "$nodes" -gt 1 ] && [ -z "${RAY_ADDRESS:-}" ]; then
   fail "--nodes $nodes needs RAY_ADDRESS: start Ray on every node with ray_cluster.sh, which prints it"
 fi
 
-OUT="$(realpath -m "${OUT:-outputs}")"
+data="$(realpath "$data")" val="$(realpath "$val")" OUT="$(realpath -m "${OUT:-outputs}")"
 export RECIPE OUT PYTHONPATH="$RECIPE${PYTHONPATH:+:$PYTHONPATH}"
+# Wherever the configuration is read, OmegaConf would resolve it; quoted once, it would be resolved the second time.
+for variable in RECIPE OUT PYTHONPATH SEARCH_URL SEARCH_CACHE data val; do
+  case "${!variable:-}" in *"\${"*) fail "$variable is ${!variable}: a path with \${ in it cannot be used; rename it" ;; esac
+done
 arguments=(
   --config-dir "$RECIPE/config" --config-name "${CONFIG:-multimodal_search}"
   "policy=$policy" "loss=$loss" "algorithm.adv_estimator=$advantage"
-  "data.train_files=$(quoted "$(realpath "$data")")" "data.val_files=$(quoted "$(realpath "$val")")"
+  "data.train_files=$(quoted "$data")" "data.val_files=$(quoted "$val")"
   "trainer.nnodes=$nodes"
 )
 # To the workers of a cluster that was started without them.

@@ -221,6 +221,29 @@ def test_train_sh_gives_hydra_paths_as_they_are(tmp_path, name):
     assert overrides["trainer.save_freq"] == 5
 
 
+@pytest.mark.parametrize("where", ["recipe", "out", "data", "cache"])
+def test_train_sh_refuses_paths_with_an_interpolation(tmp_path, where):
+    path = stand_in(tmp_path / "bin", "sys.exit('started all the same')")
+    odd = tmp_path / "a ${b}"
+    odd.mkdir()
+    recipe = (odd if where == "recipe" else tmp_path) / "recipe"
+    shutil.copytree(RECIPE, recipe)
+    data = (odd if where == "data" else tmp_path) / "data"
+    data.touch()
+    env = {"OUT": str(odd if where == "out" else tmp_path), "SEARCH_CACHE": str(odd if where == "cache" else tmp_path)}
+    done = subprocess.run(
+        [recipe / "train.sh", "--data", data, "--val", data],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env, "PATH": path},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.sh: ")
+    assert f"{odd}" in done.stderr
+    assert "a path with ${ in it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 MERGED = "target = Path(sys.argv[-1])\ntarget.mkdir()\n(target / 'config.json').write_text('{CONFIG}')\n"
 
 
