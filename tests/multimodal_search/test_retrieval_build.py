@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -348,6 +349,67 @@ def dense_index(tmp_path_factory):
     corpus = write_jsonl(folder / "a.jsonl", passages())
     build(Plan(folder / "index", (corpus,), ("bm25", "dense"), str(get_model_path())))
     return folder / "index"
+
+
+def truncated(content):
+    return content[: len(content) // 2]
+
+
+def with_a_wrong_body(content):
+    return content[:-8] + b"\xff" * 8
+
+
+def random_bytes(content):
+    return np.random.default_rng(0).bytes(len(content))
+
+
+@pytest.fixture(scope="module")
+def pictures_index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    build(Plan(folder / "index", images=write_scenes(folder / "images.parquet", 3)))
+    return folder / "index"
+
+
+@pytest.fixture
+def copy(pictures_index, tmp_path):
+    shutil.copytree(pictures_index, tmp_path / "index")
+    return tmp_path / "index"
+
+
+class TestFaissFiles:
+    """FAISS trusts what it reads: a file that is not the one that was built never reaches it."""
+
+    @pytest.mark.parametrize("damaged", [truncated, with_a_wrong_body, random_bytes, lambda content: b""])
+    def test_another_content_than_was_built(self, copy, damaged, monkeypatch):
+        monkeypatch.setattr(vectors.faiss, "read_index_binary", None)  # it is not asked
+        file = copy / "image.faiss"
+        file.write_bytes(damaged(file.read_bytes()))
+        with pytest.raises(IndexProblem, match=f"the index is damaged: {file} has ") as raised:
+            Index(copy)
+        assert len(str(raised.value).splitlines()) == 1
+
+    def test_a_file_that_is_gone(self, copy):
+        (copy / "image.faiss").unlink()
+        with pytest.raises(IndexProblem, match=r"the index is damaged: .*image\.faiss: No such file"):
+            Index(copy)
+
+    def test_an_index_of_before_there_were_seals(self, copy):
+        manifest = json.loads((copy / MANIFEST).read_text())
+        del manifest["seals"]
+        (copy / MANIFEST).write_text(json.dumps(manifest))
+        assert Index(copy).loaded == ["image"]
+        file = copy / "image.faiss"
+        file.write_bytes(truncated(file.read_bytes()))
+        with pytest.raises(IndexProblem, match=f"the index is damaged: FAISS cannot read {file}"):
+            Index(copy)
+
+    @pytest.mark.parametrize("trial", ["import os; os.abort()", "import time; time.sleep(600)"])
+    def test_a_file_without_a_seal_that_faiss_does_not_survive(self, copy, trial, monkeypatch):
+        monkeypatch.setattr(vectors, "_TRIAL", trial)
+        monkeypatch.setattr(vectors, "_TRIAL_S", 0.5 if "sleep" in trial else 60.0)
+        said = "is not done with" if "sleep" in trial else r"cannot read .* \(SIGABRT\)"
+        with pytest.raises(IndexProblem, match=f"the index is damaged: FAISS {said}"):
+            vectors.check_file(copy / "image.faiss", None, binary=True)
 
 
 class TestDense:

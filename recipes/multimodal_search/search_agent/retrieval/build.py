@@ -127,7 +127,7 @@ class _Build:
 
         digests: dict[str, str] = {}
         counts = {"passages": 0, "images": 0, "bad_rows": 0}
-        kinds: dict[str, str] = {}
+        found: dict[str, dict[str, Any]] = {}  # of FAISS's files
         if plan.corpus:
             done = self._once("passages", self._keep_passages)
             digests["passages"], counts["passages"] = done["digest"], done["count"]
@@ -136,22 +136,24 @@ class _Build:
             if "bm25" in plan.text:
                 self._once("bm25", lambda: self._index_words(passages))
             if dense is not None:
-                kinds["dense"] = self._once(
+                found["dense"] = self._once(
                     "dense", lambda: self._index_vectors("dense", dense, passages, text_of, plan.faiss)
-                )["kind"]
+                )
         if image is not None:
             done = self._once("images", self._keep_images)
             digests["images"], counts["images"] = done["digest"], done["count"]
             counts["bad_rows"] += done["bad"]
             pictures_kept = Records(out / "thumbnails")
-            kinds["image"] = self._once(
+            found["image"] = self._once(
                 "image", lambda: self._index_vectors("image", image, pictures_kept, pictures.read_image, None)
-            )["kind"]
+            )
         manifest = {
             "version": VERSION,
             "identity": identity(settings, digests),
             "counts": counts,
-            "faiss": kinds,
+            "faiss": {name: of["kind"] for name, of in found.items()},
+            # A build that an older version began has none.
+            "seals": {f"{name}.faiss": of["seal"] for name, of in found.items() if "seal" in of},
             "digests": digests,
             "settings": settings,
         }
@@ -266,7 +268,8 @@ class _Build:
                 self.plan.shard,
                 advance,
             )
-        return {"kind": vectors.build(shards, count, self.plan.shard, kind, self.out / f"{name}.faiss")}
+        file = self.out / f"{name}.faiss"
+        return {"kind": vectors.build(shards, count, self.plan.shard, kind, file), "seal": vectors.seal(file)}
 
 
 def _thumbnail(data: bytes) -> bytes:

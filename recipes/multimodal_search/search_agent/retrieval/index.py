@@ -13,7 +13,7 @@ from search_agent.retrieval.bm25 import Hits
 from search_agent.retrieval.documents import Records
 from search_agent.retrieval.encoders import Encoder, SentenceTransformerEncoder, image_encoder
 from search_agent.retrieval.manifest import IndexProblem, read_manifest
-from search_agent.retrieval.vectors import VectorSearch, fuse
+from search_agent.retrieval.vectors import VectorSearch, check_file, fuse
 
 TextSearch = Literal["bm25", "dense", "hybrid"]
 
@@ -75,12 +75,17 @@ class Index:
             dense = settings["dense"]
             encoder = SentenceTransformerEncoder(dense["encoder"], dense["query_prompt"], "query")
             _check(encoder, dense)
-            searches.append(VectorSearch(folder / "dense.faiss", encoder, counts["passages"]).search)
+            searches.append(self._vectors(folder / "dense.faiss", encoder, counts["passages"]).search)
         self._searches = searches
         if "image" in settings:
             looking = image_encoder(settings["image"]["encoder"])
             _check(looking, settings["image"])
-            self._looked = VectorSearch(folder / "image.faiss", looking, counts["images"])
+            self._looked = self._vectors(folder / "image.faiss", looking, counts["images"])
+
+    def _vectors(self, file: Path, encoder: Encoder, count: int) -> VectorSearch:
+        seals = self.manifest.get("seals")
+        check_file(file, seals.get(file.name) if isinstance(seals, dict) else None, binary=encoder.binary)
+        return VectorSearch(file, encoder, count)
 
     @property
     def loaded(self) -> list[str]:

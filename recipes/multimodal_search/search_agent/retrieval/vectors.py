@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +98,63 @@ def build(folder: Path, count: int, shard: int, kind: str | None, out: Path) -> 
     return kind
 
 
+def seal(file: Path) -> dict[str, Any]:
+    """The size of an index file and a hash of its content: the manifest keeps them."""
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return {"bytes": file.stat().st_size, "blake2b": digest.hexdigest()}
+
+
+# Only so much is asked of it: whether FAISS survives reading the file and searching in it.
+_TRIAL = """
+import resource, sys
+import faiss, numpy
+
+file, binary, memory = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+index = (faiss.read_index_binary if binary else faiss.read_index)(file)
+vector = numpy.zeros((1, index.d // 8), "uint8") if binary else numpy.ones((1, index.d), "float32")
+index.search(vector, max(1, min(100, index.ntotal)))
+"""
+_TRIAL_S = 600.0
+_TRIAL_BYTES = 4 << 30  # besides twice the file's size
+
+
+def check_file(file: Path, sealed: Any, *, binary: bool) -> None:
+    """Looks whether a FAISS file is the one that was built: FAISS trusts what it reads, and may crash over it.
+
+    Args:
+        file: of an index.
+        sealed: what `seal` said when it was built. None for an index of before there were seals: a process of its own
+            reads it then, and searches in it once.
+        binary: whether it holds hashes.
+
+    Raises:
+        IndexProblem: It is another, it is not there, or FAISS does not survive it.
+    """
+    try:
+        size = file.stat().st_size
+        if sealed is not None:
+            if not isinstance(sealed, dict) or sealed.get("bytes") != size:
+                raise IndexProblem(f"the index is damaged: {file} has {size} bytes, not those it was built with")
+            if sealed != seal(file):
+                raise IndexProblem(f"the index is damaged: {file} has another content than was built")
+            return
+    except OSError as error:
+        raise IndexProblem(f"the index is damaged: {file}: {error.strerror}") from error
+    command = [sys.executable, "-c", _TRIAL, str(file), str(binary), str(2 * size + _TRIAL_BYTES)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_TRIAL_S)
+    except subprocess.TimeoutExpired:
+        raise IndexProblem(f"the index is damaged: FAISS is not done with {file} in {_TRIAL_S:g} s") from None
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        why = signal.Signals(-done.returncode).name if done.returncode < 0 else said[-1] if said else "no reason given"
+        raise IndexProblem(f"the index is damaged: FAISS cannot read {file} ({why})")
+
+
 def choose_kind(count: int, dimension: int) -> str:
     """The FAISS factory string for so many vectors."""
     if count <= FLAT_UP_TO:
@@ -118,6 +179,9 @@ class VectorSearch:
 
     Scores are inner products of vectors of length 1 or, for hashes, the share of bits that agree. Those of a model
     depend in the last digits on what it encodes together.
+
+    Args:
+        file: of FAISS's; one that nobody vouches for is looked at by `check_file` first.
 
     Raises:
         IndexProblem: Damaged, or made for another encoder or number of documents.
