@@ -64,6 +64,28 @@ def test_bad_configurations(capsys, arguments, problem):
     assert "TAPO would not run." in out
 
 
+def test_the_command_line_of_main_ppo_as_it_is(capsys, tmp_path):
+    (tmp_path / "own.yaml").write_text("defaults: [tapo, _self_]\nalgorithm: {tapo: {theta: 0.7}}\n")
+    override = "actor_rollout_ref.rollout.n=8"
+    for given in (
+        ["--config-name", "tapo", override, "algorithm.tapo.theta=0.7"],
+        [override, "-cn", "tapo", "algorithm.tapo.theta=0.7"],
+        [override, "--config-dir", str(tmp_path), "--config-name", "own", "hydra.run.dir=out"],
+        ["--config-path", str(tmp_path), override, "--config-name=own.yaml", "trainer.nnodes=1"],
+        ["--config-dir", str(tmp_path), "--config-name=tapo", override, "algorithm.tapo.theta=0.7"],
+    ):
+        code, out = doctor(capsys, *given)
+        assert code == 0, out
+        assert "algorithm.tapo.theta              0.7" in out
+        assert "rollout.n                         8" in out
+
+
+def test_an_option_that_there_is_not(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "trainer.nnodes=1", "--confg-name", "tapo"])
+    assert "unrecognized arguments: --confg-name" in capsys.readouterr().err
+
+
 def test_a_record_dir_with_files_of_others(capsys, tmp_path):
     (tmp_path / "1.jsonl.gz").write_bytes(b"dumps")
     code, out = doctor(capsys, f"+algorithm.tapo.record_dir={tmp_path}")

@@ -60,10 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     doctor.add_argument(
         "--config",
+        "--config-name",
+        "-cn",
         default="ppo_trainer",
         metavar="NAME_OR_FILE",
         help="a configuration by name (veRL's ppo_trainer, our tapo), or a YAML file: composed where it has "
         "`defaults`, else laid over ppo_trainer",
+    )
+    doctor.add_argument(
+        "--config-dir",
+        "-cd",
+        "--config-path",
+        "-cp",
+        type=Path,
+        metavar="FOLDER",
+        help="where that configuration is, as on the command line of main_ppo",
     )
     doctor.add_argument("overrides", nargs="*", help="Hydra overrides, as on the command line of main_ppo")
     doctor.add_argument(
@@ -73,8 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     audit = commands.add_parser("audit", help="show where a run punishes good tool calls, and what TAPO changes there")
     if given[:1] == ["audit"]:
         return _audit(parser, audit, given)
-    arguments = parser.parse_args(given)
-    return run_doctor(arguments.config, arguments.overrides, arguments.verbose)
+    # Overrides may stand before and behind options, as Hydra has it.
+    arguments, rest = parser.parse_known_args(given)
+    if unknown := [argument for argument in rest if argument.startswith("-")]:
+        doctor.error(f"unrecognized arguments: {' '.join(unknown)}")
+    config = _config_of(arguments.config, arguments.config_dir)
+    return run_doctor(config, [*arguments.overrides, *rest], arguments.verbose)
+
+
+def _config_of(name: str, folder: Path | None) -> str:
+    """The configuration that main_ppo's options name: its file, where it is in the folder, else its name."""
+    file = Path(f"{name.removesuffix('.yaml')}.yaml")
+    return str(folder / file) if folder is not None and (folder / file).is_file() else name
 
 
 def _audit(parser: argparse.ArgumentParser, audit: argparse.ArgumentParser, given: Sequence[str]) -> int:
@@ -208,7 +229,8 @@ def _compose(name: str, overrides: Sequence[str], findings: Findings) -> Any:
     from hydra import compose, initialize_config_dir, initialize_config_module
     from omegaconf import OmegaConf
 
-    chosen = list(overrides)
+    # Those of Hydra itself, its output folder for one, are none of the trainer's.
+    chosen = [override for override in overrides if not override.lstrip("+~").startswith("hydra.")]
     if name == "ppo_trainer" and not any(o.lstrip("+").startswith("algorithm.adv_estimator=") for o in chosen):
         chosen.append("algorithm.adv_estimator=tapo")
     path = Path(name)
