@@ -236,15 +236,31 @@ def test_monsters_are_refused_before_they_are_parsed(extractor: Extractor, name:
 
 @pytest.mark.parametrize(
     "body",
+    ["<table><tr><td>x</td></tr></table>" * 6600, ("<div>" * 200 + "some words" + "</div>" * 200) * 100],
+    ids=["tables", "deep"],
+)
+def test_pages_that_cost_more_than_their_tags_are_refused_once_parsed(extractor: Extractor, body: str) -> None:
+    _extract(extractor, ARTICLE)
+    process = extractor._process
+    with pytest.raises(PageAtFault):
+        extractor.extract(body.encode(), "text/html", max_chars=10, timeout_s=120, cpu_s=60)
+    assert extractor._process is process
+    assert "330 metres" in _extract(extractor, ARTICLE)[1]
+
+
+@pytest.mark.parametrize(
+    "body",
     [
         "<p class='a b' id=c>The word.</p>" * 20_000,
+        "<p>The word.</p>" + ("<table>" + "<tr><td>1<td>2" * 10 + "</table>") * 500,
+        "<section>" * 15 + "<p>The word.</p>" * 19_000,
         "<p>The word." * 45_000,
         f"<p title='{NAMES}'>The word.</p>",
         f"<!-- <p {NAMES}> --><p>The word.</p>",
         f"<script>if (a<b) x = '{NAMES}'</script><style>/* a<b {NAMES} */</style><p>The word.</p>",
         f"<p>The word. 1 < 2, {NAMES}</p>",
     ],
-    ids=["many", "unclosed", "value", "comment", "script", "text"],
+    ids=["many", "tables", "deep", "unclosed", "value", "comment", "script", "text"],
 )
 def test_large_pages_are_no_monsters(extractor: Extractor, body: str) -> None:
     page = f"<html><head><title>T</title></head><body><div>{body}</div></body></html>"

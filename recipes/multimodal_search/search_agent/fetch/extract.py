@@ -19,6 +19,10 @@ from typing import Any, BinaryIO
 _MEMORY_BYTES = 1 << 30  # of such a process
 _TITLE_CHARS = 500
 _MAX_TAGS = 50_000  # of a page: about 3 s of a core; hardly any page of the web has as many
+# What costs trafilatura the square of its number, or most for each tag. Large pages of the web have a few hundred
+# tables, and some 20,000 elements that lie 15 deep.
+_MAX_TABLES = 1000
+_MAX_DEPTHS = 800_000  # of all elements together
 _MAX_PARTS = 2000  # of a tag, names and values of attributes: what they cost a parser grows with their square
 _MAX_PARTS_IN_ALL = 10 * _MAX_TAGS
 _EXIT_S = 10.0  # for a process that has closed its output to be gone
@@ -54,7 +58,7 @@ class Extractor:
         self._process: subprocess.Popen[bytes] | None = None
 
     def extract(
-        self, body: bytes, content_type: str, *, max_chars: int, timeout_s: float, cpu_s: float = 5.0
+        self, body: bytes, content_type: str, *, max_chars: int, timeout_s: float, cpu_s: float = 2.0
     ) -> tuple[str, str]:
         """Title and text of a page, both empty where there is nothing to read.
 
@@ -158,6 +162,7 @@ def _extract(body: bytes, content_type: str) -> tuple[str, str]:
     tree = trafilatura.load_html(content)
     if tree is None:
         return "", ""
+    _require_shallow(tree)
     return tree.findtext(".//title") or "", trafilatura.extract(tree, include_comments=False, favor_recall=True) or ""
 
 
@@ -188,6 +193,24 @@ def _require_modest(html: str) -> None:
             position = _end(_RAW_END[tag[1].lower()], html, position)
         if max(opening, closing) > _MAX_TAGS or parts > _MAX_PARTS_IN_ALL:
             raise PageAtFault
+
+
+def _require_shallow(tree: Any) -> None:
+    """Counts in the parsed page.
+
+    Raises:
+        PageAtFault: It has more tables, or is nested deeper all in all, than can be worked through in time.
+    """
+    from lxml.etree import iterwalk
+
+    depth = depths = tables = 0
+    for event, element in iterwalk(tree, events=("start", "end")):
+        depth += 1 if event == "start" else -1
+        if event == "start":
+            depths += depth
+            tables += element.tag == "table"
+            if tables > _MAX_TABLES or depths > _MAX_DEPTHS:
+                raise PageAtFault
 
 
 def _end(pattern: re.Pattern[str], text: str, position: int) -> int:

@@ -59,7 +59,7 @@ class DirectSettings(Settings):
     """Processes that turn pages into text."""
     extraction_timeout_s: float = Field(20.0, gt=0)
     """Of a page, waiting for a core included."""
-    extraction_cpu_s: float = Field(5.0, gt=0)
+    extraction_cpu_s: float = Field(2.0, gt=0)
     """Of a core, that a page may cost; then it is to blame."""
     max_chars: int = Field(200_000, ge=1000)
     """Of a page's text that are kept."""
