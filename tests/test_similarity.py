@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rapidfuzz import fuzz
+from rapidfuzz import fuzz, process
 
 import verl_tapo.images
 from verl_tapo import Kernel, TapoConfig, TapoSettings, ToolStep, register_kernel, transfer_credit
@@ -398,16 +398,17 @@ class TestNothingThatAModelWritesRaises:
 
 def test_no_pair_of_long_texts_is_compared_letter_by_letter(monkeypatch):
     """It takes time that grows with the square of the length."""
-    from rapidfuzz import process
-
     lengths = []
-    whole = process.cpdist
 
-    def cpdist(a, b, **options):
-        lengths.extend(map(len, (*a, *b)))
-        return whole(a, b, **options)
+    def counted(compare):
+        def call(a, b, **options):
+            lengths.extend(map(len, (*a, *b)))
+            return compare(a, b, **options)
 
-    monkeypatch.setattr(process, "cpdist", cpdist)
+        return call
+
+    for name in ("cdist", "cpdist"):
+        monkeypatch.setattr(process, name, counted(getattr(process, name)))
     for length in (100, 1000, 2000, 3000, 16_000):
         assert 0 <= compare("text", "ab " * (length // 3), "abc " * (length // 4)) < 1
     assert len(lengths) == 6
@@ -586,6 +587,51 @@ def test_recorded_calls_of_an_images_index_compare_by_its_content(other, base):
 
     assert second_gate(["prompt", "left"]) == "corrected"
     assert second_gate(["prompt", "right"]) == "below_theta"
+
+
+def test_many_texts_at_a_time_compare_as_one_by_one():
+    lengths = (0, 1, 2, 31, 63, 64, 65, 127, 128, 129, 500, 2000, 2048, 3000)
+    texts = [
+        (word * (length // len(word) + 1))[:length] for word in ("ab c", "ba d", "北京 é", "ǅ x") for length in lengths
+    ]
+    kernel = similarity.make_kernel("text")
+    values = similarity.number_values(kernel, texts)[0]
+    left, right = (side.ravel() for side in np.meshgrid(np.arange(len(values)), np.arange(len(values))))
+    expected = np.array(
+        [
+            fuzz.ratio(values[i], values[j]) / 100 if isinstance(values[i], str) and isinstance(values[j], str) else 0.0
+            for i, j in zip(left, right, strict=True)
+        ]
+    )
+    assert np.array_equal(kernel.pairs(values, left, right), expected)
+    few = left == (right + 1) % len(values)  # each with one other
+    assert np.array_equal(kernel.pairs(values, left[few], right[few]), expected[few])
+    assert kernel.pairs(values, left[:0], right[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("groups", [1, 100])
+def test_texts_that_were_not_asked_for_are_hardly_compared(groups, monkeypatch):
+    """Of one large prompt group nearly all pairs are asked for; of many small ones few."""
+    compared = []
+
+    class Counted:
+        def cdist(self, a, b, **options):
+            compared.append(len(a) * len(b))
+            return process.cdist(a, b, **options)
+
+        def cpdist(self, a, b, **options):
+            compared.append(len(a))
+            return process.cpdist(a, b, **options)
+
+    monkeypatch.setattr(similarity, "_rapidfuzz", lambda: (fuzz, Counted()))
+    rows, calls = 4 * groups, 200 // groups
+    steps = [ToolStep(row, "t", {"q": f"{row} {k}"}, (0, 1), (0, 1)) for row in range(rows) for k in range(calls)]
+    base = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]).repeat(groups, 1)
+    index = [row // 4 for row in range(rows)]
+    cfg = TapoConfig(tools={"t": {"q": "text"}})
+    transfer_credit(base, torch.ones_like(base), index, [True, True, False, False] * groups, steps, cfg)
+    asked = groups * (4 * calls) * (2 * calls)
+    assert asked / 2 <= sum(compared) <= 2 * asked
 
 
 @pytest.fixture
