@@ -45,6 +45,7 @@ def test_a_good_configuration(capsys):
         (["+algorithm.tapo.bta=1"], "algorithm.tapo.bta: unknown setting; did you mean 'beta'?"),
         (["algorithm.tapo.beta=1"], "To append to your config use +algorithm.tapo.beta=1"),
         (["actor_rollout_ref.rollout.n=${oc.env:NO_SUCH}"], "Environment variable 'NO_SUCH' not found"),
+        (["trainer.project_name=${oc.env:NO_SUCH}"], "Environment variable 'NO_SUCH' not found"),
         (["--config", "no_such_file.yaml"], "the configuration does not compose: "),
         (["--config", "no_such_name"], "the configuration does not compose: "),
         (["algorithm.adv_estimator=grpo"], "algorithm.adv_estimator=grpo, not tapo"),
@@ -78,6 +79,13 @@ def test_the_command_line_of_main_ppo_as_it_is(capsys, tmp_path):
         assert code == 0, out
         assert "algorithm.tapo.theta              0.7" in out
         assert "rollout.n                         8" in out
+
+
+def test_the_platform_that_is_missing_on_a_cpu(capsys, monkeypatch):
+    monkeypatch.delenv("VERL_PLATFORM", raising=False)
+    code, out = doctor(capsys, "--config-name", "cpu")
+    assert code == 1
+    assert "'VERL_PLATFORM' not found\"; put VERL_PLATFORM=cpu before the command" in out.split("Problems:")[1]
 
 
 def test_an_option_that_there_is_not(capsys):

@@ -263,10 +263,14 @@ _Rows: TypeAlias = list[tuple[str, str]]
 
 def _examine_config_safely(config: Any, findings: Findings) -> tuple[_Rows, _Rows]:
     """A configuration may have any shape: whatever is raised over it is a problem of its own."""
+    from omegaconf import OmegaConf
+
     try:
+        OmegaConf.to_container(config, resolve=True)  # as the trainer does first
         return _examine_config(config, findings)
     except Exception as error:
-        findings.problems.append(f"the configuration cannot be used: {_one_line(error)}")
+        hint = "; put VERL_PLATFORM=cpu before the command" if "'VERL_PLATFORM' not found" in str(error) else ""
+        findings.problems.append(f"the configuration cannot be used: {_one_line(error)}{hint}")
         return [], []
 
 
