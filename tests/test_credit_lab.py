@@ -292,8 +292,9 @@ def test_a_study_resumes_and_reports(warm_starts, tmp_path, monkeypatch, capsys)
     with monkeypatch.context() as patch:  # results of a world that is another now are not this world's
         patch.setitem(WORLDS, "one_hop", replace(WORLDS["one_hop"], flaky=0.5))
         assert study.load(tmp_path).empty
-    tables = report.write(tmp_path)
+    tables, documented = report.write(tmp_path)
     assert "one_hop | vanilla | 2 | success early" in tables
+    assert documented["main"] in tables
     assert (tmp_path / "success.png").stat().st_size > 10_000
 
 
@@ -303,6 +304,23 @@ def test_two_studies_do_not_write_to_one_folder(tmp_path):
 
 
 # the report
+
+
+def test_tables_stand_between_their_marks():
+    text = "before\n<!-- main: report.py -->\nold\n<!-- end -->\n<!-- other: report.py -->\nkept\n<!-- end -->\nafter\n"
+    filled = report.fill(text, {"main": "| new |\n"})
+    assert filled == text.replace("old\n", "| new |\n")
+    assert report.fill(filled, {"main": "| new |\n"}) == filled
+
+
+@pytest.mark.long
+def test_the_document_s_tables_are_those_of_the_results(tmp_path, monkeypatch):
+    for name in ("plot_curves", "plot_rules"):
+        monkeypatch.setattr(report, name, lambda *args: None)
+    _, documented = report.write(study.RESULTS)
+    text = report.DOCUMENT.read_text()
+    assert {name for _, name, _ in report.MARK.findall(text)} == set(documented) - {"switches_elsewhere"}
+    assert report.fill(text, documented) == text
 
 
 def test_steps_to_a_level_are_interpolated_and_a_run_that_never_gets_there_counts_as_long_as_it_is():

@@ -1,6 +1,6 @@
 """Tables and plots from the study's raw results, whatever of it is there.
 
-    python examples/credit_lab/report.py       # writes results/tables.md and results/*.png
+    python examples/credit_lab/report.py       # results/tables.md, results/*.png, and the tables in docs/evidence.md
 
 Differences are paired by seed: two runs of a seed see the same prompts and the same random numbers. `±` is half the
 95 % interval of the mean (Student's t over seeds).
@@ -8,6 +8,7 @@ Differences are paired by seed: two runs of a seed see the same prompts and the 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from scipy import stats
-from study import KEYS, LEARNING_RATES, LOSSES, RESULTS, STUDIED, load, sweeps
+from study import HERE, KEYS, LEARNING_RATES, LOSSES, RESULTS, STUDIED, load, sweeps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,7 +44,8 @@ def _mean(values: Sequence[float] | np.ndarray, digits: int = 3, sign: bool = Fa
     if len(known) < 2:
         return mean
     half = stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known))
-    return f"{mean} ± {half:.{digits}f}"
+    told = f"{mean} ± {half:.{digits}f}"
+    return f"**{told}**" if sign and abs(known.mean()) > half else told
 
 
 def _smooth(curves: np.ndarray) -> np.ndarray:
@@ -219,9 +221,69 @@ def plot_rules(summary: pd.DataFrame, worlds: Sequence[str], file: Path) -> None
     plt.close(grid)
 
 
-def write(folder: Path) -> str:
-    """All tables and plots of the results in ``folder``; returns the tables."""
-    results = load(folder).drop_duplicates([*KEYS, "step"])
+MARK = re.compile(r"(<!-- (\w+): report\.py -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENT = HERE.parent.parent / "docs" / "evidence.md"
+
+
+def grounding_table(summary: pd.DataFrame, rules: Sequence[str], cells: Sequence[tuple[str, str]]) -> str:
+    """Rules by world and loss: success, and its paired difference from GRPO and from TAPO."""
+    rows = []
+    for world, loss in cells:
+        cell = summary[(summary["world"] == world) & (summary["loss"] == loss)]
+        for rule in rules:
+            final = cell.loc[cell["rule"] == rule, "success_final"]
+            if final.empty:
+                continue
+            row = [world, loss, rule, str(len(final)), _mean(cell.loc[cell["rule"] == rule, "success_early"])]
+            row += [_mean(final), str(int((final > 0.5).sum()))]
+            for against in ("grpo", "tapo"):
+                row += [
+                    "" if rule in ("grpo", against) else _mean(paired(cell, rule, against, figure), sign=True)
+                    for figure in ("success_early", "success_final")
+                ]
+            rows.append(row)
+    head = ["world", "loss", "rule", "seeds", "early", "final", "above .5", "early - GRPO", "final - GRPO"]
+    return _markdown([*head, "early - TAPO", "final - TAPO"], rows)
+
+
+def grounding_tables(results: pd.DataFrame) -> dict[str, str]:
+    """The tables of grounded credit, of the sweep ``grounding`` alone: its seeds ran on one machine."""
+    summary = summarise(results[results["sweep"] == "grounding"])
+    if summary.empty:
+        return {}
+    # A grounding that errs is compared with rules that do not look at it.
+    wrong = summary["world"].str.extract(r"^\w+,(.+)$")[0]
+    summary["rule"] = summary["rule"].where(wrong.isna(), summary["rule"] + ", " + wrong.fillna(""))
+    summary["world"] = summary["world"].str.partition(",")[0]
+    rules = list(summary["rule"].unique())
+    switches = [
+        rule for rule in rules if rule not in ("grpo", "tapo", "grounded") and not rule.startswith("grounded, ")
+    ]
+    erring = [rule for rule in rules if rule.startswith("grounded, ")]
+    worlds = [world for world in ("lucky", "one_hop", "two_hops", "flaky", "plain") if world in set(summary["world"])]
+    vanilla = [(world, "vanilla") for world in worlds]
+    others = [(world, loss) for world in worlds for loss in LOSSES[1:]]
+    usual = ("grpo", "tapo", "grounded")
+    return {
+        "grounding": grounding_table(summary, usual, vanilla),
+        "grounding_losses": grounding_table(summary, usual, others),
+        "switches": grounding_table(summary, switches, [("lucky", "vanilla")]),
+        "switches_elsewhere": grounding_table(summary, switches, vanilla[1:]),
+        "errors": grounding_table(summary, erring, [("lucky", "vanilla")]),
+    }
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """A document with each table between its marks; marks of tables that are not there keep what they hold."""
+    return MARK.sub(lambda m: f"{m[1]}{tables[m[2]]}{m[3]}" if m[2] in tables else m[0], text)
+
+
+def write(folder: Path) -> tuple[str, dict[str, str]]:
+    """All tables and plots of the results in ``folder``; returns the tables, and those of the document by name."""
+    everything = load(folder)
+    grounding = grounding_tables(everything)
+    results = everything[everything["sweep"] != "grounding"].drop_duplicates([*KEYS, "step"])
+    documented = dict(grounding)
     tuning = results[results["sweep"] == "tuning"]
     tuned = results["learning_rate"] == results["loss"].map(LEARNING_RATES)
     studied = results[(results["sweep"] != "tuning") & tuned]
@@ -245,13 +307,15 @@ def write(folder: Path) -> str:
             "The gradient on calls": gradient,
             "TAPO's own metrics (of GRPO's runs: what TAPO would have done)": warning,
         }
-        parts += ["## GRPO, and what TAPO adds", overview(summary, plain)]
+        documented["main"] = overview(summary, plain)
+        parts += ["## GRPO, and what TAPO adds", documented["main"]]
         for title, figures in titles.items():
             parts += [f"## {title}", against_grpo(summary, plain, figures)]
         dialled = [world for world in worlds if "," in world]
         if dialled:
             figures = {"misassigned_steps_early": 3, "success_early": 3, "proficiency_to_70": 1, "success_final": 3}
-            parts += ["## Dials (vanilla)", against_grpo(summary, ["one_hop", *dialled], figures)]
+            documented["dials"] = against_grpo(summary, ["one_hop", *dialled], figures)
+            parts += ["## Dials (vanilla)", documented["dials"]]
         slower = results[(results["sweep"] != "tuning") & ~tuned]
         if len(slower):
             rates = "learning rate " + slower["learning_rate"].map("{:g}".format)
@@ -262,20 +326,25 @@ def write(folder: Path) -> str:
         rivals, ablations = (
             list(dict.fromkeys(run.rule for run in sweeps()[name])) for name in ("rivals", "ablations")
         )
-        parts += ["## Rivals and gates (vanilla)", rules_table(summary, plain, ["tapo", *rivals])]
+        documented["rivals"] = rules_table(summary, plain, ["tapo", *rivals])
+        parts += ["## Rivals and gates (vanilla)", documented["rivals"]]
         ablated = [world for world in plain if world in STUDIED]
         together = summary[summary["world"].isin(ablated)]
+        documented["ablations"] = rules_table(together, [None], ["tapo", *ablations])
         parts += ["## Ablations (vanilla)", rules_table(together, [None, *ablated], ["tapo", *ablations])]
         for figure in ("success", "proficiency", "entropy", "agreement"):
             plot_curves(studied, plain, figure, folder / f"{figure}.png")
         plot_rules(summary, plain, folder / "rules.png")
-    return "\n".join(parts)
+    for name, table in grounding.items():
+        parts += [f"## Grounded credit: {name.replace('_', ' ')}", table]
+    return "\n".join(parts), documented
 
 
 def main() -> int:
     """Writes and prints."""
-    tables = write(RESULTS)
+    tables, documented = write(RESULTS)
     (RESULTS / "tables.md").write_text(tables)
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(), documented))
     print(tables)
     return 0
 
