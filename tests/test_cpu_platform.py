@@ -27,7 +27,7 @@ from verl.utils.device import get_device_id, get_device_name, get_torch_device
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.rollout.base import get_rollout_class
 from verl.workers.rollout.replica import get_rollout_replica_class
-from verl_tapo.plugin import CPU_SEAMS
+from verl_tapo.plugin import CPU_HOOKS
 assert (get_device_name(), get_device_id()) == ("cpu", "cpu")
 device = get_torch_device()
 assert device.memory_allocated() > 2**20 and device.is_available() and device.device_count() == 1
@@ -36,18 +36,18 @@ assert get_rollout_class("transformers").__module__ == "verl_tapo.cpu.replica"
 import verl.workers.engine
 assert EngineRegistry.get_engine_cls("language_model", "fsdp2").__module__ == "verl_tapo.cpu.engine"
 assert EngineRegistry.get_engine_cls("value_model", "fsdp2").__module__ == "verl_tapo.cpu.engine"
-for seam in CPU_SEAMS:
-    importlib.import_module(seam.module)
-    assert seam.status in ("active", "registered"), (seam, seam.status)
+for hook in CPU_HOOKS:
+    importlib.import_module(hook.module)
+    assert hook.status in ("active", "registered"), (hook, hook.status)
 """
 ABSENT = """
 import sys
 import verl
 import verl.trainer.ppo.core_algos
 from verl.plugin.platform import PlatformRegistry
-from verl_tapo.plugin import CPU_SEAMS, SEAMS
+from verl_tapo.plugin import CPU_HOOKS, HOOKS
 assert "cpu" not in PlatformRegistry.registered_names()
-assert not [seam for seam in SEAMS if seam in CPU_SEAMS]
+assert not [hook for hook in HOOKS if hook in CPU_HOOKS]
 assert not [name for name in sys.modules if name.startswith("verl_tapo.cpu.")]
 """
 PROCESS_GROUP = """
@@ -60,7 +60,7 @@ assert torch.distributed.get_backend() == "gloo"
 """
 
 
-def test_it_is_registered_and_every_seam_holds():
+def test_it_is_registered_and_every_hook_holds():
     done = python(REGISTRIES, VERL_PLATFORM="cpu")
     assert done.returncode == 0, done.stderr
 

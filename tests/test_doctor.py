@@ -431,17 +431,17 @@ def test_a_plugin_that_cannot_load_says_so_on_stderr():
     assert "[verl-tapo] the plug-in failed to load:" in done.stderr
 
 
-def test_a_seam_that_changed_says_so_and_leaves_other_runs_alone():
+def test_a_hook_that_changed_says_so_and_leaves_other_runs_alone():
     code = """
 import types, sys
 import verl_tapo.plugin as plugin
-seam = plugin.SEAMS[3]
+hook = plugin.HOOKS[3]
 module = types.ModuleType("changed")
 class PPOTrainer:
     def _compute_advantage(self, data): return "stock"
 module.PPOTrainer = PPOTrainer
-plugin._install(seam, module)
-print(seam.status, PPOTrainer()._compute_advantage(1))
+plugin._install(hook, module)
+print(hook.status, PPOTrainer()._compute_advantage(1))
 """
     done = run(code)
     assert "FAILED: TypeError: PPOTrainer._compute_advantage has no parameter batch, metrics stock" in done.stdout
@@ -465,12 +465,12 @@ from omegaconf import OmegaConf
 import verl.experimental.agent_loop.tool_agent_loop, verl.trainer.ppo.v1.trainer_base, verl.trainer.ppo.ray_trainer
 from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
 from verl.trainer.ppo import core_algos
-from verl_tapo.plugin import SEAMS
+from verl_tapo.plugin import HOOKS
 import verl_tapo.trainer.v0, verl_tapo.trainer.v1
 from verl_tapo.trainer.check import check_run
 from verl_tapo.settings import load_settings
 from verl_tapo.trainer.estimator import watch
-print(sorted({seam.status for seam in SEAMS if seam.module in sys.modules}))
+print(sorted({hook.status for hook in HOOKS if hook.module in sys.modules}))
 print("tapo_tool_agent" in _agent_loop_registry, "tapo" in core_algos.ADV_ESTIMATOR_REGISTRY)
 for overrides in (["algorithm.adv_estimator=grpo", "+algorithm.tapo.beta=0.5"],
                   ["algorithm.adv_estimator=tapo", "+algorithm.tapo.tools.zoom.bbox=iou"],

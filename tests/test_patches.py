@@ -13,14 +13,14 @@ pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parent.parent
 WHEELS = Path(os.environ.get("VERL_WHEELS", Path(sys.prefix) / "wheels"))
-SEAMS = """
+HOOKS = """
 import importlib, verl, verl_tapo.plugin as plugin
-for seam in plugin.SEAMS:
+for hook in plugin.HOOKS:
     try:
-        importlib.import_module(seam.module)
+        importlib.import_module(hook.module)
     except ImportError:
         continue
-    print(verl.__file__, "|", seam.module, "|", seam.target, "|", seam.status)
+    print(verl.__file__, "|", hook.module, "|", hook.target, "|", hook.status)
 """
 
 
@@ -73,9 +73,9 @@ def run(tree, *arguments):
 )
 def test_patch(tmp_path, patch, version, tests, least, status):
     tree = patched_tree(tmp_path, patch, version)
-    seams = [line.split(" | ") for line in run(tree, "-c", SEAMS).splitlines() if " | " in line]
-    assert {file for file, *_ in seams} == {str(tree / "verl" / "__init__.py")}
-    statuses = {(module, target): state for _, module, target, state in seams}
+    hooks = [line.split(" | ") for line in run(tree, "-c", HOOKS).splitlines() if " | " in line]
+    assert {file for file, *_ in hooks} == {str(tree / "verl" / "__init__.py")}
+    statuses = {(module, target): state for _, module, target, state in hooks}
     assert statuses["verl.trainer.ppo.ray_trainer", "compute_advantage"] == status
     assert statuses["verl.trainer.ppo.ray_trainer", "RayPPOTrainer.__init__"] == "active"
     if version == "0.9.1":

@@ -121,9 +121,9 @@ def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False) -> 
     if loaded:
         with contextlib.nullcontext() if verbose else _quiet():
             composed = _compose(config, overrides, findings)
-            seams = _examine_seams(composed, findings)
+            hooks = _examine_hooks(composed, findings)
             settings, tools = ([], []) if composed is None else _examine_config_safely(composed, findings)
-        _show("Seams", seams)
+        _show("Hooks", hooks)
         _show("Configuration", settings)
         _show("Tools", tools)
     for title, messages in (("Warnings", findings.warnings), ("Problems", findings.problems)):
@@ -196,9 +196,9 @@ def _examine_plugin(findings: Findings) -> tuple[list[tuple[str, str]], bool]:
     return rows, True
 
 
-def _examine_seams(config: Any, findings: Findings) -> list[tuple[str, str]]:
+def _examine_hooks(config: Any, findings: Findings) -> list[tuple[str, str]]:
     """Imports every module that is hooked, and shows what became of the hooks."""
-    from verl_tapo.plugin import PATCH_MARK, SEAMS
+    from verl_tapo.plugin import HOOKS, PATCH_MARK
 
     v1 = config is None or bool(config.trainer.get("use_v1", False))
     needed = {
@@ -206,17 +206,17 @@ def _examine_seams(config: Any, findings: Findings) -> list[tuple[str, str]]:
         "verl.trainer.ppo.v1.trainer_base" if v1 else "verl.trainer.ppo.ray_trainer",
     }
     rows = []
-    for seam in SEAMS:
+    for hook in HOOKS:
         try:
-            importlib.import_module(seam.module)
-            status = seam.status
+            importlib.import_module(hook.module)
+            status = hook.status
         except ImportError as error:
             status = f"not there: {error}"
         except Exception as error:  # an import that dies of another version of what it imports
             status = f"FAILED: {type(error).__name__}: {error}"
         failed = status.startswith(("FAILED", "not there"))
-        name = f"{seam.module}.{seam.target}" if seam.target else seam.module
-        if failed and seam.module in needed:
+        name = f"{hook.module}.{hook.target}" if hook.target else hook.module
+        if failed and hook.module in needed:
             findings.problems.append(f"{name}: {status}. For a missing package: pip install 'verl-tapo[verl]'")
         rows.append((name, status))
     mark = getattr(sys.modules.get("verl.trainer.ppo.ray_trainer"), PATCH_MARK, None)

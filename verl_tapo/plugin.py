@@ -1,7 +1,7 @@
 """What veRL loads (entry point ``verl.plugins``, or ``VERL_USE_EXTERNAL_MODULES=verl_tapo.plugin``): no logic here.
 
 The estimator and the agent loop go through veRL's registries. What veRL has no extension point for is hooked, each
-hook when its module is imported, never earlier: `SEAMS` lists all of them with their reasons. A hook that finds its
+hook when its module is imported, never earlier: `HOOKS` lists all of them with their reasons. A hook that finds its
 target changed reports so and stays away; a run with ``adv_estimator=tapo`` then stops with a clear error, and every
 other run goes on unaffected.
 """
@@ -24,7 +24,7 @@ itself then, and nothing is wrapped but the constructors."""
 
 
 @dataclass
-class Seam:
+class Hook:
     """One place where the plug-in meets veRL."""
 
     module: str
@@ -41,23 +41,23 @@ class Seam:
     status: str = field(default="waiting for import", init=False)
 
 
-SEAMS = [
-    Seam("verl.trainer.ppo.core_algos", "", "verl_tapo.plugin:register_estimator", (), "veRL's estimator registry"),
-    Seam(
+HOOKS = [
+    Hook("verl.trainer.ppo.core_algos", "", "verl_tapo.plugin:register_estimator", (), "veRL's estimator registry"),
+    Hook(
         "verl.experimental.agent_loop.tool_agent_loop",
         "",
         "verl_tapo.plugin:register_agent_loop",
         (),
         "veRL's agent loop registry",
     ),
-    Seam(
+    Hook(
         "verl.trainer.ppo.v1.trainer_base",
         "PPOTrainer.__init__",
         "verl_tapo.trainer.v1:init_hook",
         ("self", "config"),
         "a bad algorithm.tapo must stop the run before the first rollout; V1 never validates algorithm",
     ),
-    Seam(
+    Hook(
         "verl.trainer.ppo.v1.trainer_base",
         "PPOTrainer._compute_advantage",
         "verl_tapo.trainer.v1:compute_advantage_hook",
@@ -65,7 +65,7 @@ SEAMS = [
         "V1 hands estimators neither responses nor extra fields (veRL PR 7473 would not either)",
         replaced_by_patch=True,
     ),
-    Seam(
+    Hook(
         "verl.trainer.ppo.ray_trainer",
         "RayPPOTrainer.__init__",
         "verl_tapo.trainer.v0:init_hook",
@@ -73,7 +73,7 @@ SEAMS = [
         "the same early check; V0's compute_advantage has no way to the tokenizer",
     ),
     *(
-        Seam(
+        Hook(
             module,
             target,
             f"verl_tapo.trainer.v0:{target}_hook",
@@ -89,64 +89,64 @@ SEAMS = [
     ),
 ]
 
-CPU_SEAMS = [
-    Seam(
+CPU_HOOKS = [
+    Hook(
         "verl.plugin.platform.platform_manager",
         "",
         "verl_tapo.cpu.registration:register_platform",
         (),
         "veRL's platform registry",
     ),
-    Seam(
+    Hook(
         "verl.workers.engine.fsdp.transformer_impl",
         "",
         "verl_tapo.cpu.registration:register_engines",
         (),
         "veRL's engine registry; its FSDP engines are registered for cuda and npu",
     ),
-    Seam(
+    Hook(
         "verl.workers.rollout.replica",
         "",
         "verl_tapo.cpu.registration:register_replica",
         (),
         "veRL's registry of rollout replicas",
     ),
-    Seam(
+    Hook(
         "verl.workers.rollout.base",
         "",
         "verl_tapo.cpu.registration:register_rollout",
         (),
         "veRL's registry of the workers' side of a rollout",
     ),
-    Seam(
+    Hook(
         "verl.utils.config",
         "validate_config",
         "verl_tapo.cpu.check:validate_hook",
         ("config", "use_reference_policy", "use_critic"),
         "a configuration for a GPU must stop the run before Ray starts; veRL has no check of a platform's own",
     ),
-    Seam(
+    Hook(
         "verl.utils.distributed",
         "initialize_global_process_group_ray",
         "verl_tapo.cpu.distributed:process_group_hook",
         ("timeout_second", "backend"),
         "veRL asks torch for the backends cpu:gloo,cpu:gloo, which it refuses",
     ),
-    Seam(
+    Hook(
         "verl.single_controller.ray.base",
         "RayWorkerGroup.__init__",
         "verl_tapo.cpu.distributed:worker_group_hook",
         ("self", "kwargs"),
         "veRL's master port is one that the system gives to the next connection: every ninth start failed",
     ),
-    Seam(
+    Hook(
         "verl.trainer.ppo.v1.replay_buffer",
         "ReplayBuffer._materialize_batch",
         "verl_tapo.cpu.order:materialize_hook",
         ("self", "partition_id", "selected_prompt_uids", "partition_snapshot"),
         "rows come in the order in which rollouts finish: the same rollouts would train to other weights",
     ),
-    Seam(
+    Hook(
         "verl.utils.dataset.rl_dataset",
         "RLHFDataset._process_multi_modal_info",
         "verl_tapo.cpu.images:process_hook",
@@ -154,7 +154,7 @@ CPU_SEAMS = [
         "veRL reads images with qwen-vl-utils, which needs torchvision",
     ),
     *(
-        Seam(
+        Hook(
             f"transformers.models.{family}.processing_{family}",
             "",
             "verl_tapo.cpu.processor:leave_out_video",
@@ -164,12 +164,12 @@ CPU_SEAMS = [
         for family in ("qwen2_5_vl", "qwen3_vl")
     ),
 ]
-"""Where the CPU platform meets veRL; in `SEAMS` under ``VERL_PLATFORM=cpu`` only."""
+"""Where the CPU platform meets veRL; in `HOOKS` under ``VERL_PLATFORM=cpu`` only."""
 
-for _seam in CPU_SEAMS:
-    _seam.serves = "VERL_PLATFORM=cpu"
+for _hook in CPU_HOOKS:
+    _hook.serves = "VERL_PLATFORM=cpu"
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":  # as veRL reads it
-    SEAMS += CPU_SEAMS
+    HOOKS += CPU_HOOKS
     # With its default of 8 threads TransferQueue warns in every transfer that the machine has fewer cores: most lines
     # of a run's log. Set before Ray starts, so that Ray's processes inherit it.
     os.environ.setdefault("TQ_NUM_THREADS", "1")
@@ -212,34 +212,34 @@ def register_agent_loop(_: Any) -> None:
     importlib.import_module("verl_tapo.rollout.tool_agent")
 
 
-def _install(seam: Seam, module: Any) -> None:
+def _install(hook: Hook, module: Any) -> None:
     try:
-        if not seam.target:
-            _resolve(seam.handler)(module)
-            seam.status = "registered"
+        if not hook.target:
+            _resolve(hook.handler)(module)
+            hook.status = "registered"
             return
-        if seam.replaced_by_patch and _patched():
-            seam.status = "not needed: veRL is patched"
+        if hook.replaced_by_patch and _patched():
+            hook.status = "not needed: veRL is patched"
             return
         target = module
-        for name in seam.target.split("."):
+        for name in hook.target.split("."):
             target = getattr(target, name)
         present = inspect.signature(target).parameters
-        missing = [name for name in seam.parameters if name not in present]
+        missing = [name for name in hook.parameters if name not in present]
         if missing:
-            raise TypeError(f"{seam.target} has no parameter {', '.join(missing)}")
+            raise TypeError(f"{hook.target} has no parameter {', '.join(missing)}")
 
-        def hook(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-            return _resolve(seam.handler)(wrapped, instance, args, kwargs)
+        def handled(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+            return _resolve(hook.handler)(wrapped, instance, args, kwargs)
 
         from wrapt import wrap_function_wrapper
 
-        wrap_function_wrapper(module, seam.target, hook)
-        seam.status = "active"
+        wrap_function_wrapper(module, hook.target, handled)
+        hook.status = "active"
     except Exception as error:
-        seam.status = f"FAILED: {type(error).__name__}: {error}"
-        place = f"{seam.module}.{seam.target}" if seam.target else seam.module
-        complain(f"cannot hook into {place}: {error}. {seam.serves} will not run; `verl-tapo doctor` shows more.")
+        hook.status = f"FAILED: {type(error).__name__}: {error}"
+        place = f"{hook.module}.{hook.target}" if hook.target else hook.module
+        complain(f"cannot hook into {place}: {error}. {hook.serves} will not run; `verl-tapo doctor` shows more.")
 
 
 def _patched() -> bool:
@@ -250,8 +250,8 @@ def _patched() -> bool:
 def _load() -> None:
     import wrapt
 
-    for seam in SEAMS:
-        wrapt.when_imported(seam.module)(partial(_install, seam))  # calls at once where the module is there already
+    for hook in HOOKS:
+        wrapt.when_imported(hook.module)(partial(_install, hook))  # calls at once where the module is there already
 
 
 try:

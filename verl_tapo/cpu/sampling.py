@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,8 +122,3 @@ def draw(logits: Tensor, rows: Sequence[Sampling], seen: Sequence[Sequence[int]]
         # The last bound is never reached, so that no rounding draws a token behind it.
         tokens.append(torch.searchsorted(bounds, bounds[-1] * uniform, right=True))
     return torch.stack(tokens)
-
-
-def uniform_numbers(seed: int) -> random.Random:
-    """The noise of one request."""
-    return random.Random(seed)

@@ -43,7 +43,7 @@ def make_parser(rollout: Rollout, settings: TapoSettings) -> ToolCallParser:
         missing = "tokenizer" if rollout.tokenizer is None else "tool format"
         raise ValueError(
             f"TAPO cannot find tool calls in the tokens: the trainer handed over no {missing}. Record the calls with "
-            f"the agent loop tapo_tool_agent, or set algorithm.tapo.tool_format; `verl-tapo doctor` shows the seams."
+            f"the agent loop tapo_tool_agent, or set algorithm.tapo.tool_format; `verl-tapo doctor` shows the hooks."
         )
     return cached_parser(tool_format, rollout.tokenizer, rollout.tools)
 
