@@ -22,12 +22,10 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-for folder in (ROOT / "tests", ROOT / "recipes" / "multimodal_search"):
+for folder in (ROOT / "tests", ROOT):
     sys.path.insert(0, str(folder))
 # The retrieval service is a process of its own.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(ROOT / "recipes" / "multimodal_search"), os.environ.get("PYTHONPATH")])
-)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 from measuring import Fact, Part, Sweep  # noqa: E402
 from rendering import markdown, plot, write_readme  # noqa: E402

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from search_agent.retrieval.load_test import write_corpus
 
+from search_backends.retrieval.load_test import write_corpus
 from verl_tapo import TapoConfig, ToolStep
 
 CONFIG = TapoConfig(
@@ -71,10 +71,10 @@ def make_batch(trajectories: int, length: int = 8192, group_size: int = 8, calls
 
 
 def build_index(folder: Path, passages: int) -> Path:
-    """An index of made-up passages, built as the recipe builds its own."""
+    """An index of made-up passages, built as the retrieval service has it."""
     folder.mkdir(exist_ok=True)
     corpus, index = folder / "passages.jsonl", folder / "index"
     write_corpus(corpus, passages)
-    command = [sys.executable, "-m", "search_agent.retrieval.build", "--corpus", str(corpus), "--out", str(index)]
+    command = [sys.executable, "-m", "search_backends.retrieval.build", "--corpus", str(corpus), "--out", str(index)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return index

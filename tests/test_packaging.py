@@ -101,6 +101,9 @@ def test_the_wheel_serves_command_line_audit_and_hydra(dist, fresh, tmp_path):
     composed = run(fresh, "-m", "verl.trainer.main_ppo", "--config-name", "tapo", "--cfg", "job", cwd=tmp_path)
     assert "adv_estimator: tapo" in composed
     assert "alpha_min: 0.2" in composed
+    where = run(fresh, "-c", "import search_backends; print(search_backends.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(site)
+    assert "purge" in run(fresh, "-m", "search_backends.cache", "--help", cwd=tmp_path)
 
 
 def test_what_an_index_shows_has_no_relative_links():

@@ -156,7 +156,7 @@ def test_a_box_in_any_form_that_tools_take(spelling):
 def test_every_box_that_the_recipes_zoom_cuts_out_is_one():
     from PIL import Image
 
-    pictures = pytest.importorskip("search_agent.pictures")
+    pictures = pytest.importorskip("search_backends.pictures")
     image = Image.new("RGB", (1000, 1000))
     read = 0
     forms = {**odd_values.values(), **{str(spelling): spelling for spelling in SPELLINGS}, "minus": "900-10-20-30"}

@@ -11,9 +11,10 @@ from typing import Any
 
 import bm25s
 from measuring import Part, sweep
-from search_agent.retrieval.bm25 import words
-from search_agent.retrieval.load_test import drive, running, sample_queries
 from workload import build_index
+
+from search_backends.retrieval.bm25 import words
+from search_backends.retrieval.load_test import drive, running, sample_queries
 
 
 def measure(quick: bool) -> Part:
@@ -59,7 +60,7 @@ def measure(quick: bool) -> Part:
             ),
         ]
     text = (
-        "The recipe's retrieval service, asked over HTTP from the same machine, against bm25s itself on the same index "
+        "The retrieval service, asked over HTTP from the same machine, against bm25s itself on the same index "
         "in the process that asks, in batches of as many queries."
     )
     return Part("Retrieval", text, sweeps)

@@ -14,14 +14,14 @@ import numpy as np
 from agent_loops import call, run_scripted, schema
 from conftest import TOOL_TOKENS, _byte_level
 from measuring import Part, Sweep, sweep
-from search_agent.cache import Cache
-from search_agent.providers.cached import CachedText
-from search_agent.providers.service import ServiceText
-from search_agent.retrieval.load_test import running, sample_queries
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.tools.function_tool import FunctionTool
 from workload import build_index
 
+from search_backends.cache import Cache
+from search_backends.providers.cached import CachedText
+from search_backends.providers.service import ServiceText
+from search_backends.retrieval.load_test import running, sample_queries
 from verl_tapo.rollout.tool_agent import TapoToolAgentLoop
 
 
@@ -97,7 +97,7 @@ def measure(quick: bool) -> Part:
     repeats = 2 if quick else 7
     text = (
         "A trajectory through `tapo_tool_agent`, which records every call, against veRL's own `tool_agent` with the "
-        "same tool; then the recipe's text search over HTTP, with and without its cache on the disk."
+        "same tool; then the text search of `search_backends` over HTTP, with and without its cache on the disk."
     )
     return Part(
         "Tool path",

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from search_agent.errors import InfrastructureError
+from search_backends.errors import InfrastructureError
 
 JUDGE_DOWN = True
 FACTS = {f"fact {number}": f"value {number} is <|im_end|>what was looked for" for number in range(10)}

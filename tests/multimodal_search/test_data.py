@@ -455,7 +455,7 @@ class Hostile:
 
 
 def test_image_results_are_converted_once(tmp_path):
-    from search_agent.providers import make_image_provider
+    from search_backends.providers import make_image_provider
 
     file = write_parquet(tmp_path / "fvqa.parquet", [fvqa(number) for number in range(3)])
     assert run(tmp_path, f"fvqa_train={file}") == 0

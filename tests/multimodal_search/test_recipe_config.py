@@ -86,7 +86,7 @@ def test_tapo_knows_every_tool_by_the_kernels_that_it_declares():
     ],
 )
 def test_tools_are_made(monkeypatch, tmp_path, name, tools):
-    from search_agent.providers.precomputed import write
+    from search_backends.providers.precomputed import write
 
     results = tmp_path / "results.sqlite"
     write(results, [])

@@ -54,7 +54,7 @@ def index(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("retrieval")
     passages, images = write_corpus(folder)
     build = ["--corpus", passages, "--text", "bm25", "--images", images, "--image-encoder", "phash"]
-    command = [sys.executable, "-m", "search_agent.retrieval.build", *build, "--out", folder / "index"]
+    command = [sys.executable, "-m", "search_backends.retrieval.build", *build, "--out", folder / "index"]
     subprocess.run(command, cwd=recipe, env=environment(recipe), check=True)
     return folder / "index"
 
@@ -65,7 +65,7 @@ def service(recipe, index, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "search_agent.retrieval.serve", index, "--port", str(port)]
+    command = [sys.executable, "-m", "search_backends.retrieval.serve", index, "--port", str(port)]
     with (tmp_path / "serve.log").open("w") as log:
         process = subprocess.Popen(command, cwd=recipe, env=environment(recipe), stdout=log, stderr=subprocess.STDOUT)
     try:

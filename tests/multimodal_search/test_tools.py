@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from search_agent.errors import InfrastructureError, ModelError
-from search_agent.results import ImageHit, Page, Passage
 from search_agent.tools import ImageSearch, TextSearch, Visit, Zoom
 from search_agent.tools.toolbox import Toolbox, main
 
+from search_backends.errors import InfrastructureError, ModelError
+from search_backends.results import ImageHit, Page, Passage
 from verl_tapo.parsing import answer_is_error
 
 

@@ -204,8 +204,8 @@ async def _awaited(result: Any) -> Any:
 
 async def _judge_problems(function: Any) -> list[str]:
     """Whether the judge answers, where this recipe's reward has one."""
-    from search_agent.errors import InfrastructureError
     from search_agent.rewards import Reward, read_settings
+    from search_backends.errors import InfrastructureError
 
     if function.path != OUR_REWARD:
         return []
@@ -343,8 +343,8 @@ def _loop_settings(agent: Any) -> dict[str, Any]:
 
 async def _unreachable(tools: Sequence[Any]) -> list[str]:
     """Which tools' back ends do not answer."""
-    from search_agent.errors import InfrastructureError
     from search_agent.tools.backed import BackedTool
+    from search_backends.errors import InfrastructureError
 
     problems = []
     for tool in tools:

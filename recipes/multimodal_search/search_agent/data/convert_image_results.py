@@ -21,9 +21,9 @@ from typing import Any
 from PIL import Image
 
 from search_agent.data.files import read_rows
-from search_agent.pictures import encode, fit
-from search_agent.providers.precomputed import write
-from search_agent.results import ImageHit
+from search_backends.pictures import encode, fit
+from search_backends.providers.precomputed import write
+from search_backends.results import ImageHit
 
 THUMBNAIL_PIXELS = 320 * 320
 _TITLES = ("tool_returned_web_title_list", "tool_returned_web_title")

@@ -35,13 +35,13 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from search_agent.clean import clean_text
 from search_agent.data.files import read_rows
 from search_agent.data.sources import Source, answers_of, find, question_of, source_of
 from search_agent.data.twins import Mark, Seen, mark_of
-from search_agent.errors import ModelError
-from search_agent.pictures import FORMATS, fit, load_picture
 from search_agent.prompts import TOOLS, system_prompt
+from search_backends.clean import clean_text
+from search_backends.errors import ModelError
+from search_backends.pictures import FORMATS, fit, load_picture
 
 ROWS_IN_GROUP = 64
 MAX_READ_PIXELS = 100_000_000  # larger images are left out unread

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from search_agent.errors import InfrastructureError, ModelError
 from search_agent.evaluate.dialogue import (
     Message,
     Pictures,
@@ -26,6 +25,7 @@ from search_agent.evaluate.dialogue import (
 )
 from search_agent.evaluate.model import ChatModel
 from search_agent.evaluate.questions import Question
+from search_backends.errors import InfrastructureError, ModelError
 from verl_tapo.records import CallRecord, CallStatus, TrajectoryRecord, fault_of
 from verl_tapo.rule.values import content_hash
 

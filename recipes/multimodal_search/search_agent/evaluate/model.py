@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from search_agent.errors import InfrastructureError
 from search_agent.evaluate.dialogue import (
     Message,
     Pictures,
@@ -22,7 +21,8 @@ from search_agent.evaluate.dialogue import (
     whole,
     with_tools,
 )
-from search_agent.http import ApiKey, BackendError, JsonClient
+from search_backends.errors import InfrastructureError
+from search_backends.http import ApiKey, BackendError, JsonClient
 
 # vLLM, SGLang, llama.cpp and OpenAI say it in these words.
 _TOO_LONG = re.compile(r"context.?(length|size|window)|max(imum)?[ _]model[ _]len|prompt is too long", re.IGNORECASE)

@@ -12,11 +12,11 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from search_agent.cache import Cache, cache_key
-from search_agent.clean import clean_text, fence
-from search_agent.errors import InfrastructureError
-from search_agent.http import ApiKey, BackendError
 from search_agent.rewards.settings import JudgeSettings
+from search_backends.cache import Cache, cache_key
+from search_backends.clean import clean_text, fence
+from search_backends.errors import InfrastructureError
+from search_backends.http import ApiKey, BackendError
 
 logger = logging.getLogger(__name__)
 

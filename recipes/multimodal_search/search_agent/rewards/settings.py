@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from search_agent.providers.base import Address, HttpSettings, Settings
+from search_backends.providers.base import Address, HttpSettings, Settings
 
 Match: TypeAlias = Literal["exact", "substring", "f1", "judge"]
 
@@ -41,7 +41,7 @@ class JudgeSettings(HttpSettings):
     request: Mapping[str, Any] = Field(default={"max_tokens": 512})
     """Further fields of a request; ``temperature`` is 0 unless it stands here, and a field that is null is left out."""
     cache: str | None = None
-    """A file, see `search_agent.cache`, in which verdicts are kept."""
+    """A file, see `search_backends.cache`, in which verdicts are kept."""
     on_outage: Literal["stop", "count"] = "stop"
     """What an outage does: no rewards at all, or rewards by rules alone, which are counted."""
     patience_s: float = Field(600.0, gt=0, lt=float("inf"))

@@ -7,16 +7,16 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from search_agent.cache import Cache
-from search_agent.providers.cached import current_identity
 from search_agent.tools.base import SearchTool, ToolSettings
+from search_backends.cache import Cache
+from search_backends.providers.cached import current_identity
 
 
 class BackedSettings(ToolSettings):
     """Of a tool with a provider."""
 
     provider: dict[str, Any] = Field(default_factory=lambda: {"provider": "service"})
-    """Who answers: ``provider`` and the provider's own settings (`search_agent.providers`)."""
+    """Who answers: ``provider`` and the provider's own settings (`search_backends.providers`)."""
     cache: str | None = None
     """A file that all processes of a machine share: equal calls get equal answers. None: each call is asked."""
     cache_max_age_s: float | None = Field(None, gt=0)
@@ -31,9 +31,9 @@ class BackedTool(SearchTool):
     """
 
     make_provider: ClassVar[Any]
-    """Makes the provider out of ``settings.provider``: one of `search_agent.providers`."""
+    """Makes the provider out of ``settings.provider``: one of `search_backends.providers`."""
     remembered: ClassVar[Any]
-    """Puts the cache in front of it: one of `search_agent.providers`."""
+    """Puts the cache in front of it: one of `search_backends.providers`."""
     method: ClassVar[str] = "search"
     """The provider's."""
 

@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
 
-from search_agent.clean import clean_text
-from search_agent.errors import InfrastructureError, ModelError
+from search_backends.clean import clean_text
+from search_backends.errors import InfrastructureError, ModelError
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from PIL import Image
 from pydantic import Field
 
-from search_agent.errors import ModelError
-from search_agent.pictures import fit
 from search_agent.tools.base import ToolSettings
+from search_backends.errors import ModelError
+from search_backends.pictures import fit
 
 SMALLEST = 28 * 28  # one token of Qwen2.5-VL
 

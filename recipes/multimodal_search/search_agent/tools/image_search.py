@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 from PIL import Image
 from pydantic import Field
 
-from search_agent.clean import format_image_hits
-from search_agent.errors import InfrastructureError, ModelError
-from search_agent.pictures import encode, load_picture
-from search_agent.providers import CachedImages, make_image_provider
-from search_agent.results import ImageHit
 from search_agent.tools.backed import BackedSettings, BackedTool
 from search_agent.tools.base import Answer, Call
 from search_agent.tools.budget import ImageBudget
+from search_backends.clean import format_image_hits
+from search_backends.errors import InfrastructureError, ModelError
+from search_backends.pictures import encode, load_picture
+from search_backends.providers import CachedImages, make_image_provider
+from search_backends.results import ImageHit
 
 MAX_THUMBNAIL_PIXELS = 25_000_000  # of a provider's; larger ones are left out unread
 

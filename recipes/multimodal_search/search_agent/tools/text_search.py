@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from search_agent.clean import format_passages
-from search_agent.providers import CachedText, make_text_provider
 from search_agent.tools.backed import BackedSettings, BackedTool
 from search_agent.tools.base import Answer, Call
+from search_backends.clean import format_passages
+from search_backends.providers import CachedText, make_text_provider
 
 LONGEST_QUERY = 512
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from search_agent.clean import format_page
-from search_agent.providers import CachedPages, make_page_provider
 from search_agent.tools.backed import BackedSettings, BackedTool
 from search_agent.tools.base import Answer, Call
+from search_backends.clean import format_page
+from search_backends.providers import CachedPages, make_page_provider
 
 LONGEST_URL = 2048
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 from PIL import Image
 from pydantic import Field
 
-from search_agent.pictures import crop
 from search_agent.tools.base import Answer, Call, SearchTool
 from search_agent.tools.budget import ImageBudget
+from search_backends.pictures import crop
 
 
 class ZoomSettings(ImageBudget):

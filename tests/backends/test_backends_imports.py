@@ -1,0 +1,25 @@
+"""The floor that `search_backends` stands on: it runs without veRL and knows no recipe."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import search_backends
+
+FOLDER = Path(search_backends.__file__).parent
+MODULES = sorted(FOLDER.rglob("*.py"))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=[str(module.relative_to(FOLDER)) for module in MODULES])
+def test_no_module_imports_verl_a_recipe_or_more_of_the_plug_in_than_its_letters(module):
+    """Which letters and marks words are made of is said once: search and comparison of answers go by it."""
+    imported = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module)
+    roots = {name.split(".")[0] for name in imported - {"verl_tapo.answers.letters"}}
+    assert not roots & {"verl", "verl_tapo", "search_agent", "ray", "omegaconf"}
