@@ -17,8 +17,10 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
-from search_agent.data import convert_image_results, prepare
+from search_agent.data import prepare
 from search_agent.prompts import system_prompt
+
+from search_backends.datasets import convert_image_results
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "flags_and_facts" / "model"
 

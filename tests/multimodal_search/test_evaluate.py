@@ -21,8 +21,9 @@ from multimodal_search import evaluation_stand_ins
 from multimodal_search.evaluation_server import SCRIPTS, ZOOMS, Server
 from PIL import Image
 from search_agent.evaluate import __main__ as command
-from search_agent.evaluate.dialogue import calls_in_text, without_control
 from search_agent.evaluate.questions import read_questions
+
+from search_backends.chat.messages import calls_in_text, without_control
 
 STAND_INS = Path(evaluation_stand_ins.__file__)
 
@@ -503,7 +504,8 @@ def test_killed_in_the_middle_every_question_is_done_once(stand_ins, folder, num
 def test_a_cancellation_that_is_lost_ends_it_all_the_same(folder):
     """As `asyncio.wait_for` loses one now and then: the question under way is done, no other is begun."""
     from search_agent.evaluate.run import run
-    from search_agent.evaluate.store import Store
+
+    from search_backends.evaluation.store import Store
 
     class Deaf:
         begun = 0
@@ -532,8 +534,8 @@ def test_a_cancellation_that_is_lost_ends_it_all_the_same(folder):
 def test_workers_that_fail_together_tell_of_one_outage(folder):
     from search_agent.evaluate.conversation import Undone
     from search_agent.evaluate.run import Outage, run
-    from search_agent.evaluate.store import Store
 
+    from search_backends.evaluation.store import Store
     from verl_tapo.records import TrajectoryRecord
 
     class Down:
@@ -636,7 +638,7 @@ def test_tools_that_cannot_be_made_are_told_before_a_server_is_started(
 
 
 def test_two_at_once_in_one_folder(stand_ins, folder, server, capsys):
-    from search_agent.evaluate.store import Store
+    from search_backends.evaluation.store import Store
 
     data = write(folder, [row(1, "direct")])
     store = Store(folder / "out", {"data": {}})

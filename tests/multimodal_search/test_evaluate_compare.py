@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
-from search_agent.evaluate import compare as compare_module
-from search_agent.evaluate.compare import compare, interval, main, mcnemar, sign_test
-from search_agent.evaluate.report import order, wilson
+from search_agent.evaluate.compare import compare, main
+from search_agent.evaluate.report import order
+
+from search_backends.evaluation import statistics
+from search_backends.evaluation.statistics import interval, mcnemar, sign_test, wilson
 
 
 def evaluation(folder, label, scores, **settings):
@@ -84,7 +86,7 @@ def test_random_signs_say_what_counting_says(monkeypatch):
     rng = np.random.default_rng(3)
     differences = [rng.choice([-1.0, 0.0, 0.5, 1.0], size, p=[0.15, 0.5, 0.1, 0.25]) for size in (20, 40)]
     counted = sign_test(differences)
-    monkeypatch.setattr(compare_module, "MOST_COMBINATIONS", 0)
+    monkeypatch.setattr(statistics, "MOST_COMBINATIONS", 0)
     assert 0.001 < counted < 0.9
     assert sign_test(differences) == pytest.approx(counted, abs=0.01)
     assert sign_test([np.ones(1000)]) == pytest.approx(0, abs=1e-4)

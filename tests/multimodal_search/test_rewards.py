@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from search_agent.rewards import PRESETS, compute_score
-from search_agent.rewards.answers import read_reply
+from search_agent.rewards.reply import read_reply
 
 from verl_tapo.answers.accepted import Range, accepted_answers
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from raw_server import RawServer, response
 from search_agent.rewards import JudgeOutage, Reward, compute_score, read_settings
-from search_agent.rewards.judge import MAX_ANSWER_CHARS, messages, read_verdict
 
+from search_backends.answers.judge import MAX_ANSWER_CHARS, messages, read_verdict
 from search_backends.errors import InfrastructureError
 
 KEY = "sk-5ecret"

@@ -13,12 +13,9 @@ Writes NAME.parquet, summary.json and, of what was left out, dropped.jsonl.
 from __future__ import annotations
 
 import argparse
-import base64
-import binascii
 import hashlib
 import io
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 import pyarrow as arrow
 import pyarrow.parquet as parquet
@@ -35,41 +31,17 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from search_agent.data.files import read_rows
 from search_agent.data.sources import Source, answers_of, find, question_of, source_of
-from search_agent.data.twins import Mark, Seen, mark_of
 from search_agent.prompts import TOOLS, system_prompt
 from search_backends.clean import clean_text
+from search_backends.datasets.files import read_rows
+from search_backends.datasets.images import MAX_READ_PIXELS, Dropped, Images, encoded, read_picture
+from search_backends.datasets.twins import Mark, Seen, mark_of
 from search_backends.errors import ModelError
-from search_backends.pictures import FORMATS, fit, load_picture
+from search_backends.pictures import load_picture
 
 ROWS_IN_GROUP = 64
-MAX_READ_PIXELS = 100_000_000  # larger images are left out unread
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-OTHER_SUFFIXES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".ico", ".ppm", ".pgm", ".svg", ".jp2", ".jxl")
-"""Of images that are not read, which the reason for leaving a row out names."""
-LONGEST_NAME = 255
-"""Characters of a file's name: a longer text without a slash is none."""
 
-_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{1,20}://")
-_URL_SAFE = str.maketrans("-_", "+/")
-_KINDS_OF_FILES = {
-    b"\x89PNG": "PNG",
-    b"\xff\xd8\xff": "JPEG",
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"\0\0\1\0": "ICO",
-    b"\0\0\0\x0cjP": "JPEG 2000",
-    b"\0\0\0\x0cJXL": "JPEG XL",
-    b"%PDF": "PDF",
-    b"<svg": "SVG",
-    b"<?xml": "XML or SVG",
-    b"<!doctype": "HTML",
-    b"<html": "HTML",
-}
 
 SCHEMA = arrow.schema(
     {
@@ -99,10 +71,6 @@ SCHEMA = arrow.schema(
     }
 )
 """The same for every source: files of several can be trained on together."""
-
-
-class Dropped(Exception):
-    """A row that is left out; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -146,109 +114,6 @@ class Summary:
             "dropped": dict(sorted(self.dropped.items())),
             "pixels": {"least": sizes[0], "median": sizes[len(sizes) // 2], "most": sizes[-1]},
         }
-
-
-class Images:
-    """Finds the images that rows name.
-
-    Args:
-        folder: they are looked for in it, at any depth, by name with or without ending; None: beside the data's file.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-        self._by_name: dict[str, Path] | None = None
-
-    def read(self, value: Any, beside: Path | None) -> list[bytes]:
-        """The bytes of a row's images.
-
-        Raises:
-            Dropped: One is not there.
-        """
-        if isinstance(value, list):
-            return [data for each in value for data in self.read(each, beside)]
-        if isinstance(value, Mapping):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, Image.Image):
-            buffer = io.BytesIO()
-            value.save(buffer, format="PNG")
-            return [buffer.getvalue()]
-        if isinstance(value, bytes | bytearray):
-            return [bytes(value)]
-        if isinstance(value, str) and value.strip():
-            return [self._named(value.strip(), beside)]
-        return []
-
-    def _named(self, text: str, beside: Path | None) -> bytes:
-        """The image that a text names, or is."""
-        if text.startswith("data:"):
-            head, _, content = text.partition(",")
-            data = _from_base64(content) if head.endswith(";base64") else unquote_to_bytes(content)
-            if not data:
-                raise Dropped("image unreadable: a data: address that holds nothing that can be decoded")
-            return data
-        file = self._find(text, beside)
-        if file is not None:
-            try:
-                return file.read_bytes()
-            except OSError as error:
-                raise Dropped(f"image unreadable: {file}: {error.strerror}") from error
-        if address := _ADDRESS.match(text):
-            raise Dropped(f"image not found: {address[0]} addresses are not read, only paths")
-        data = _from_base64(text)
-        if data is not None and (kind_of(data) or len(text) > LONGEST_NAME):
-            return data
-        if len(text) > LONGEST_NAME and "/" not in text:
-            raise Dropped(f"image unreadable: a text of {len(text)} characters, neither a path nor base64")
-        raise Dropped("image not found")
-
-    def _find(self, name: str, beside: Path | None) -> Path | None:
-        for folder in (self._folder, beside):
-            if folder is not None and _is_file(folder / name):
-                return folder / name
-        if self._folder is None:
-            return None
-        if self._by_name is None:
-            self._by_name = {}
-            files = [file for file in self._folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES + OTHER_SUFFIXES]
-            # What can be read first; the others are there to be named in the reason.
-            for file in sorted(files, key=lambda file: (file.suffix.lower() in OTHER_SUFFIXES, file)):
-                self._by_name.setdefault(file.stem, file)
-                self._by_name.setdefault(file.name, file)
-        return self._by_name.get(Path(name).name) or self._by_name.get(Path(name).stem)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # longer than a name may be, or with a NUL
-        return False
-
-
-def _from_base64(text: str) -> bytes | None:
-    """The bytes that a text encodes; None where it is no base64.
-
-    Line ends, missing padding and the alphabet for URLs are accepted.
-    """
-    text = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        return None
-
-
-def kind_of(data: bytes) -> str | None:
-    """The kind of file that begins so: an image, or what is often found in its place."""
-    if data[4:8] == b"ftyp":
-        return "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIC"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    if re.match(rb"P[1-7]\s", data):
-        return "PPM"
-    start = data[:100].lstrip().lower()
-    return next(
-        (kind for mark, kind in _KINDS_OF_FILES.items() if data.startswith(mark) or start.startswith(mark)), None
-    )
 
 
 def prepare(
@@ -300,7 +165,7 @@ def _convert(
     originals = images.read(find(row, source.image), beside)
     if not originals:
         raise Dropped("no image")
-    pictures = [_picture(data) for data in originals]
+    pictures = [read_picture(data) for data in originals]
     keys = [hashlib.sha256(data).hexdigest() for data in originals]
     identity = find(row, source.id)
     category = find(row, source.category)
@@ -317,7 +182,7 @@ def _convert(
             {"role": "user", "content": "<image>" * len(originals) + question},
         ],
         "images": [
-            {"bytes": _encoded(data, picture, options.max_pixels)}
+            {"bytes": encoded(data, picture, options.max_pixels)}
             for data, picture in zip(originals, pictures, strict=True)
         ],
         "ability": "search",
@@ -336,28 +201,6 @@ def _convert(
         },
     }
     return entry, mark_of(question, answers[0], keys[0], pictures[0])
-
-
-def _picture(data: bytes) -> Image.Image:
-    try:
-        return load_picture(data, max_pixels=MAX_READ_PIXELS, error=ModelError)
-    except ModelError as error:
-        kind = kind_of(data)
-        known = kind in FORMATS or kind is None
-        why = str(error) if known else f"it is {kind}, and only {', '.join(FORMATS)} are read: convert it"
-        raise Dropped(f"image unreadable: {why}") from error
-
-
-def _encoded(data: bytes, picture: Image.Image, max_pixels: int) -> bytes:
-    """The image's own bytes where the model can take them as they are, else JPEG."""
-    small = fit(picture, max_pixels=max_pixels, min_side=28)
-    with Image.open(io.BytesIO(data)) as original:
-        upright = original.getexif().get(0x0112, 1) == 1
-        if small is picture and upright and original.format in ("PNG", "JPEG") and original.mode == "RGB":
-            return data
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=95)
-    return buffer.getvalue()
 
 
 def marks_of(file: Path) -> Iterator[tuple[str, Mark]]:

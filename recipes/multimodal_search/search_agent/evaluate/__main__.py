@@ -32,14 +32,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from search_agent.evaluate.conversation import Limits
-from search_agent.evaluate.model import ChatModel, Refused
 from search_agent.evaluate.questions import Question, file_hash, read_questions
 from search_agent.evaluate.report import markdown, results
 from search_agent.evaluate.run import Outage, Score, Task, run
-from search_agent.evaluate.server import ServerFailed, serve
-from search_agent.evaluate.store import Store
 from search_agent.rewards.settings import read_settings
+from search_backends.chat.model import ChatModel, Refused
+from search_backends.chat.vllm import ServerFailed, serve
 from search_backends.errors import InfrastructureError
+from search_backends.evaluation.store import Store
 from search_backends.http import ApiKey
 
 if TYPE_CHECKING:  # it imports veRL, which takes seconds

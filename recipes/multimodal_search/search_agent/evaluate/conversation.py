@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from search_agent.evaluate.dialogue import (
+from search_agent.evaluate.questions import PLACEHOLDER, Question
+from search_backends.chat.messages import (
     Message,
     Pictures,
     RequestedCall,
     answers,
     is_broken,
-    opening,
     text_part,
     without_control,
 )
-from search_agent.evaluate.model import ChatModel
-from search_agent.evaluate.questions import Question
+from search_backends.chat.model import ChatModel
 from search_backends.errors import InfrastructureError, ModelError
 from verl_tapo.records import CallRecord, CallStatus, TrajectoryRecord, fault_of
 from verl_tapo.rule.values import content_hash
@@ -124,6 +123,21 @@ class Undone(InfrastructureError):
         super().__init__(message)
         self.record = record
         """The calls until then, the one that failed included."""
+
+
+def opening(question: Question, pictures: Pictures) -> list[Message]:
+    """The question's messages; its images are added to ``pictures``."""
+    rest = iter(question.images)
+    messages = []
+    for role, text in question.prompt:
+        parts = []
+        for number, piece in enumerate(text.split(PLACEHOLDER)):
+            if number:
+                parts.append(pictures.add_file(next(rest)))
+            if piece:
+                parts.append(text_part(piece))
+        messages.append({"role": role, "content": parts})
+    return messages
 
 
 async def converse(question: Question, model: ChatModel, toolbox: Toolbox, limits: Limits) -> Conversation:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from search_backends.evaluation.statistics import wilson
 from verl_tapo.records import fault_of
 
 BENCHMARKS = ("MMSearch", "HR-MMSearch", "FVQA-test", "InfoSeek", "SimpleVQA", "LiveVQA", "MAT-Search")
@@ -15,16 +16,6 @@ BENCHMARKS = ("MMSearch", "HR-MMSearch", "FVQA-test", "InfoSeek", "SimpleVQA", "
 _EXECUTED = ("ok", "error", "timeout")
 # The names in such calls are the model's own: they are no tools, whatever they spell.
 _OF_NO_TOOL = ("malformed", "unknown_tool")
-
-
-def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a rate that was ``mean`` in ``count`` trials."""
-    if not count:
-        return 0.0, 1.0
-    spread = z * z / count
-    middle = (mean + spread / 2) / (1 + spread)
-    half = z * math.sqrt(mean * (1 - mean) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def order(benchmarks: Iterable[str]) -> list[str]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from search_agent.evaluate.conversation import Conversation, Limits, Undone, converse
-from search_agent.evaluate.model import ChatModel
 from search_agent.evaluate.questions import Question
-from search_agent.evaluate.store import Store
+from search_backends.chat.model import ChatModel
 from search_backends.errors import InfrastructureError
+from search_backends.evaluation.store import Store
 
 if TYPE_CHECKING:  # it imports veRL, which takes seconds
     from search_agent.tools.toolbox import Toolbox

@@ -36,9 +36,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from search_agent.rewards.judge import JudgeOutage, NoVerdict
 from search_agent.rewards.score import Reward
 from search_agent.rewards.settings import PRESETS, RewardSettings, read_settings
+from search_backends.answers.judge import JudgeOutage, NoVerdict
 
 __all__ = ["PRESETS", "JudgeOutage", "NoVerdict", "Reward", "RewardSettings", "compute_score", "read_settings"]
 

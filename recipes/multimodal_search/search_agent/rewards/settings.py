@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from search_backends.providers.base import Address, HttpSettings, Settings
+from search_backends.answers.judge import JudgeSettings
+from search_backends.providers.base import Settings
 
 Match: TypeAlias = Literal["exact", "substring", "f1", "judge"]
 
@@ -28,24 +29,6 @@ class Weights(Settings):
     format: float = Field(default=0.0, ge=0, le=100)
     tool_bonus: float = Field(default=0.0, ge=0, le=100)
     """Where the answer is right and a tool was used."""
-
-
-class JudgeSettings(HttpSettings):
-    """Of the model that compares answers, behind an OpenAI-compatible end point."""
-
-    model: str = Field(min_length=1)
-    base_url: Address | None = None
-    """Up to and with ``/v1``. None: veRL's own reward model (``reward.reward_model``)."""
-    key_variable: str | None = "OPENAI_API_KEY"
-    """The environment variable with the key; None where there is none."""
-    request: Mapping[str, Any] = Field(default={"max_tokens": 512})
-    """Further fields of a request; ``temperature`` is 0 unless it stands here, and a field that is null is left out."""
-    cache: str | None = None
-    """A file, see `search_backends.cache`, in which verdicts are kept."""
-    on_outage: Literal["stop", "count"] = "stop"
-    """What an outage does: no rewards at all, or rewards by rules alone, which are counted."""
-    patience_s: float = Field(600.0, gt=0, lt=float("inf"))
-    """With ``stop``: for so long rewards wait for the judge to come back."""
 
 
 class RewardSettings(Settings):

@@ -17,8 +17,6 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from search_agent.evaluate.questions import PLACEHOLDER, Question
-
 Message = dict[str, Any]
 ToolCalls = Literal["native", "template", "hermes"]
 
@@ -93,21 +91,6 @@ class Pictures:
 def text_part(text: str) -> dict[str, str]:
     """A part of a message."""
     return {"type": "text", "text": text}
-
-
-def opening(question: Question, pictures: Pictures) -> list[Message]:
-    """The question's messages; its images are added to ``pictures``."""
-    rest = iter(question.images)
-    messages = []
-    for role, text in question.prompt:
-        parts = []
-        for number, piece in enumerate(text.split(PLACEHOLDER)):
-            if number:
-                parts.append(pictures.add_file(next(rest)))
-            if piece:
-                parts.append(text_part(piece))
-        messages.append({"role": role, "content": parts})
-    return messages
 
 
 def whole(text: str) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from search_agent.evaluate.dialogue import (
+from search_backends.chat.messages import (
     Message,
     Pictures,
     Reply,

@@ -1,6 +1,6 @@
 """Makes a file for ``provider: precomputed`` out of FVQA's cached image-search results, which come as pickles.
 
-    python -m search_agent.data.convert_image_results fvqa_train_image_search_results_cache.pkl \\
+    python -m search_backends.datasets.convert_image_results fvqa_train_image_search_results_cache.pkl \\
         --questions data/fvqa_train.parquet --out image_results.sqlite
 
 A pickle is a program. This runs once, outside of training, and takes nothing from it but plain values and Pillow
@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from search_agent.data.files import read_rows
+from search_backends.datasets.files import read_rows
 from search_backends.pictures import encode, fit
 from search_backends.providers.precomputed import write
 from search_backends.results import ImageHit
@@ -109,12 +109,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.update(read_results(file))
         count = write(args.out, keyed(results, args.questions))
     except (ValueError, OSError) as error:
-        print(f"search_agent.data.convert_image_results: {error}", file=sys.stderr)
+        print(f"search_backends.datasets.convert_image_results: {error}", file=sys.stderr)
         return 2
     print(f"{args.out}: results for {count} images, of {len(results)} in the pickles")
     if not count:
         print(
-            "search_agent.data.convert_image_results: no question has a result: are these its pickles?", file=sys.stderr
+            "search_backends.datasets.convert_image_results: no question has a result: are these its pickles?",
+            file=sys.stderr,
         )
     return 0 if count else 1
 

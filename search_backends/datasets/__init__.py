@@ -1,0 +1,1 @@
+"""Rows, images and twins of public data sets, as they are distributed."""
