@@ -241,6 +241,49 @@ def test_which_tools_take_part(capsys, tools_file, tmp_path):
     ]
 
 
+DECLARING = """
+class Calculator(BaseTool):
+    schema = {"name": "calculator", "description": "c", "parameters": {"type": "object", "properties": {"term": {}}}}
+    kernels = {"term": "text"}
+    def get_openai_tool_schema(self):
+        from verl.tools.schemas import OpenAIFunctionToolSchema
+        properties = {"term": {"type": "string"}}
+        function = {**self.schema, "parameters": {"type": "object", "properties": properties}}
+        return OpenAIFunctionToolSchema.model_validate({"type": "function", "function": function})
+
+class Clock(Calculator):
+    schema = {**Calculator.schema, "name": "clock"}
+    kernels = None
+"""
+
+
+@pytest.mark.parametrize("with_code", [False, True])
+def test_what_a_tool_s_class_declares_takes_part(capsys, tools_file, monkeypatch, with_code):
+    """Where ``tools`` is null; what stands there counts alone."""
+    from verl_tapo.trainer.check import check_run
+
+    monkeypatch.setattr(sys.modules[__name__], "TOOLS", TOOLS + DECLARING)
+    classes = ["Calculator", "Clock", *(["Own"] if with_code else [])]
+    text = GOOD + "".join(f"  - class_name: MODULE.{name}\n    config: {{type: native}}\n" for name in classes)
+    expected = {"search": {"query": "text", "n": "exact"}, "calculator": {"term": "text"}}
+    if with_code:  # a class that only says in code what it takes
+        expected["fetch"] = {"url": "exact"}
+    override = tools_file(text)
+    config = composed([override])
+    assert check_run(config).rule.tools == expected
+    assert config.algorithm.tapo.tools == expected  # as the estimator will read it
+    code, out = doctor(capsys, override)
+    assert code == 0, out
+    shown = dict(line.split(maxsplit=1) for line in out.split("Tools:\n")[1].split("\n\n")[0].splitlines())
+    assert shown["calculator"] == "takes part: term=text"
+    assert shown["clock"] == "left out: not in algorithm.tapo.tools"
+    alone = composed([override, "+algorithm.tapo.tools.search.query=text"])
+    assert check_run(alone).rule.tools == {"search": {"query": "text"}}
+    if not with_code:  # else the parameters are known once the tools are loaded
+        with pytest.raises(ValueError, match=r"calculator\.trem: the tool has no such parameter; did you mean 'term'"):
+            check_run(composed([override, "+algorithm.tapo.tools.calculator.trem=text"]))
+
+
 @pytest.mark.parametrize("with_code", [False, True])
 @pytest.mark.parametrize(
     ("tool", "problem"),

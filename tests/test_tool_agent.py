@@ -275,6 +275,25 @@ def test_calls_beyond_a_trajectory_s_limits_are_answered(qwen_like_tokenizer):
     assert [step["status"] for step in record_of(output)] == ["ok", "ok", "over_limit"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "statuses"), [({}, ["ok", "over_limit"]), ({"max_calls": {"search": 2}}, ["ok", "ok"])]
+)
+def test_a_tool_may_bring_its_limit_and_the_run_s_own_counts(qwen_like_tokenizer, monkeypatch, settings, statuses):
+    monkeypatch.setattr(Search, "max_calls", 1, raising=False)
+    script = [call("search", query="a"), call("search", query="b"), "x"]
+    output, model = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, script, settings=settings)
+    assert [step["status"] for step in record_of(output)] == statuses
+    refused = "No more than 1 search call(s)" in qwen_like_tokenizer.decode(model.prompts[-1])
+    assert refused == ("over_limit" in statuses)
+
+
+@pytest.mark.parametrize("limit", [-1, "3", True])
+def test_a_tool_s_own_limit_is_checked(qwen_like_tokenizer, monkeypatch, limit):
+    monkeypatch.setattr(Search, "max_calls", limit, raising=False)
+    with pytest.raises(ValueError, match=r"tapo_tool_agent: max_calls\.search must be a whole number"):
+        run_loop(TapoToolAgentLoop, qwen_like_tokenizer, ["x"])
+
+
 def test_answers_tokens_are_recorded(qwen_like_tokenizer):
     turn = call("search", query="a") + "\n" + call("search", query="raise")
     output, _ = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, [turn, "x"], max_parallel_calls=2)

@@ -277,7 +277,7 @@ def _examine_config_safely(config: Any, findings: Findings) -> tuple[_Rows, _Row
 def _examine_config(config: Any, findings: Findings) -> tuple[_Rows, _Rows]:
     """TAPO's settings in a configuration, the run's tools, and what is wrong there."""
     from verl_tapo.settings import load_settings
-    from verl_tapo.trainer.check import find_problems, find_warnings
+    from verl_tapo.trainer.check import declare_tools, find_problems, find_warnings
 
     rows = [("algorithm.adv_estimator", str(config.algorithm.adv_estimator))]
     if config.algorithm.adv_estimator != "tapo":
@@ -285,6 +285,7 @@ def _examine_config(config: Any, findings: Findings) -> tuple[_Rows, _Rows]:
         return rows, []
     rollout = config.actor_rollout_ref.rollout
     try:
+        declare_tools(config)
         settings = load_settings(config.algorithm)
     except ValueError as error:
         findings.problems.append(_one_line(error))

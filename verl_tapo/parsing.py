@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from verl_tapo.answers.evidence import Evidence
+from verl_tapo.calls.limits import NOT_EXECUTED_PREFIX, STOCK_ERRORS
 from verl_tapo.formats import FALLBACK, MALFORMED, NATIVE_FORMATS, Call, Tools, decode, format_for, read_call, read_text
 from verl_tapo.images import Images, resolve_images
 from verl_tapo.rule.arrays import IntArray
@@ -25,11 +26,6 @@ from verl_tapo.rule.values import canonical
 from verl_tapo.tokens import ANSWER, ANSWERS, CLOSE, IMAGE, OPEN, Markers, Marks, run_bounds, vocabulary
 
 logger = logging.getLogger(__name__)
-
-STOCK_ERRORS = ("Unknown function '", "Invalid JSON in arguments for '", "Error executing tool '")
-"""How the answers of veRL's stock loop begin where a call failed (``tool_agent_loop.py``, ``_call_tool``)."""
-NOT_EXECUTED_PREFIX = "[tool call not executed]"
-"""How the answers of `tapo_tool_agent` begin where a call was not executed."""
 
 IMAGE_STARTS = (
     "<|vision_start|>",

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import sys
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
 from numbers import Real
@@ -32,7 +30,18 @@ from verl.experimental.agent_loop.tool_parser import FunctionCall
 from verl.tools.schemas import ToolResponse
 
 from verl_tapo.answers.evidence import evidence_of, ground_truth_of
-from verl_tapo.parsing import NOT_EXECUTED_PREFIX, STOCK_ERRORS, FoundCall, answer_is_error
+from verl_tapo.calls.limits import (
+    STOCK_ERRORS,
+    CallCount,
+    CallLimits,
+    control_pattern,
+    failed,
+    refused,
+    strip_control,
+    unreadable,
+    with_own_limits,
+)
+from verl_tapo.parsing import FoundCall, answer_is_error
 from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryRecord, finite, shown
 from verl_tapo.rollout.execution import (
     Execution,
@@ -49,14 +58,7 @@ from verl_tapo.trainer.verl_parser import cached_parser
 
 logger = logging.getLogger(__name__)
 
-# Of the formats that models without such tokens spell out.
-_TOOL_MARKERS = tuple(
-    f"<{slash}{name}>"
-    for name in ("tool_call", "tool_response", "seed:tool_call", "minimax:tool_call")
-    for slash in ("", "/")
-)
 _REPRODUCIBLE_ENGINE = "transformers"  # of verl_tapo.cpu
-ALL_TOOLS = "all"  # in max_calls
 _LONG_TEXT = 20_000
 _ERROR_CHARS = 256  # of an error's text are kept, whatever the limit for answers: it must still read as an error
 _ANSWER_CHARS = 4096  # of an answer are looked at, or as many as the limit allows and veRL's note that it was cut
@@ -75,21 +77,12 @@ class RecordedCall(FunctionCall):  # type: ignore[misc]
 
 @lru_cache(maxsize=4)
 def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, *_TOOL_MARKERS}
-    tokens = {token for token in tokens if len(token.strip()) > 2}
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+    return control_pattern([*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens])
 
 
 def strip_control_tokens(text: str, tokenizer: Any) -> str:
-    """Text without anything the tokenizer would turn into a control token: a literal image token or end of turn in a
-    web page would break the prompt. Also without tool markers, which would be read as answers, and without halves of
-    surrogate pairs, which tokenizers refuse.
-    """
-    pattern = _control_tokens(tokenizer)
-    text = text.encode("utf-8", "replace").decode()
-    while (stripped := pattern.sub("", text)) != text:  # taking one out may join another
-        text = stripped
-    return text
+    """Text without anything the tokenizer would turn into a control token, see `verl_tapo.calls.limits`."""
+    return strip_control(text, _control_tokens(tokenizer))
 
 
 def _status(text: str, markers: Iterable[str]) -> CallStatus:
@@ -195,7 +188,8 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         max_malformed_turns: turns of nothing but malformed calls that are answered before the trajectory ends, >= 0
             (the stock loop ends it at the first).
         max_calls: how many calls of a tool a trajectory may make, by the tool's name, >= 0; under the name "all",
-            how many calls of any tool. Further ones are answered with a message. None: no limit.
+            how many calls of any tool. Further ones are answered with a message. A tool that is not named here may
+            bring its limit, as its attribute ``max_calls``.
         kwargs: veRL's.
 
     Raises:
@@ -211,25 +205,18 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        timeout = tool_timeout_s
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
-            raise ValueError(f"tapo_tool_agent: tool_timeout_s must be a positive number, got {timeout!r}")
-        if max_calls is not None and not isinstance(max_calls, Mapping):
-            raise ValueError(f"tapo_tool_agent: max_calls must map tools to numbers, got {max_calls!r}")
-        self.max_calls = dict(max_calls or {})
-        numbers = {f"max_calls.{tool}": number for tool, number in self.max_calls.items()}
-        for name, number in {"max_malformed_turns": max_malformed_turns, **numbers}.items():
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-                raise ValueError(f"tapo_tool_agent: {name} must be a whole number >= 0, got {number!r}")
-        unknown = set(self.max_calls) - {ALL_TOOLS, *self.tools}
-        if unknown:
-            known = ", ".join([ALL_TOOLS, *self.tools])
-            raise ValueError(f"tapo_tool_agent: max_calls names {sorted(unknown)[0]!r}; known: {known}")
+        try:
+            self.limits = CallLimits(
+                max_calls=with_own_limits(max_calls, self.tools),
+                max_parallel_calls=self.rollout_config.multi_turn.max_parallel_calls,
+                max_malformed_turns=max_malformed_turns,
+                tool_timeout_s=tool_timeout_s,
+            )
+        except ValueError as error:
+            raise ValueError(f"tapo_tool_agent: {error}") from None
         give_tools_threads(self.loop)
-        self.tool_timeout_s = float(timeout)
-        self.max_malformed_turns = max_malformed_turns
+        self.tool_timeout_s, self.max_malformed_turns = float(tool_timeout_s), max_malformed_turns
         # The stock loop cuts the list of calls there, silently; `_call_tool` answers those beyond instead.
-        self.parallel_limit: int = self.rollout_config.multi_turn.max_parallel_calls
         self.max_parallel_calls = sys.maxsize
         # It cuts answers, too; whether they hold an accepted answer is looked for in the whole ones.
         self.answer_limit: int = self.rollout_config.multi_turn.max_tool_response_length
@@ -240,8 +227,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
     def _reset(self) -> None:
         self._record = TrajectoryRecord()
         self._evidence = evidence_of(None)
-        self._malformed_turns = 0
-        self._made: Counter[str] = Counter()  # calls by tool
+        self._made = CallCount(self.limits)
         self._answers: dict[int, _Answer] = {}  # of tools, by position of the record
         self._late: list[tuple[CallRecord, Execution]] = []  # calls without an answer in time
         self._agent_data: Any = None
@@ -298,10 +284,8 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         calls = self._note(found, start, end, agent_data)
         if self._at_limit(agent_data, ignore_termination):
             return state
-        if calls and all(call.problem for call in calls):
-            self._malformed_turns += 1
-            if self._malformed_turns > self.max_malformed_turns:
-                calls = []
+        if self._made.ends([call.problem for call in calls]):
+            calls = []
         agent_data.tool_calls = calls
         if not calls:
             return AgentState.TERMINATED
@@ -350,7 +334,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
                     seen=self._evidence.no_sight,
                 )
             )
-            refusal = self._refusal(name, number) if problem is None else None
+            refusal = self._made.refusal(name, number) if problem is None else None
             calls.append(
                 RecordedCall(
                     name=name,
@@ -363,17 +347,6 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             )
             number += problem is None
         return calls
-
-    def _refusal(self, tool: str, number: int) -> str | None:
-        """Why a call is over a limit, if it is; ``number`` counts the turn's well-formed calls before it."""
-        if number >= self.parallel_limit:
-            return f"A turn may make {self.parallel_limit} call(s). Make this one in the next turn."
-        for name, made, what in ((tool, self._made[tool], tool), (ALL_TOOLS, self._made.total(), "tool")):
-            limit = self.max_calls.get(name)
-            if limit is not None and made >= limit:
-                return f"No more than {limit} {what} call(s) may be made. Go on without."
-        self._made[tool] += 1
-        return None
 
     async def _handle_processing_tools_state(self, agent_data: Any) -> AgentState:
         calls = list(agent_data.tool_calls)
@@ -421,7 +394,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         """The answer to a call that failed; its status is recorded."""
         record = self._record.steps[call.position]
         record.status, record.seen = error.status, self._evidence.no_sight
-        text = self._clean(f"Error executing tool '{call.name}': {words(error)}")
+        text = self._clean(failed(call.name, words(error)))
         logger.warning(text)
         return _Answer(ToolResponse(text=text[: max(self.answer_limit, _ERROR_CHARS)]))
 
@@ -431,12 +404,11 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
 
     async def _call_tool(self, tool_call: Any, tools_kwargs: dict[str, Any], agent_data: Any) -> Any:
         if tool_call.problem:
-            text = f"{NOT_EXECUTED_PREFIX} The call could not be read: {tool_call.problem}. Write it again, correctly."
-            return ToolResponse(text=self._clean(text)), None, {}
+            return ToolResponse(text=self._clean(unreadable(tool_call.problem))), None, {}
         record = self._record.steps[tool_call.position]
         if tool_call.refusal:
             record.status = "over_limit"
-            return ToolResponse(text=f"{NOT_EXECUTED_PREFIX} {tool_call.refusal}"), None, {}
+            return ToolResponse(text=refused(tool_call.refusal)), None, {}
         if tool_call.position not in self._answers:
             view = _tool_view(agent_data, self._attributes)
             start = time.perf_counter()

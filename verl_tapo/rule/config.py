@@ -118,11 +118,12 @@ class TapoConfig(Knobs):
     tools: Mapping[str, Mapping[str, KernelSpec]] | None = knob(
         None,
         """Information-acquisition tools and how their parameters compare, {tool: {parameter: kernel}}; kernels: exact,
-        text, iou, {kernel: number, scale: S}, embedding, ignore; parameters not named: exact. null decides by name, and
-        logs it once a tool [ours]: tools stay out whose names say that they end the rollout, or run, make or change
-        things (finish, answer, python, click, write_file ...); what is named like a query, keyword, question or prompt
-        compares as text, like a box as iou; a reason or thought does not count, nor does a label beside a box; calls
-        without any argument that counts are left out.""",
+        text, iou, {kernel: number, scale: S}, embedding, ignore; parameters not named: exact. null takes what the
+        tools' classes declare (an attribute `kernels`, {parameter: kernel}; None stays out); else it decides by
+        name, and logs it once a tool [ours]: tools stay out whose names say that they end the rollout, or run, make
+        or change things (finish, answer, python, click, write_file ...); what is named like a query, keyword,
+        question or prompt compares as text, like a box as iou; a reason or thought does not count, nor does a label
+        beside a box; calls without any argument that counts are left out.""",
         _tools,
     )
     grounding: Grounding = knob(

@@ -9,7 +9,7 @@ from typing import Any
 from verl_tapo.formats import NATIVE_FORMATS
 from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.step_records import check_folder
-from verl_tapo.trainer.tools_check import config_problems, recording_warning, rule_problems
+from verl_tapo.trainer.tools_check import config_problems, declared_kernels, recording_warning, rule_problems
 
 logger = logging.getLogger("verl_tapo")
 
@@ -31,6 +31,7 @@ def check_run(config: Any) -> TapoSettings | None:
                 config.algorithm.adv_estimator,
             )
         return None
+    declare_tools(config)
     settings = load_settings(config.algorithm)
     problems = find_problems(config, settings)
     if problems:
@@ -40,6 +41,18 @@ def check_run(config: Any) -> TapoSettings | None:
     for warning in find_warnings(config):
         logger.warning("TAPO: %s", warning)
     return settings
+
+
+def declare_tools(config: Any) -> None:
+    """Fills ``algorithm.tapo.tools``, where it is null, with what the classes of the run's tools declare."""
+    tapo = config.algorithm.get("tapo", None)
+    if tapo is not None and tapo.get("tools", None) is not None:
+        return
+    declared = declared_kernels(config)
+    if declared is not None:
+        from omegaconf import OmegaConf
+
+        OmegaConf.update(config, "algorithm.tapo.tools", declared, force_add=True)
 
 
 def find_problems(config: Any, settings: TapoSettings) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from verl_tapo.rule.checks import hint
 from verl_tapo.rule.config import TapoConfig
-from verl_tapo.rule.names import default_kernel
+from verl_tapo.rule.names import acquires_information, default_kernel
 from verl_tapo.trainer.watch import RECORDING_LOOP, shown_kernels, unrecorded
 
 Parameters = Mapping[str, Collection[str]]
@@ -51,13 +52,67 @@ def config_problems(config: Any) -> tuple[list[str], Parameters | None]:
         if problem is not None:
             problems.append(f"{setting}: tools[{number}] {problem}")
             continue
-        function = (entry.get("tool_schema") or {}).get("function") or {}
-        properties = (function.get("parameters") or {}).get("properties") or {}
-        if isinstance(function.get("name"), str):
-            parameters[function["name"]] = list(properties)
-        else:
+        known = _function(entry)
+        if known is None:
             complete = False
+        else:
+            parameters[known[0]] = known[1]
     return problems, parameters if complete and not problems else None
+
+
+def _function(entry: Mapping[str, Any]) -> tuple[str, list[str]] | None:
+    """Name and parameters of a tool of the file, by its ``tool_schema`` or, without one, its class's ``schema``."""
+    function = (entry.get("tool_schema") or {}).get("function") or getattr(_class(entry), "schema", None)
+    try:
+        properties = (function.get("parameters") or {}).get("properties") or {}
+        return (function["name"], list(properties)) if isinstance(function["name"], str) else None
+    except (AttributeError, LookupError, TypeError):  # the class is a stranger's
+        return None
+
+
+def _class(entry: Mapping[str, Any]) -> Any:
+    """The tool's class; None where it cannot be imported, which veRL will say."""
+    module, _, name = entry["class_name"].rpartition(".")
+    try:
+        return getattr(import_module(module), name, None)
+    except (Exception, SystemExit):  # whatever a stranger's module does
+        return None
+
+
+def declared_kernels(config: Any) -> dict[str, dict[str, Any]] | None:
+    """What ``algorithm.tapo.tools`` would be by what the classes of the run's tools declare.
+
+    A class may have an attribute ``kernels``, ``{parameter: kernel}``, or None for a tool that takes no part. Tools
+    whose classes have none are decided by name, as ever.
+
+    Returns:
+        None where no class declares any, or where the tools do not load.
+    """
+    path, functions = _paths(config)
+    if path is None or config_problems(config)[0]:
+        return None
+    declared: dict[str, Any] = {}
+    parameters: Parameters = {}
+    complete = functions is None
+    for entry in _read_yaml(path)["tools"]:
+        known, cls = _function(entry), _class(entry)
+        complete &= known is not None
+        if known is not None:
+            parameters = {**parameters, known[0]: known[1]}
+            if hasattr(cls, "kernels"):
+                declared[known[0]] = cls.kernels
+    if not declared:
+        return None
+    try:
+        parameters = parameters if complete else load(config) or {}
+    except ValueError:
+        return None
+    by_name = {
+        tool: {name: default_kernel(name, names) for name in names}
+        for tool, names in parameters.items()
+        if acquires_information(tool)
+    }
+    return {tool: dict(kernels) for tool, kernels in {**by_name, **declared}.items() if kernels is not None}
 
 
 def _read_yaml(path: str) -> Any:
