@@ -23,8 +23,9 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from verl_tapo.audit.model import Call, Span
+from verl_tapo.calls.limits import NOT_EXECUTED_PREFIX
 from verl_tapo.formats import FORMATS, Format, read_text
-from verl_tapo.parsing import ANSWER_HEADINGS, KNOWN_ANSWERS, NOT_EXECUTED_PREFIX, AnswerMarks, answer_is_error
+from verl_tapo.parsing import ANSWER_HEADINGS, KNOWN_ANSWERS, AnswerMarks, answer_is_error
 
 # The special tokens of a message, for dumps that kept them: its end, what its role stands between.
 _END = r"(?:<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<end_of_turn>|<seed:eos>)"

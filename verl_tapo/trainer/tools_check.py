@@ -62,7 +62,7 @@ def config_problems(config: Any) -> tuple[list[str], Parameters | None]:
 
 def _function(entry: Mapping[str, Any]) -> tuple[str, list[str]] | None:
     """Name and parameters of a tool of the file, by its ``tool_schema`` or, without one, its class's ``schema``."""
-    function = (entry.get("tool_schema") or {}).get("function") or getattr(_class(entry), "schema", None)
+    function: Any = (entry.get("tool_schema") or {}).get("function") or getattr(_class(entry), "schema", None)
     try:
         properties = (function.get("parameters") or {}).get("properties") or {}
         return (function["name"], list(properties)) if isinstance(function["name"], str) else None
