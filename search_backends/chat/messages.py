@@ -21,8 +21,6 @@ Message = dict[str, Any]
 ToolCalls = Literal["native", "template", "hermes"]
 
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
-# What a chat template or an image processor would take for its own, in the text of a web page.
-_CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:tool_call|tool_response|tools|image|video|im_start|im_end|s)>")
 
 
 @dataclass(frozen=True)
@@ -98,14 +96,6 @@ def whole(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def without_control(text: str) -> str:
-    """Text of a tool's without what a chat template would take for its own: an image token breaks a prompt."""
-    text = whole(text)
-    while (stripped := _CONTROL.sub("", text)) != text:  # taking one out may join another
-        text = stripped
-    return text
-
-
 def read_call(name: Any, arguments: Any, identity: str | None = None) -> RequestedCall:
     """A call whose arguments are an object, or JSON of one."""
     if not isinstance(name, str) or not name:
@@ -170,8 +160,8 @@ def answers(calls: Sequence[RequestedCall], contents: Sequence[list[dict[str, st
     """The messages that answer a turn's calls; ``contents`` are the parts of the answer to each.
 
     Calls that the server read are answered by messages of the role ``tool``, which allows only text: images follow in
-    one of the user's. Calls found in the text are answered in a message of the user's, images and all, that the chat
-    templates of Qwen make the same tokens of as of tools' answers in training.
+    one of the user's. Calls found in the text are answered in a user message; Qwen's templates render it to the same
+    tokens as a tool answer.
     """
     if any(call.id is None for call in calls):
         parts: list[dict[str, str]] = []

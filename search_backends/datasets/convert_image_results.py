@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from search_backends.datasets.files import read_rows
+from search_backends.datasets.images import image_keys
 from search_backends.pictures import encode, fit
 from search_backends.providers.precomputed import write
 from search_backends.results import ImageHit
@@ -87,7 +88,7 @@ def keyed(results: Mapping[str, Mapping[str, Any]], questions: Sequence[Path]) -
         for where, row, _ in read_rows(str(file)):
             try:
                 info = row["extra_info"]
-                key = info["tools_kwargs"]["image_search"]["create_kwargs"]["image_keys"][0]
+                key = image_keys(info)[0]
                 result = results.get(info["data_id"])
             except (KeyError, TypeError, IndexError):
                 raise ValueError(f"--questions {where}: not made by search_agent.data.prepare") from None

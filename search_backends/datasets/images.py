@@ -175,3 +175,14 @@ def encoded(data: bytes, picture: Image.Image, max_pixels: int) -> bytes:
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=95)
     return buffer.getvalue()
+
+
+def image_keys(info: Mapping[str, Any]) -> list[str]:
+    """The sha256 of each image's original bytes, out of a prepared row's ``extra_info``.
+
+    Raises:
+        KeyError, TypeError: There are none.
+    """
+    if info.get("image_keys") is not None:
+        return list(info["image_keys"])
+    return list(info["tools_kwargs"]["image_search"]["create_kwargs"]["image_keys"])  # where rows name their tools

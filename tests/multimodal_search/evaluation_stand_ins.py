@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 from search_backends.errors import InfrastructureError
 
@@ -27,6 +27,7 @@ def schema(name, **properties):
 
 
 class DictToolbox:
+    tools = MappingProxyType({"text_search": None, "zoom": None})
     schemas = (schema("text_search", query={"type": "string"}), schema("zoom", image={"type": "integer"}))
 
     @classmethod

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from search_agent.data import prepare
 from search_agent.prompts import system_prompt
+from search_agent.tools import ImageSearch, TextSearch, Zoom
 
 from search_backends.datasets import convert_image_results
 
@@ -70,16 +71,14 @@ def test_fvqa(tmp_path, capsys):
     assert run(tmp_path, f"fvqa_train={file}") == 0
     (first, *_), out = rows_of(tmp_path / "out" / "fvqa_train.parquet"), capsys.readouterr().out
     assert first["data_source"] == "fvqa_train"
-    assert first["prompt"][0] == {"role": "system", "content": system_prompt()}
-    assert first["prompt"][1] == {"role": "user", "content": "<image>Who built house 0?"}
+    assert first["prompt"] == [{"role": "user", "content": "<image>Who built house 0?"}]
     assert first["images"] == [{"bytes": picture(0)}]
     assert first["reward_model"] == {"style": "rule", "ground_truth": ["builder 0", "Mr Builder 0"]}
     info = first["extra_info"]
     assert (info["split"], info["data_id"], info["category"]) == ("train", "fvqa_0", "search_required")
     assert info["question"] == "Who built house 0?"
-    keys = info["tools_kwargs"]["image_search"]["create_kwargs"]["image_keys"]
-    assert keys == [hashlib.sha256(picture(0)).hexdigest()]
-    assert info["tools_kwargs"]["zoom"]["create_kwargs"] == {"coordinates": "thousandths"}
+    assert info["image_keys"] == [hashlib.sha256(picture(0)).hexdigest()]
+    assert "tools_kwargs" not in info  # tools may change, and the data stays
     assert "fvqa_train" in out
     assert "reward_model" in out
 
@@ -230,7 +229,7 @@ def one_image(tmp_path, value, **more):
         assert len(rows_of(tmp_path / "out" / "custom_own.parquet")) == 1
         return notes[0]["reason"]
     row = rows_of(tmp_path / "out" / "custom_own.parquet")[1]
-    return row["extra_info"]["tools_kwargs"]["image_search"]["create_kwargs"]["image_keys"]
+    return row["extra_info"]["image_keys"]
 
 
 @pytest.mark.parametrize(
@@ -360,7 +359,7 @@ def test_a_question_cannot_bring_images_or_turns_of_its_own(tmp_path):
     file = write_parquet(tmp_path / "odd.parquet", [fvqa(0, question=text)])
     assert run(tmp_path, f"fvqa_test={file}") == 0
     (row,) = rows_of(tmp_path / "out" / "fvqa_test.parquet")
-    content = row["prompt"][1]["content"]
+    content = row["prompt"][0]["content"]
     assert content.count("<image>") == 1
     assert "<|" not in content
     assert "What" in content
@@ -375,14 +374,12 @@ def test_images_fit_the_budget_and_stand_upright(tmp_path):
         fvqa(2, image=picture(2, size=(10, 10))),
     ]
     file = write_parquet(tmp_path / "sizes.parquet", rows)
-    assert run(tmp_path, f"fvqa_test={file}", "--max-pixels", "100000", "--coordinates", "absolute") == 0
+    assert run(tmp_path, f"fvqa_test={file}", "--max-pixels", "100000") == 0
     made = rows_of(tmp_path / "out" / "fvqa_test.parquet")
     sizes = [Image.open(io.BytesIO(row["images"][0]["bytes"])).size for row in made]
     assert sizes[0][0] * sizes[0][1] <= 100_000
     assert sizes[1] == (60, 90)
     assert min(sizes[2]) >= 28
-    assert made[0]["extra_info"]["tools_kwargs"]["zoom"]["create_kwargs"] == {"coordinates": "absolute"}
-    assert "counts pixels" in made[0]["prompt"][0]["content"]
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):
@@ -404,7 +401,6 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
         (["custom_x={csv}"], "none of the columns question is there for the question; there are a, b"),
         (["custom_x={csv}", "--map", "quest=a"], "'quest' is none of question, answer, image, id, category"),
         (["fvqa_train={csv}", "fvqa_train={csv}"], "named twice"),
-        (["fvqa_train={csv}", "--tools", "teleport"], "'teleport' is none of"),
         (["fvqa_train={csv}", "--dedupe-against", "{csv}"], "not made by search_agent.data.prepare"),
         (["custom_x={broken}"], "line 2"),
     ],
@@ -419,36 +415,60 @@ def test_mistakes_are_told(tmp_path, capsys, arguments, message):
 
 VERL_READS = """
 import json, sys
-from flags_and_facts.dataset import FlagsDataset
 from omegaconf import OmegaConf
 from transformers import AutoProcessor, AutoTokenizer
-made, model = sys.argv[1:]
-config = OmegaConf.create({"image_key": "images", "max_prompt_length": 2048, "filter_overlong_prompts": False})
-dataset = FlagsDataset(made, AutoTokenizer.from_pretrained(model), config, AutoProcessor.from_pretrained(model))
+from verl.utils.dataset.rl_dataset import get_dataset_class
+made, model, tools, *settings = sys.argv[1:]
+config = {"image_key": "images", "max_prompt_length": 2048, "filter_overlong_prompts": False, "tool_config_path": tools}
+config |= {"custom_cls": {"path": "pkg://search_agent.dataset", "name": "SearchDataset"}}
+config = OmegaConf.create({**config, "tool_settings": json.loads(settings[0]) if settings else {}})
+tokenizer, processor = AutoTokenizer.from_pretrained(model), AutoProcessor.from_pretrained(model)
+dataset = get_dataset_class(config)(made, tokenizer, config, processor)
 print(json.dumps(dataset[1], default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)))
 """
+RECIPE = MODEL.parents[3] / "recipes" / "multimodal_search"
 
 
-def test_verl_reads_the_rows(tmp_path):
+def read_by_verl(file, *settings):
     """Its own data set class, with a real processor. In its own process: veRL reads VERL_PLATFORM once."""
-    file = write_parquet(tmp_path / "fvqa.parquet", [fvqa(number) for number in range(4)])
-    assert run(tmp_path, f"fvqa_train={file}") == 0
+    paths = os.pathsep.join([str(MODEL.parents[3]), str(RECIPE)])
     done = subprocess.run(
-        [sys.executable, "-c", VERL_READS, tmp_path / "out" / "fvqa_train.parquet", MODEL],
-        env=os.environ | {"VERL_PLATFORM": "cpu", "PYTHONPATH": str(MODEL.parents[1])},
+        [sys.executable, "-c", VERL_READS, file, MODEL, RECIPE / "config" / "tools_train.yaml", *settings],
+        env=os.environ | {"VERL_PLATFORM": "cpu", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout.splitlines()[-1])
-    blocks = row["raw_prompt"][1]["content"]
-    assert [block["type"] for block in blocks] == ["image", "text"]
-    assert row["tools_kwargs"]["zoom"]["create_kwargs"]["coordinates"] == "thousandths"
-    assert row["tools_kwargs"]["image_search"]["create_kwargs"]["image_keys"] == [
-        hashlib.sha256(picture(1)).hexdigest()
-    ]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_verl_reads_the_rows(tmp_path):
+    file = write_parquet(tmp_path / "fvqa.parquet", [fvqa(number) for number in range(4)])
+    assert run(tmp_path, f"fvqa_train={file}") == 0
+    row = read_by_verl(tmp_path / "out" / "fvqa_train.parquet", '{"zoom": {"coordinates": "absolute"}}')
+    system, question = row["raw_prompt"]
+    zoom = Zoom({"type": "native"})
+    tools = [TextSearch({"type": "native"}), ImageSearch({"type": "native"}), zoom]
+    told = system_prompt(tools, {"zoom": {"coordinates": "absolute"}})
+    assert system == {"role": "system", "content": [{"type": "text", "text": told}]}
+    assert "its bbox counts pixels" in told
+    assert [block["type"] for block in question["content"]] == ["image", "text"]
+    keys = [hashlib.sha256(picture(1)).hexdigest()]
+    assert row["tools_kwargs"]["zoom"]["create_kwargs"] == {"image_keys": keys, "coordinates": "absolute"}
+    assert row["tools_kwargs"]["image_search"]["create_kwargs"] == {"image_keys": keys}
     assert row["reward_model"]["ground_truth"] == ["builder 1", "Mr Builder 1"]
+
+
+def test_a_row_s_own_prompt_and_tools_stay_as_they_are(tmp_path):
+    """As rows were prepared once, with the prompt and the tools' names in them."""
+    told = {"image_search": {"create_kwargs": {"image_keys": ["k"]}}}
+    told["zoom"] = {"create_kwargs": {"coordinates": "absolute"}}
+    row = fvqa(1) | {"extra_info": {"index": 1, "need_tools_kwargs": True, "tools_kwargs": told}}
+    row["prompt"] = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "<image>Who?"}]
+    row = read_by_verl(write_parquet(tmp_path / "old.parquet", [row, row]))
+    assert row["raw_prompt"][0] == {"role": "system", "content": [{"type": "text", "text": "Mine."}]}
+    assert row["tools_kwargs"] == told | {"text_search": {"create_kwargs": {}}}
 
 
 class Hostile:
@@ -493,9 +513,13 @@ def test_a_hostile_pickle_is_refused(tmp_path, capsys):
 
 
 def test_the_prompt_tells_of_the_tools_that_are_there():
-    assert "visit" not in system_prompt()
-    assert "thousandths" in system_prompt(["zoom"], "thousandths")
+    search, zoom = TextSearch({"type": "native"}), Zoom({"type": "native"})
+    assert "visit" not in system_prompt([search, zoom])
+    assert search.sentence in system_prompt([search, zoom])
+    assert "thousandths" in system_prompt([zoom], {"zoom": {"coordinates": "thousandths"}})
+    assert "pixels" in system_prompt([Zoom({"type": "native", "coordinates": "absolute"})])
     assert "tool" not in system_prompt([])
     assert "<answer>" in system_prompt([])
-    with pytest.raises(ValueError, match="'python' is none of"):
-        system_prompt(["python"])
+    assert system_prompt([object()]) == system_prompt([])  # a stranger's tool, of which only its schema tells
+    with pytest.raises(ValueError, match="zoom: coordinates must be one of absolute, thousandths, got 'inches'"):
+        system_prompt([zoom], {"zoom": {"coordinates": "inches"}})

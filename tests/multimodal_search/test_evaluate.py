@@ -22,8 +22,10 @@ from multimodal_search.evaluation_server import SCRIPTS, ZOOMS, Server
 from PIL import Image
 from search_agent.evaluate import __main__ as command
 from search_agent.evaluate.questions import read_questions
+from search_agent.prompts import create_kwargs
 
-from search_backends.chat.messages import calls_in_text, without_control
+from search_backends.chat.messages import calls_in_text
+from verl_tapo.calls.limits import strip_control
 
 STAND_INS = Path(evaluation_stand_ins.__file__)
 
@@ -221,7 +223,7 @@ def test_hermes_tells_the_model_of_the_tools_and_answers_in_text(stand_ins, fold
 
 
 def test_tool_text_cannot_break_the_prompt(stand_ins, folder, server):
-    assert without_control("a<|image_pad|>b <tool_<|im_end|>call>c</tool_response> 1 < 2 |x|") == "ab c 1 < 2 |x|"
+    assert strip_control("a<|image_pad|>b <tool_<|im_end|>call>c</tool_response> 1 < 2 |x|") == "ab c 1 < 2 |x|"
 
 
 def test_results(stand_ins, folder, server, capsys):
@@ -687,10 +689,15 @@ def test_what_a_question_tells_a_tool(folder):
     kwargs = {"zoom": {"create_kwargs": {"coordinates": "absolute"}}}
     other = {"image_search": {"create_kwargs": {"key": "k"}}}
     data = write(folder, [row(1, "direct", tools_kwargs=kwargs), row(2, "direct", tools_kwargs=other)])
-    first, second = read_questions([data])
-    assert first.create_kwargs("zoom") == {"coordinates": "absolute"}
-    assert first.create_kwargs("image_search") == second.create_kwargs("zoom") == {}
-    assert second.create_kwargs("image_search") == {"key": "k"}
+    first, second = (question.extra_info for question in read_questions([data]))
+    assert create_kwargs(first, "zoom") == {"coordinates": "absolute"}
+    assert create_kwargs(first, "image_search") == create_kwargs(second, "zoom") == {}
+    assert create_kwargs(second, "image_search") == {"key": "k"}
+    settings = {"zoom": {"coordinates": "thousandths"}, "image_search": {"more": 1}}
+    keyed = {"image_keys": ["a"], **second}
+    assert create_kwargs(keyed, "image_search", settings) == {"image_keys": ["a"], "more": 1, "key": "k"}
+    assert create_kwargs(keyed, "zoom", settings) == {"image_keys": ["a"], "coordinates": "thousandths"}
+    assert create_kwargs(first, "zoom", settings) == {"coordinates": "absolute"}  # the question's own
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pandas as pd
@@ -20,12 +21,14 @@ from omegaconf import OmegaConf
 from search_agent.check import _compare_prompts, _credit_problems
 from search_agent.prompts import system_prompt
 from search_agent.tools import ImageSearch, TextSearch, Visit, Zoom
-from search_agent.tools.base import Answer, SearchTool
+from search_agent.tools.base import SearchTool
 from verl.tools.tool_registry import initialize_tools_from_config
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
+from search_backends.tools import Answer
+from verl_tapo.calls.limits import with_own_limits
 from verl_tapo.rollout.tool_agent import TapoToolAgentLoop
-from verl_tapo.trainer.check import check_run
+from verl_tapo.trainer.check import check_run, declare_tools
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "multimodal_search"
 POLICIES = sorted(file.stem for file in (RECIPE / "config" / "policy").glob("*.yaml"))
@@ -44,8 +47,8 @@ def _recipe(monkeypatch):
 
 
 def test_what_the_issue_names_is_there():
-    assert POLICIES == ["qwen2_5_vl_7b", "qwen3_vl_4b", "qwen3_vl_8b"]
-    assert LOSSES == ["grpo", "gspo", "sapo"]
+    assert {"qwen2_5_vl_7b", "qwen3_vl_4b", "qwen3_vl_8b"} <= set(POLICIES)  # and whatever a team puts beside them
+    assert {"grpo", "gspo", "sapo"} <= set(LOSSES)
 
 
 @pytest.mark.parametrize(("policy", "loss"), list(itertools.product(POLICIES, LOSSES)))
@@ -73,9 +76,30 @@ def test_the_cpu_s_differs_where_it_must(monkeypatch):
     assert rollout.multi_turn.tool_config_path == composed().actor_rollout_ref.rollout.multi_turn.tool_config_path
 
 
-def test_tapo_knows_every_tool_by_the_kernels_that_it_declares():
-    declared = {cls.schema["name"]: cls.kernels for cls in (TextSearch, ImageSearch, Zoom, Visit)}
-    assert OmegaConf.to_container(composed().algorithm.tapo.tools) == declared
+@pytest.mark.parametrize(
+    ("name", "tools"),
+    [("tools_train", (TextSearch, ImageSearch, Zoom)), ("tools_eval", (TextSearch, ImageSearch, Zoom, Visit))],
+)
+def test_tapo_knows_every_tool_by_the_kernels_that_it_declares(monkeypatch, name, tools):
+    monkeypatch.setenv("IMAGE_RESULTS", "results.sqlite")
+    config = composed(f"actor_rollout_ref.rollout.multi_turn.tool_config_path={RECIPE}/config/{name}.yaml")
+    check_run(config)
+    assert OmegaConf.to_container(config.algorithm.tapo.tools) == {cls.schema["name"]: cls.kernels for cls in tools}
+
+
+def test_coordinates_are_the_policy_s():
+    zoom = Zoom({"type": "native"})
+    for policy, what in {"qwen2_5_vl_7b": "counts pixels", "qwen3_vl_4b": "counts thousandths"}.items():
+        settings = composed(f"policy={policy}").data.tool_settings
+        assert what in system_prompt([zoom], settings)
+
+
+def test_limits_of_calls_are_the_tools_own():
+    (loop,) = OmegaConf.load(RECIPE / "config" / "agent_loop.yaml")
+    tools = [cls({"type": "native"}) for cls in (TextSearch, ImageSearch, Zoom, Visit)]
+    expected = {"text_search": 8, "image_search": 3, "zoom": 6, "all": 12}
+    assert with_own_limits(loop.max_calls, {tool.name: tool for tool in tools}) == expected
+    assert Zoom({"type": "native", "max_calls": 2}).max_calls == 2
 
 
 @pytest.mark.parametrize(
@@ -148,8 +172,8 @@ def script(name, *arguments, **env):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policy", "qwen9"], "--policy qwen9 is none of: qwen2_5_vl_7b qwen3_vl_4b qwen3_vl_8b"),
-        (["--loss", "ppo"], "--loss ppo is none of: grpo gspo sapo"),
+        (["--policy", "qwen9"], f"--policy qwen9 is none of: {' '.join(POLICIES)}"),
+        (["--loss", "ppo"], f"--loss ppo is none of: {' '.join(LOSSES)}"),
         (["--los", "grpo"], "unknown option --los"),
         (["--loss"], "--loss needs a value"),
         ([], "--data is missing"),
@@ -168,7 +192,7 @@ def test_other_scripts_say_what_they_want(tmp_path):
     assert "global_step_100 merged" in script("merge.sh").stderr
     assert "has no folder 'actor'" in script("merge.sh", str(tmp_path), "out").stderr
     assert "join IP" in script("ray_cluster.sh").stderr
-    assert "--policy: qwen2_5_vl_7b" in script("train.sh", "--help").stdout
+    assert f"--policy: {POLICIES[0]}" in script("train.sh", "--help").stdout
 
 
 def stand_in(folder, text):
@@ -346,7 +370,7 @@ def test_check_finds_what_is_wrong(tmp_path):
         f"{file} is not parquet",
         "127.0.0.1:9",
         "max_tool_response_length=256 would cut",
-        "algorithm.tapo.tools.zoom names box",
+        "algorithm.tapo.tools.zoom.box: the tool has no such parameter; did you mean 'bbox'?",
     ):
         assert message in done.stderr
 
@@ -364,25 +388,34 @@ class Calculator(SearchTool):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "problems", "said"),
+    ("chosen", "problems", "said"),
     [
-        ([], [], ["text_search takes part in credit transfer (query: Text)", "names visit, which is none of this run"]),
-        ([], [], ["calculator TAKES NO PART in credit transfer: algorithm.tapo.tools does not name it; to have it do"]),
-        (["+algorithm.tapo.tools.calculator={term: text}"], [], ["calculator takes part in credit transfer (term: T"]),
-        (["+algorithm.tapo.tools.calculatr={}"], ["'calculatr', which no tool has; did you mean calculator?"], []),
-        (["+algorithm.tapo.tools.browse={}"], ["'browse', which no tool has; there are text_search, zoom, calc"], []),
-        (["+algorithm.tapo.tools.zoom.box=iou"], ["zoom names box, which the tool does not take; did you mean bb"], []),
-        (["+algorithm.tapo.tools.calculator={}"], [], ["calculator takes part in credit transfer (term: Exact)"]),
+        (
+            None,
+            [],
+            ["text_search: takes part: query=text", "calculator: takes part: term=text", "zoom: takes part: im"],
+        ),
+        ({"zoom": {}}, [], ["calculator: left out: not in algorithm.tapo.tools", "text_search: left out: not in"]),
+        ({"calculatr": {}}, ["tools.calculatr: no configured tool has that name; did you mean 'calculator'?"], []),
+        ({"browse": {}}, ["tools.browse: no configured tool has that name; known: calculator, text_search, zoom"], []),
+        ({"zoom": {"box": "iou"}}, ["zoom.box: the tool has no such parameter; did you mean 'bbox'?"], []),
+        ({"calculator": {}}, [], ["calculator: takes part: term=exact"]),
     ],
 )
-def test_check_says_which_tools_take_part(capsys, overrides, problems, said):
-    tools = [TextSearch({"type": "native"}), Zoom({"type": "native"}), Calculator({"type": "native"})]
-    found = list(_credit_problems(composed(*overrides).algorithm, tools))
+def test_check_says_which_tools_take_part(monkeypatch, tmp_path, capsys, chosen, problems, said):
+    """A new tool is a class and a line in the YAML."""
+    monkeypatch.setitem(sys.modules, "my_tools", SimpleNamespace(Calculator=Calculator, __spec__=1))
+    file = tmp_path / "tools.yaml"
+    names = ("search_agent.tools.TextSearch", "search_agent.tools.Zoom", "my_tools.Calculator")
+    file.write_text("tools:\n" + "".join(f"- {{class_name: {name}, config: {{type: native}}}}\n" for name in names))
+    config = composed(f"actor_rollout_ref.rollout.multi_turn.tool_config_path={file}")
+    config.algorithm.tapo.tools = chosen
+    declare_tools(config)
+    found = list(_credit_problems(config.algorithm, initialize_tools_from_config(str(file))))
     assert len(found) == len(problems)
     assert all(words in problem for words, problem in zip(problems, found, strict=True))
     out = capsys.readouterr().out
     assert all(words in out for words in said)
-    assert out.count("TAKES NO PART") == (0 if any("calculator=" in override for override in overrides) else 1)
 
 
 def test_check_says_which_tools_take_part_by_their_names(capsys):
@@ -391,8 +424,8 @@ def test_check_says_which_tools_take_part_by_their_names(capsys):
     algorithm = OmegaConf.create({"adv_estimator": "tapo", "tapo": {}})
     assert list(_credit_problems(algorithm, [TextSearch({"type": "native"}), python])) == []
     out = capsys.readouterr().out
-    assert "text_search takes part in credit transfer (query: Text)" in out
-    assert "run_python TAKES NO PART in credit transfer: its name says" in out
+    assert "text_search: takes part: query=text" in out
+    assert "run_python: left out: its name says" in out
 
 
 def test_check_compares_prompts_and_tools(tmp_path, capsys):
@@ -403,12 +436,13 @@ def test_check_compares_prompts_and_tools(tmp_path, capsys):
         return capsys.readouterr().out
 
     question = {"role": "user", "content": "Where is this zoo? <image>"}
-    system = {"role": "system", "content": system_prompt(["text_search", "zoom"])}
+    told = system_prompt([TextSearch({"type": "native"}), Zoom({"type": "native"})])
+    system = {"role": "system", "content": told}
     assert said([system, question], ["text_search", "zoom"]) == ""
     assert said([question], ["text_search"]) == ""
     assert said("no messages", ["text_search"]) == ""
     other = said([system, question], ["text_search", "calculator"])
-    assert "data.parquet does not speak of calculator: search_agent/prompts.py" in other
+    assert "data.parquet does not speak of calculator: take it out of the data, and search_agent/prompts" in other
     assert "data.parquet speaks of zoom, which this run does not have" in other
 
 

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-
-from search_agent.prompts import USES
 
 OUR_REWARD = "pkg://search_agent.rewards"
 COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info")
@@ -46,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compose(folder: Path, name: str, overrides: Sequence[str]) -> Any:
-    """The configuration as the trainer gets it, checked by veRL and by verl_tapo.
+    """The configuration as the trainer gets it, checked by veRL.
 
     Raises:
         Exception: Of many kinds, with a message.
@@ -59,14 +56,19 @@ def compose(folder: Path, name: str, overrides: Sequence[str]) -> Any:
     with initialize_config_dir(str(folder.resolve()), version_base=None):
         config = compose(name, overrides=[*kept, "hydra.searchpath=[pkg://verl.trainer.config]"])
     validate_config(config, need_reference_policy(config), need_critic(config))
-    from verl_tapo.trainer.check import check_run
-
-    check_run(config)
     return config
 
 
 def find_problems(config: Any) -> Iterator[str]:
-    """What is wrong with data, tools and reward."""
+    """What is wrong with TAPO's settings, data, tools and reward."""
+    from verl_tapo.trainer.check import check_run
+
+    told = ""
+    try:
+        check_run(config)
+    except ValueError as error:
+        told = str(error)
+        yield told
     bad_data: list[str] = []
     for key in ("train_files", "val_files"):
         for file in _files(config.data[key]):
@@ -75,7 +77,7 @@ def find_problems(config: Any) -> Iterator[str]:
     tools = _tools(config.actor_rollout_ref.rollout.multi_turn)
     yield from _tool_problems(config, tools)
     if config.algorithm.adv_estimator == "tapo":
-        yield from _credit_problems(config.algorithm, tools)
+        yield from (problem for problem in _credit_problems(config.algorithm, tools) if problem not in told)
     yield from _template_problems(config.actor_rollout_ref.model, tools)
     if not bad_data:
         _compare_prompts(_files(config.data.train_files)[0], [tool.name for tool in tools])
@@ -106,15 +108,18 @@ def _data_problems(key: str, file: Path) -> Iterator[str]:
 
 
 def _compare_prompts(file: Path, tools: Sequence[str]) -> None:
-    """Says where the first question's system prompt, if it has one, speaks of other tools than those of the run."""
+    """Says where the first question's own system prompt, if it has one, speaks of other tools than those of the run."""
     import pyarrow.parquet as parquet
+
+    from search_agent import tools as recipe
 
     batch = next(parquet.ParquetFile(file).iter_batches(batch_size=1, columns=["prompt"]), None)
     messages = [] if batch is None else batch.to_pylist()[0]["prompt"]
     text = "\n".join(str(message["content"]) for message in messages if _is_system(message))
     words = set(re.findall(r"[\w-]+", text))
-    missing, gone = sorted({*tools} - words), sorted({*USES} & words - {*tools})
-    how = "search_agent/prompts.py and prepare --tools make it"
+    known = {getattr(recipe, name).schema["name"] for name in recipe.__all__}
+    missing, gone = sorted({*tools} - words), sorted(known & words - {*tools})
+    how = "take it out of the data, and search_agent/prompts.py is used"
     if text and missing:
         _say(f"the system prompt in {file} does not speak of {', '.join(missing)}: {how}")
     if gone:
@@ -236,13 +241,13 @@ def _tools(multi_turn: Any) -> list[Any]:
 
 
 def _tool_problems(config: Any, tools: Sequence[Any]) -> Iterator[str]:
-    from search_agent.tools.base import SearchTool
+    from search_backends.tools import Tool
 
     multi_turn = config.actor_rollout_ref.rollout.multi_turn
     loop = _loop_settings(config.actor_rollout_ref.rollout.agent)
     patience = loop.get("tool_timeout_s", 60.0)
     for tool in tools:
-        if not isinstance(tool, SearchTool):
+        if not isinstance(tool, Tool):
             continue
         limit, timeout = tool.settings.limit_chars, tool.settings.timeout_s
         if limit > multi_turn.max_tool_response_length:
@@ -259,41 +264,18 @@ def _tool_problems(config: Any, tools: Sequence[Any]) -> Iterator[str]:
 
 def _credit_problems(algorithm: Any, tools: Sequence[Any]) -> Iterator[str]:
     """What ``algorithm.tapo.tools`` names and is not there. Says which tools take part in credit transfer."""
-    from search_agent import tools as recipe
     from verl_tapo.settings import load_settings
+    from verl_tapo.trainer.tools_check import participation, rule_problems
 
     rule = load_settings(algorithm).rule
-    where = "algorithm.tapo.tools"
-    known = {tool.name: list(tool.tool_schema.function.parameters.properties) for tool in tools}
-    others = {getattr(recipe, name).schema["name"] for name in recipe.__all__} - set(known)
-    for name, parameters in (rule.tools or {}).items():
-        if name in others:
-            _say(f"{where} names {name}, which is none of this run's tools")
-        elif name not in known:
-            yield f"{where} names {name!r}, which no tool has{_meant(name, known)}"
-        else:
-            for unknown in sorted(set(parameters or {}) - set(known[name])):
-                hint = _meant(unknown, known[name])
-                yield f"{where}.{name} names {unknown}, which the tool does not take{hint}"
-    for tool in tools:
-        if rule.takes_part(tool.name):
-            kernels = ", ".join(f"{name}: {type(rule.kernel(tool.name, name)).__name__}" for name in known[tool.name])
-            _say(f"{tool.name} takes part in credit transfer ({kernels or 'no parameters'})")
-            continue
-        own = ", ".join(f"{name}: {kernel}" for name, kernel in getattr(tool, "kernels", {}).items())
-        hint = f"; to have it do so: '+{where}.{tool.name}={{{own}}}'" if own else ""
-        why = "its name says that it gathers no information" if rule.tools is None else f"{where} does not name it"
-        _say(f"{tool.name} TAKES NO PART in credit transfer: {why}{hint}")
+    parameters = {tool.name: list(tool.tool_schema.function.parameters.properties) for tool in tools}
+    yield from rule_problems(rule, parameters)
+    for name, part in participation(rule, parameters):
+        _say(f"credit transfer: {name}: {part}")
 
 
 def _say(text: str) -> None:
     print(f"search_agent.check: {text}")
-
-
-def _meant(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
 
 
 def _template_problems(model: Any, tools: Sequence[Any]) -> Iterator[str]:
@@ -343,14 +325,15 @@ def _loop_settings(agent: Any) -> dict[str, Any]:
 
 async def _unreachable(tools: Sequence[Any]) -> list[str]:
     """Which tools' back ends do not answer."""
-    from search_agent.tools.backed import BackedTool
     from search_backends.errors import InfrastructureError
+    from search_backends.tools import Tool
 
     problems = []
     for tool in tools:
-        if isinstance(tool, BackedTool):
+        if isinstance(tool, Tool):
             try:
-                _say(f"{tool.name} is answered by {await tool.check()}")
+                if (identity := await tool.check()) is not None:
+                    _say(f"{tool.name} is answered by {identity}")
             except InfrastructureError as error:
                 local = tool.settings.provider.get("provider") == "service"
                 hint = ": is the retrieval service up, and SEARCH_URL its address?" if local else ""

@@ -32,10 +32,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from search_agent.data.sources import Source, answers_of, find, question_of, source_of
-from search_agent.prompts import TOOLS, system_prompt
 from search_backends.clean import clean_text
 from search_backends.datasets.files import read_rows
-from search_backends.datasets.images import MAX_READ_PIXELS, Dropped, Images, encoded, read_picture
+from search_backends.datasets.images import MAX_READ_PIXELS, Dropped, Images, encoded, image_keys, read_picture
 from search_backends.datasets.twins import Mark, Seen, mark_of
 from search_backends.errors import ModelError
 from search_backends.pictures import load_picture
@@ -57,15 +56,7 @@ SCHEMA = arrow.schema(
                 "data_id": arrow.string(),
                 "question": arrow.string(),
                 "category": arrow.string(),
-                "need_tools_kwargs": arrow.bool_(),
-                "tools_kwargs": arrow.struct(
-                    {
-                        "image_search": arrow.struct(
-                            {"create_kwargs": arrow.struct({"image_keys": arrow.list_(arrow.string())})}
-                        ),
-                        "zoom": arrow.struct({"create_kwargs": arrow.struct({"coordinates": arrow.string()})}),
-                    }
-                ),
+                "image_keys": arrow.list_(arrow.string()),
             }
         ),
     }
@@ -79,15 +70,9 @@ class Options:
 
     images: Path | None = None
     """The folder of images that rows name."""
-    coordinates: str = "thousandths"
-    tools: tuple[str, ...] = TOOLS
     max_pixels: int = 1003520
     limit: int | None = None
     mapping: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def prompt(self) -> str:
-        return system_prompt(self.tools, "absolute" if self.coordinates == "absolute" else "thousandths")
 
 
 @dataclass
@@ -177,10 +162,7 @@ def _convert(
         raise Dropped("text that is not Unicode: half a surrogate pair") from None
     entry = {
         "data_source": name,
-        "prompt": [
-            {"role": "system", "content": options.prompt},
-            {"role": "user", "content": "<image>" * len(originals) + question},
-        ],
+        "prompt": [{"role": "user", "content": "<image>" * len(originals) + question}],
         "images": [
             {"bytes": encoded(data, picture, options.max_pixels)}
             for data, picture in zip(originals, pictures, strict=True)
@@ -193,11 +175,7 @@ def _convert(
             "data_id": data_id,
             "question": question,
             "category": category,
-            "need_tools_kwargs": True,
-            "tools_kwargs": {
-                "image_search": {"create_kwargs": {"image_keys": keys}},
-                "zoom": {"create_kwargs": {"coordinates": options.coordinates}},
-            },
+            "image_keys": keys,
         },
     }
     return entry, mark_of(question, answers[0], keys[0], pictures[0])
@@ -212,7 +190,7 @@ def marks_of(file: Path) -> Iterator[tuple[str, Mark]]:
     for where, row, _ in read_rows(str(file)):
         try:
             info = row["extra_info"]
-            key = info["tools_kwargs"]["image_search"]["create_kwargs"]["image_keys"][0]
+            key = image_keys(info)[0]
             picture = load_picture(row["images"][0]["bytes"], max_pixels=MAX_READ_PIXELS, error=ModelError)
             yield where, mark_of(info["question"], row["reward_model"]["ground_truth"][0], key, picture)
         except (KeyError, IndexError, TypeError, ModelError) as error:
@@ -305,13 +283,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder")
     add("--images", type=Path, help="folder of the images that rows name")
     add(
-        "--coordinates",
-        choices=["thousandths", "absolute"],
-        default="thousandths",
-        help="of zoom; Qwen2.5-VL: absolute",
-    )
-    add("--tools", default=",".join(TOOLS), help=f"that the system prompt tells of (default: {','.join(TOOLS)})")
-    add(
         "--max-pixels",
         type=int,
         default=1003520,
@@ -322,7 +293,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dedupe-against", type=Path, nargs="*", default=[], help="files made earlier that must not be trained on")
     add("--max-dropped", type=float, default=0.05, help="share of unusable rows that is accepted (default: 0.05)")
     args = parser.parse_args(argv)
-    args.tools = tuple(filter(None, args.tools.split(",")))
     pairs = [pair.partition("=") for pair in args.map.split(",") if pair]
     args.map = {key: column for key, _, column in pairs}
     if args.max_pixels < 28 * 28:
@@ -345,8 +315,7 @@ def _run(args: argparse.Namespace, console: Console) -> list[Summary]:
             raise ValueError(f"{name} is named twice")
         source_of(name).mapped(args.map)
         places[name] = place
-    options = Options(args.images, args.coordinates, args.tools, args.max_pixels, args.limit, args.map)
-    _ = options.prompt  # raises for a tool that is not known
+    options = Options(args.images, args.max_pixels, args.limit, args.map)
     evaluated = Seen()
     for file in args.dedupe_against:
         for where, mark in marks_of(file):

@@ -23,7 +23,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,16 +31,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from search_agent.evaluate.conversation import Limits
+from search_agent.evaluate.conversation import Agent, Limits
 from search_agent.evaluate.questions import Question, file_hash, read_questions
 from search_agent.evaluate.report import markdown, results
 from search_agent.evaluate.run import Outage, Score, Task, run
+from search_agent.prompts import system_prompt
 from search_agent.rewards.settings import read_settings
 from search_backends.chat.model import ChatModel, Refused
 from search_backends.chat.vllm import ServerFailed, serve
 from search_backends.errors import InfrastructureError
 from search_backends.evaluation.store import Store
 from search_backends.http import ApiKey
+from verl_tapo.calls.limits import with_own_limits
 
 if TYPE_CHECKING:  # it imports veRL, which takes seconds
     from search_agent.tools.toolbox import Toolbox
@@ -80,6 +82,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="S",
         help="seconds of a request with its retries (default: 1200)",
     )
+    add(
+        "--tool-settings",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='training\'s data.tool_settings; of Qwen2.5-VL: {"zoom": {"coordinates": "absolute"}}',
+    )
     add("--max-turns", type=int, default=10, metavar="N", help="of the model (default: 10)")
     add("--calls-per-turn", type=int, default=1, metavar="N", help="tool calls (default: 1)")
     add(
@@ -110,9 +119,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--model belongs to --base-url, which needs it")
     if args.vllm_args and args.base_url:
         parser.error("--vllm-args belongs to --checkpoint")
-    for name in ("request", "judge"):
+    for name in ("request", "judge", "tool_settings"):
         if getattr(args, name) is not None and not isinstance(getattr(args, name), dict):
-            parser.error(f"--{name} must be a JSON object")
+            parser.error(f"--{name.replace('_', '-')} must be a JSON object")
     if ("judge" in args.match.split(",")) != (args.judge is not None):
         parser.error("--judge belongs to --match judge, which needs it")
     for name in ("concurrency", "max_tokens", "timeout", "limit"):
@@ -230,7 +239,9 @@ async def _evaluate(
     )
     try:
         await model.check()
-        task = Task(model, toolbox, score, limits)
+        limits = replace(limits, max_calls=with_own_limits(limits.max_calls, toolbox.tools))
+        prompt = system_prompt(toolbox.tools.values(), args.tool_settings)
+        task = Task(Agent(model, toolbox, limits, prompt, args.tool_settings), score)
         with watch:
             await run(questions, task, store, concurrency=args.concurrency, max_failures=args.max_failures, done=watch)
     finally:
@@ -252,6 +263,7 @@ def _settings(args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
         "max_tokens": args.max_tokens,
         "request": args.request,
         "tools": f"{args.tools.name} {file_hash(args.tools)[:16]}",
+        "tool_settings": args.tool_settings,
         "tool_calls": args.tool_calls,
         "limits": asdict(limits),
         "match": args.match.split(","),
@@ -285,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace, console: Console) -> int:
     from search_agent.rewards import compute_score
 
-    limits = Limits.from_agent_loop(args.agent_loop, max_turns=args.max_turns, calls_per_turn=args.calls_per_turn)
+    limits = Limits.from_agent_loop(args.agent_loop, max_turns=args.max_turns, max_parallel_calls=args.calls_per_turn)
     settings = _settings(args, limits)
     rewards = {"match": settings["match"], "judge": args.judge}
     try:

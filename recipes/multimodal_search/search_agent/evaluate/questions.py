@@ -29,18 +29,13 @@ class Question:
     """Benchmark, the row's own identity, and a hash of its images."""
     data_source: str
     """The benchmark."""
-    prompt: tuple[tuple[str, str], ...]
-    """Role and text of its messages; a text says with ``<image>`` where the next image goes."""
+    prompt: tuple[Mapping[str, str], ...]
+    """Its messages, role and content; a text says with ``<image>`` where the next image goes."""
     images: tuple[bytes, ...]
     """As they are in the file: PNG, JPEG or WebP."""
     ground_truth: Any
     """Accepted answers."""
     extra_info: Mapping[str, Any]
-
-    def create_kwargs(self, tool: str) -> dict[str, Any]:
-        """What the question tells a tool."""
-        of_tool = (self.extra_info.get("tools_kwargs") or {}).get(tool) or {}
-        return dict(of_tool.get("create_kwargs") or {})
 
 
 def file_hash(path: Path) -> str:
@@ -73,8 +68,8 @@ def _read(row: Mapping[str, Any], where: str) -> Question:
             Image.open(io.BytesIO(image)).close()
         except OSError:
             raise ValueError(f"{where}: an image has no bytes, or none that are an image") from None
-    prompt = tuple((message["role"], message["content"]) for message in row["prompt"])
-    places = sum(text.count(PLACEHOLDER) for _, text in prompt)
+    prompt = tuple({"role": message["role"], "content": message["content"]} for message in row["prompt"])
+    places = sum(message["content"].count(PLACEHOLDER) for message in prompt)
     if places != len(images):
         raise ValueError(f"{where}: the prompt has {places} {PLACEHOLDER}, and there are {len(images)} images")
     extra = _without_none(row["extra_info"] or {})

@@ -7,16 +7,12 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from search_agent.evaluate.conversation import Conversation, Limits, Undone, converse
+from search_agent.evaluate.conversation import Agent, Conversation, Undone, converse
 from search_agent.evaluate.questions import Question
-from search_backends.chat.model import ChatModel
 from search_backends.errors import InfrastructureError
 from search_backends.evaluation.store import Store
-
-if TYPE_CHECKING:  # it imports veRL, which takes seconds
-    from search_agent.tools.toolbox import Toolbox
 
 Score = Callable[[str, str, Any, dict[str, Any]], Awaitable[dict[str, Any]]]
 """``(data_source, answer, ground_truth, extra_info)`` to a dict with ``acc``, 0 to 1."""
@@ -30,10 +26,8 @@ class Outage(Exception):
 class Task:
     """What is done with every question."""
 
-    model: ChatModel
-    toolbox: Toolbox
+    agent: Agent
     score: Score
-    limits: Limits
 
     async def do(self, question: Question) -> tuple[dict[str, Any], dict[str, bytes]]:
         """The transcript's entry and its images.
@@ -43,7 +37,7 @@ class Task:
             Refused, ValueError: See `converse`.
         """
         start = time.perf_counter()
-        talk = await converse(question, self.model, self.toolbox, self.limits)
+        talk = await converse(question, self.agent)
         record = talk.record.to_dict()
         extra = {**question.extra_info, "tapo_steps": record}
         try:

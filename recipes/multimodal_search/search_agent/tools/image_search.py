@@ -8,28 +8,29 @@ from typing import Any, ClassVar
 from PIL import Image
 from pydantic import Field
 
-from search_agent.tools.backed import BackedSettings, BackedTool
-from search_agent.tools.base import Answer, Call
-from search_agent.tools.budget import ImageBudget
+from search_agent.tools.base import SearchTool
 from search_backends.clean import format_image_hits
 from search_backends.errors import InfrastructureError, ModelError
 from search_backends.pictures import encode, load_picture
 from search_backends.providers import CachedImages, make_image_provider
 from search_backends.results import ImageHit
+from search_backends.tools import Answer, Call, ImageSettings, ProviderSettings
 
 MAX_THUMBNAIL_PIXELS = 25_000_000  # of a provider's; larger ones are left out unread
 
 
-class ImageSearchSettings(BackedSettings, ImageBudget):
+class ImageSearchSettings(ProviderSettings, ImageSettings):
     """Of `ImageSearch`."""
 
     topk: int = Field(3, ge=1, le=20)
     """Hits that are returned."""
     thumbnails: int = Field(0, ge=0, le=20)
     """Of the first hits, how many images are shown with their captions."""
+    limit_chars: int = Field(3000, ge=100)
+    max_calls: int | None = Field(3, ge=0)
 
 
-class ImageSearch(BackedTool):
+class ImageSearch(SearchTool):
     """Finds out what an image shows: the question's, or one that a tool returned."""
 
     Settings = ImageSearchSettings
@@ -42,7 +43,8 @@ class ImageSearch(BackedTool):
             "required": ["image"],
         },
     }
-    kernels: ClassVar[dict[str, str]] = {"image": "exact"}
+    kernels: ClassVar[dict[str, Any] | None] = {"image": "exact"}
+    sentence = "image_search finds out what an image shows."
     make_provider = staticmethod(make_image_provider)
     remembered = CachedImages
 

@@ -6,22 +6,23 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from search_agent.tools.backed import BackedSettings, BackedTool
-from search_agent.tools.base import Answer, Call
+from search_agent.tools.base import SearchTool
 from search_backends.clean import format_passages
 from search_backends.providers import CachedText, make_text_provider
+from search_backends.tools import Answer, Call, ProviderSettings
 
 LONGEST_QUERY = 512
 
 
-class TextSearchSettings(BackedSettings):
+class TextSearchSettings(ProviderSettings):
     """Of `TextSearch`."""
 
     topk: int = Field(3, ge=1, le=50)
     """Passages that are returned."""
+    max_calls: int | None = Field(8, ge=0)
 
 
-class TextSearch(BackedTool):
+class TextSearch(SearchTool):
     """Finds passages that answer a query."""
 
     Settings = TextSearchSettings
@@ -34,7 +35,8 @@ class TextSearch(BackedTool):
             "required": ["query"],
         },
     }
-    kernels: ClassVar[dict[str, str]] = {"query": "text"}
+    kernels: ClassVar[dict[str, Any] | None] = {"query": "text"}
+    sentence = "text_search finds passages about what you name in the query."
     make_provider = staticmethod(make_text_provider)
     remembered = CachedText
 

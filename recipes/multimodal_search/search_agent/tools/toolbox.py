@@ -22,10 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from verl.tools.tool_registry import initialize_tools_from_config
 
-from search_agent.tools.base import shown, without_exit
 from search_backends.clean import clean_text
 from search_backends.errors import InfrastructureError
 from search_backends.pictures import load_picture
+from search_backends.tools import shown, without_exit
 from verl_tapo.records import CallStatus
 
 FAILED = "Error executing tool '"

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from search_agent.tools.backed import BackedSettings, BackedTool
-from search_agent.tools.base import Answer, Call
+from pydantic import Field
+
+from search_agent.tools.base import SearchTool
 from search_backends.clean import format_page
 from search_backends.providers import CachedPages, make_page_provider
+from search_backends.tools import Answer, Call, ProviderSettings
 
 LONGEST_URL = 2048
 
 
-class Visit(BackedTool):
+class VisitSettings(ProviderSettings):
+    """Of `Visit`."""
+
+    provider: dict[str, Any] = Field(default_factory=lambda: {"provider": "direct"})
+
+
+class Visit(SearchTool):
     """Reads a page that a search found."""
 
-    Settings = BackedSettings
+    Settings = VisitSettings
     schema: ClassVar[dict[str, Any]] = {
         "name": "visit",
         "description": "Opens a page and gives its text.",
@@ -25,7 +33,8 @@ class Visit(BackedTool):
             "required": ["url"],
         },
     }
-    kernels: ClassVar[dict[str, str]] = {"url": "exact"}
+    kernels: ClassVar[dict[str, Any] | None] = {"url": "exact"}
+    sentence = "visit opens a page that a search has found."
     make_provider = staticmethod(make_page_provider)
     remembered = CachedPages
     method = "read"

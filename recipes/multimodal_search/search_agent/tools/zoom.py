@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from PIL import Image
 from pydantic import Field
 
-from search_agent.tools.base import Answer, Call, SearchTool
-from search_agent.tools.budget import ImageBudget
-from search_backends.pictures import crop
+from search_agent.tools.base import SearchTool
+from search_backends.pictures import Coordinates, crop
+from search_backends.tools import Answer, Call, ImageSettings
 
 
-class ZoomSettings(ImageBudget):
+class ZoomSettings(ImageSettings):
     """Of `Zoom`."""
 
-    coordinates: Literal["absolute", "thousandths"] = "thousandths"
-    """What ``bbox`` counts, where the question's ``tools_kwargs`` do not say: pixels of the image as the model sees it
-    (Qwen2.5-VL), or thousandths (Qwen3-VL)."""
+    coordinates: Coordinates = "thousandths"
+    """What ``bbox`` counts, where neither the run's ``data.tool_settings`` nor the question says it: pixels of the
+    image as the model sees it (Qwen2.5-VL), or thousandths (Qwen3-VL)."""
     min_side: int = Field(28, ge=1)
     """Pixels that a region must have in width and height; a smaller one is grown."""
     scale_to_pixels: int = Field(512 * 512, ge=28 * 28)
     """Pixels to which a small region is enlarged."""
+    max_pixels: int = Field(401408, ge=28 * 28)
+    max_calls: int | None = Field(6, ge=0)
+
+
+_COUNTS: Mapping[Coordinates, str] = {
+    "absolute": "its bbox counts pixels of that image",
+    "thousandths": "its bbox counts thousandths of that image's width and height, from 0 to 1000",
+}
 
 
 class Zoom(SearchTool):
@@ -45,7 +54,16 @@ class Zoom(SearchTool):
             "required": ["image", "bbox"],
         },
     }
-    kernels: ClassVar[dict[str, str]] = {"image": "exact", "bbox": "iou"}
+    kernels: ClassVar[dict[str, Any] | None] = {"image": "exact", "bbox": "iou"}
+
+    def prompt(self, created: Mapping[str, Any]) -> str:
+        return f"zoom enlarges a region of an image; {_COUNTS[self._coordinates(created)]}."
+
+    def _coordinates(self, created: Mapping[str, Any]) -> Coordinates:
+        chosen: Coordinates = created.get("coordinates", self.settings.coordinates)
+        if chosen not in _COUNTS:
+            raise ValueError(f"zoom: coordinates must be one of {', '.join(_COUNTS)}, got {chosen!r}")
+        return chosen
 
     async def answer(self, call: Call) -> Answer:
         position = call.image()
@@ -56,7 +74,7 @@ class Zoom(SearchTool):
             region = crop(
                 call.images[position],
                 call.arguments.get("bbox"),
-                coordinates=call.created.get("coordinates", settings.coordinates),
+                coordinates=self._coordinates(call.created),
                 min_side=settings.min_side,
                 scale_to_pixels=min(settings.scale_to_pixels, limit),
             )

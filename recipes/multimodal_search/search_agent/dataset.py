@@ -1,0 +1,35 @@
+"""VeRL's data set, with the system prompt and what the tools are told added as rows are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import OmegaConf
+from verl.utils.dataset.rl_dataset import RLHFDataset
+
+from search_agent.prompts import create_kwargs, system_prompt, with_system
+from search_agent.tools.toolbox import load_tools
+
+
+class SearchDataset(RLHFDataset):  # type: ignore[misc]
+    """For ``data.custom_cls``. Reads ``data.tool_config_path`` and ``data.tool_settings``, ``{tool: {name: value}}``.
+
+    Raises:
+        ValueError, FileNotFoundError: The tools cannot be loaded, or a setting is wrong.
+    """
+
+    def __init__(self, data_files: Any, tokenizer: Any, config: Any, processor: Any = None, max_samples: int = -1):
+        tools = load_tools(config.tool_config_path) if config.get("tool_config_path") else []
+        self._tools = [tool.name for tool in tools]  # not the tools themselves: processes that filter get a copy
+        self._settings = OmegaConf.to_container(OmegaConf.create(config.get("tool_settings") or {}), resolve=True)
+        self._prompt = system_prompt(tools, self._settings)
+        super().__init__(data_files, tokenizer, config, processor, max_samples)
+
+    def _build_messages(self, example: dict[str, Any], key: str) -> Any:
+        return super()._build_messages({**example, key: with_system(example[key], self._prompt)}, key)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        row: dict[str, Any] = super().__getitem__(item)
+        told = {tool: {"create_kwargs": create_kwargs(row["extra_info"], tool, self._settings)} for tool in self._tools}
+        row["tools_kwargs"] = {**(row["tools_kwargs"] or {}), **told}
+        return row
