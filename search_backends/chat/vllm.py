@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 import httpx
 
 _TERMINATE_S = 30.0
+_SAMPLE = 1 << 20  # bytes of a weights file's beginning and end
 
 
 class ServerFailed(Exception):
@@ -106,3 +108,22 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_TERMINATE_S)
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Tells one checkpoint from another: names, sizes, beginnings and ends of its files.
+
+    Raises:
+        ValueError: It is no Hugging Face folder.
+    """
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(f"--checkpoint {checkpoint} has no config.json: merge.sh makes a Hugging Face folder of one")
+    digest = hashlib.sha256()
+    for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(_SAMPLE))
+            content.seek(max(0, size - _SAMPLE))
+            digest.update(content.read(_SAMPLE))
+    return digest.hexdigest()

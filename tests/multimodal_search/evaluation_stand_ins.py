@@ -68,7 +68,7 @@ def install(put):
     import search_agent.rewards.settings  # noqa: F401 - the real one stays
 
     for name, members in {
-        "search_agent.tools.toolbox": {"Toolbox": DictToolbox},
+        "search_agent.tools.toolbox": {"load_toolbox": lambda path: DictToolbox.from_yaml(path)},
         "search_agent.rewards": {"compute_score": compute_score},
     }.items():
         module = ModuleType(name)

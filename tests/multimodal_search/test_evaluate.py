@@ -505,8 +505,7 @@ def test_killed_in_the_middle_every_question_is_done_once(stand_ins, folder, num
 
 def test_a_cancellation_that_is_lost_ends_it_all_the_same(folder):
     """As `asyncio.wait_for` loses one now and then: the question under way is done, no other is begun."""
-    from search_agent.evaluate.run import run
-
+    from search_backends.evaluation.loop import run
     from search_backends.evaluation.store import Store
 
     class Deaf:
@@ -534,11 +533,8 @@ def test_a_cancellation_that_is_lost_ends_it_all_the_same(folder):
 
 
 def test_workers_that_fail_together_tell_of_one_outage(folder):
-    from search_agent.evaluate.conversation import Undone
-    from search_agent.evaluate.run import Outage, run
-
+    from search_backends.evaluation.loop import Outage, Undone, run
     from search_backends.evaluation.store import Store
-    from verl_tapo.records import TrajectoryRecord
 
     class Down:
         begun = 0
@@ -546,7 +542,7 @@ def test_workers_that_fail_together_tell_of_one_outage(folder):
         async def do(self, question):
             self.begun += 1
             await together.wait()
-            raise Undone("down", TrajectoryRecord())
+            raise Undone("down")
 
     async def main():
         running = asyncio.ensure_future(run(questions, task, store, concurrency=8, max_failures=4))

@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from search_agent.tools import ImageSearch, TextSearch, Visit, Zoom
-from search_agent.tools.toolbox import Toolbox, main
+from search_agent.tools.toolbox import load_tools, main
 
 from search_backends.errors import InfrastructureError, ModelError
 from search_backends.results import ImageHit, Page, Passage
+from search_backends.toolbox import Toolbox
 from verl_tapo.parsing import answer_is_error
 
 
@@ -336,7 +337,7 @@ def test_toolbox(make):
     answer = call("zoom", {"image": 1, "bbox": [0, 0, 500, 500]}, [Image.new("RGB", (90, 90))])
     assert len(answer.images) == 1
     with pytest.raises(FileNotFoundError, match="no file"):
-        Toolbox.from_yaml("/no/such.yaml")
+        load_tools("/no/such.yaml")
 
 
 class Foreign:

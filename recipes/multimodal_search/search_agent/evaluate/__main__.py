@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -26,31 +25,27 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from search_agent.evaluate.conversation import Agent, Limits
+from search_agent.evaluate.conversation import Agent, Limits, Score, Task
 from search_agent.evaluate.questions import Question, file_hash, read_questions
 from search_agent.evaluate.report import markdown, results
-from search_agent.evaluate.run import Outage, Score, Task, run
 from search_agent.prompts import system_prompt
 from search_agent.rewards.settings import read_settings
 from search_backends.chat.model import ChatModel, Refused
-from search_backends.chat.vllm import ServerFailed, serve
+from search_backends.chat.vllm import ServerFailed, fingerprint, serve
 from search_backends.errors import InfrastructureError
+from search_backends.evaluation.loop import Outage, Watch, run
 from search_backends.evaluation.store import Store
 from search_backends.http import ApiKey
+from search_backends.toolbox import Toolbox
 from verl_tapo.calls.limits import with_own_limits
-
-if TYPE_CHECKING:  # it imports veRL, which takes seconds
-    from search_agent.tools.toolbox import Toolbox
 
 RECIPE = Path(__file__).resolve().parents[2]
 KEY = "OPENAI_API_KEY"
 PACKAGES = ("verl", "verl-tapo", "vllm", "transformers")
-_SAMPLE = 1 << 20  # bytes of a weights file's beginning and end
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -131,25 +126,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def fingerprint(checkpoint: Path) -> str:
-    """Tells one checkpoint from another: names, sizes, beginnings and ends of its files.
-
-    Raises:
-        ValueError: It is no Hugging Face folder.
-    """
-    if not (checkpoint / "config.json").is_file():
-        raise ValueError(f"--checkpoint {checkpoint} has no config.json: merge.sh makes a Hugging Face folder of one")
-    digest = hashlib.sha256()
-    for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as content:
-            digest.update(content.read(_SAMPLE))
-            content.seek(max(0, size - _SAMPLE))
-            digest.update(content.read(_SAMPLE))
-    return digest.hexdigest()
-
-
 def versions() -> dict[str, str]:
     """Of what may matter, where it is installed."""
     found = {"python": platform.python_version()}
@@ -161,55 +137,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-class Watch:
-    """Shows how far it is: a bar on a terminal, now and then a line elsewhere."""
-
-    def __init__(self, console: Console, total: int, done: int):
-        self._console, self._total, self._done = console, total, done
-        self._right, self._finished, self._failed = 0.0, 0, 0
-        self._bar = Progress(
-            TextColumn("questions"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=total, completed=done)
-
-    def __enter__(self) -> Watch:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, entry: dict[str, Any] | None) -> None:
-        if entry is None:
-            self._failed += 1
-        else:
-            self._finished += 1
-            self._right += entry["acc"]
-        accuracy = f"{100 * self._right / self._finished:.1f} % right" if self._finished else ""
-        text = ", ".join(filter(None, [accuracy, f"{self._failed} failed" if self._failed else ""]))
-        self._bar.update(self._task, advance=entry is not None, description=text)
-        tried = self._finished + self._failed
-        if self._bar.disable and tried % max(1, (self._total - self._done) // 20) == 0:
-            self._console.print(f"{self._done + self._finished} of {self._total} questions done, {text}")
-
-
 def _toolbox(file: Path) -> Toolbox:
     """The tools.
 
     Raises:
         ValueError, OSError: They cannot be made; the message says why.
     """
-    from search_agent.tools.toolbox import Toolbox
+    from search_agent.tools.toolbox import load_toolbox  # veRL, which takes seconds
 
     try:
-        return Toolbox.from_yaml(file)
+        return load_toolbox(file)
     except (ValueError, OSError):
         raise
     except Exception as error:  # of veRL, Hydra, YAML, and of tools' own modules

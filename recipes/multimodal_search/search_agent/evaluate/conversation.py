@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -16,13 +17,14 @@ from search_agent.prompts import create_kwargs, with_system
 from search_backends.chat.messages import Message, Pictures, RequestedCall, answers, is_broken, text_part
 from search_backends.chat.model import ChatModel
 from search_backends.errors import InfrastructureError, ModelError
+from search_backends.evaluation.loop import Undone
+from search_backends.toolbox import Toolbox
 from verl_tapo.calls.limits import CallCount, CallLimits, failed, refused, strip_control, unreadable
 from verl_tapo.records import CallRecord, CallStatus, TrajectoryRecord, fault_of
 from verl_tapo.rule.values import content_hash
 
-if TYPE_CHECKING:  # it imports veRL, which takes seconds
-    from search_agent.tools.toolbox import Toolbox
-
+Score = Callable[[str, str, Any, dict[str, Any]], Awaitable[dict[str, Any]]]
+"""``(data_source, answer, ground_truth, extra_info)`` to a dict with ``acc``, 0 to 1."""
 Ending = Literal["answered", "turns", "malformed", "context", "length"]
 BROKEN = "the arguments hold half a surrogate pair (as \\ud83d alone is), which is no text"
 
@@ -86,15 +88,6 @@ class Conversation:
     """The model's last message."""
 
 
-class Undone(InfrastructureError):
-    """A conversation that a failure of the server's or of a back end's ended."""
-
-    def __init__(self, message: str, record: TrajectoryRecord):
-        super().__init__(message)
-        self.record = record
-        """The calls until then, the one that failed included."""
-
-
 def opening(question: Question, prompt: str, pictures: Pictures) -> list[Message]:
     """The question's messages; its images are added to ``pictures``."""
     rest = iter(question.images)
@@ -144,7 +137,7 @@ async def converse(question: Question, agent: Agent) -> Conversation:
                 number += 1
             messages += answers(calls, contents)
     except InfrastructureError as error:
-        raise Undone(str(error), talk.record) from error
+        raise Undone(str(error), talk.record.to_dict()["steps"]) from error
     talk.record.images = await asyncio.to_thread(lambda: [content_hash(image) for image in pictures.images])
     return talk
 
@@ -208,3 +201,57 @@ async def _run(
         record.produced.append(len(pictures.images))
         content.append(await asyncio.to_thread(pictures.add, image.convert("RGB")))
     return [*content, *_said(answer.text)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is done with every question."""
+
+    agent: Agent
+    score: Score
+
+    async def do(self, question: Question) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """The transcript's entry and its images.
+
+        Raises:
+            Undone: Server, tools or judge failed.
+            Refused, ValueError: See `converse`.
+        """
+        start = time.perf_counter()
+        talk = await converse(question, self.agent)
+        record = talk.record.to_dict()
+        extra = {**question.extra_info, "tapo_steps": record}
+        try:
+            score = await self.score(question.data_source, talk.answer, question.ground_truth, extra)
+        except InfrastructureError as error:
+            raise Undone(f"scoring: {error}", record["steps"]) from error
+        return _entry(question, talk, record, score, time.perf_counter() - start), talk.pictures.files
+
+
+def _entry(
+    question: Question, talk: Conversation, record: dict[str, Any], score: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    entry = {
+        "id": question.id,
+        "data_source": question.data_source,
+        "category": question.extra_info.get("category"),
+        "question": question.extra_info.get("question"),
+        "ground_truth": question.ground_truth,
+        "answer": talk.answer,
+        "acc": float(score["acc"]),
+        "score": score,
+        "ending": talk.ending,
+        "turns": talk.turns,
+        "prompt_tokens": talk.prompt_tokens,
+        "completion_tokens": talk.completion_tokens,
+        "seconds": round(seconds, 3),
+        "tapo_steps": record,
+        "images": talk.pictures.names,
+        "messages": talk.messages,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(entry, default=_plain))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)

@@ -8,25 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from search_backends.evaluation.statistics import wilson
+from search_backends.evaluation.tables import order, percent, table
 from verl_tapo.records import fault_of
-
-BENCHMARKS = ("MMSearch", "HR-MMSearch", "FVQA-test", "InfoSeek", "SimpleVQA", "LiveVQA", "MAT-Search")
-"""In the paper's order; others follow by name."""
 
 _EXECUTED = ("ok", "error", "timeout")
 # The names in such calls are the model's own: they are no tools, whatever they spell.
 _OF_NO_TOOL = ("malformed", "unknown_tool")
-
-
-def order(benchmarks: Iterable[str]) -> list[str]:
-    """Benchmarks as the paper's table has them, however they are written."""
-    ranks = {_letters(name): rank for rank, name in enumerate(BENCHMARKS)}
-    return sorted(benchmarks, key=lambda name: (ranks.get(_letters(name), len(ranks)), name))
-
-
-def _letters(name: str) -> str:
-    letters = "".join(filter(str.isalnum, name.lower()))
-    return letters.removesuffix("test")
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -109,17 +96,6 @@ def results(
         "benchmarks": benchmarks,
         "tools": {name: _of_tool(by_tool[name]) for name in sorted(by_tool)},
     }
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def percent(value: float | None) -> str:
-    """A share, in per cent."""
-    return "–" if value is None else f"{100 * value:.2f}"
 
 
 def markdown(found: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Puts evaluations side by side, with the probability that they differ by chance.
 
-    python -m search_agent.evaluate.compare OUT_GRPO OUT_TAPO
+    python -m search_backends.evaluation.compare OUT_GRPO OUT_TAPO
 
 The first is what the others are compared with, on the questions that all of them have done.
 """
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from search_agent.evaluate.report import order, percent, table
 from search_backends.evaluation.statistics import interval, mcnemar, sign_test
 from search_backends.evaluation.store import DONE, read_lines
+from search_backends.evaluation.tables import order, percent, table
 
 FEW_QUESTIONS = 30
 
@@ -39,7 +39,7 @@ def read_scores(folder: Path) -> tuple[str, dict[str, Any], Scores]:
     except OSError as error:
         raise ValueError(f"{folder} holds no evaluation: {error}") from None
     except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"{folder / 'results.json'} is not what search_agent.evaluate writes: {error!r}") from None
+        raise ValueError(f"{folder / 'results.json'} is not what an evaluation writes: {error!r}") from None
     scores: Scores = {}
     try:
         for entry in read_lines(folder / DONE, {"id": str, "data_source": str, "acc": (int, float)}):
@@ -136,11 +136,11 @@ def _p(value: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
-        "python -m search_agent.evaluate.compare",
+        "python -m search_backends.evaluation.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="of search_agent.evaluate, two or more")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="of an evaluation each, two or more")
     parser.add_argument("--json", action="store_true", help="instead of a table")
     args = parser.parse_args(argv)
     if len(args.folders) < 2:
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = compare(args.folders)
     except ValueError as error:
-        print(f"search_agent.evaluate.compare: {error}", file=sys.stderr)
+        print(f"search_backends.evaluation.compare: {error}", file=sys.stderr)
         return 2
     print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else markdown(found), end="\n" * args.json)
     return 0

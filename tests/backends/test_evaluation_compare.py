@@ -1,4 +1,4 @@
-"""`search_agent.evaluate.compare` and the statistics of evaluation."""
+"""`search_backends.evaluation.compare` and the statistics of evaluation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
-from search_agent.evaluate.compare import compare, main
-from search_agent.evaluate.report import order
 
 from search_backends.evaluation import statistics
+from search_backends.evaluation.compare import compare, main
 from search_backends.evaluation.statistics import interval, mcnemar, sign_test, wilson
+from search_backends.evaluation.tables import order
 
 
 def evaluation(folder, label, scores, **settings):
@@ -143,7 +143,7 @@ def test_what_cannot_be_compared(tmp_path, capsys):
     for text in ("", "[]", "{}", '{"label": "x", "settings": null}', "null"):
         (two / "results.json").write_text(text)
         assert main([str(one), str(two)]) == 2
-        assert f"{two / 'results.json'} is not what search_agent.evaluate writes" in capsys.readouterr().err
+        assert f"{two / 'results.json'} is not what an evaluation writes" in capsys.readouterr().err
     evaluation(tmp_path / "d", "four", {"FVQA-test": [1]})
     (tmp_path / "d" / "transcripts.jsonl").write_text('{"id": "FVQA-test/0", "data_source": "FVQA-test"}\n')
     assert main([str(one), str(tmp_path / "d")]) == 2
