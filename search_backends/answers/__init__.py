@@ -1,1 +1,1 @@
-"""Whether an answer is right: the accepted ones, comparison by rules, and a model that judges."""
+"""Which answer was given, which ones are accepted, and whether it is right: by rules, or by a model that judges."""

@@ -1,4 +1,18 @@
-"""A model that says whether an answer means the same as an accepted one."""
+"""A model that says whether an answer means the same as an accepted one.
+
+**A judge that is down.** What veRL makes of a reward that raises: its V0 trainer ends the run. V1 logs the error and
+goes on with what is left of the prompt's group; a step or a validation without any trajectory ends the run in the
+mode ``sync``, while the asynchronous modes replace failed groups for ever. So one error alone would not stop a run
+but thin it out. Hence, with ``on_outage: stop``, rewards wait for ``patience_s``, and the run with them; when the
+judge is back, nothing was lost. When it is not, each process that computes rewards gives it up for good and raises
+for every trajectory, also where the rules would do, so that the next step is empty. What was scored before is still
+trained on, as a rule in one step; asynchronous runs have to be ended by hand. With ``on_outage: count`` the rules
+decide. How often, ``judge_failed`` says in veRL's validation metrics, and the log of the reward workers in training:
+watch it.
+
+A judge that twice replies what is no verdict, or refuses a request because of its content, is no outage: the rules
+decide, and ``judge_failed`` is 1. With ``stop``, 20 of these in a row are one.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +118,7 @@ class Judge:
 
     What an outage does under ``on_outage: stop``: rewards wait, and go on when the judge is back. Where it gives no
     verdict to anybody for ``patience_s`` the judge is given up: from then on every reward of this process raises
-    `JudgeOutage`. What that does to a run, see the package.
+    `JudgeOutage`. What that does to a run, see the module.
 
     Raises:
         ValueError: There is no address or no key, or the cache cannot be used.

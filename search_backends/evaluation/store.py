@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import threading
@@ -126,6 +127,15 @@ class Store:
     def close(self) -> None:
         self._done_file.close()
         self._failed_file.close()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_lines(file: Path, kinds: Mapping[str, Any] = {"id": str}) -> Iterator[dict[str, Any]]:

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from search_agent.rewards import PRESETS, compute_score
-from search_agent.rewards.reply import read_reply
 
+from search_backends.answers.reply import read_reply
 from verl_tapo.answers.accepted import Range, accepted_answers
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "flags_and_facts" / "model"

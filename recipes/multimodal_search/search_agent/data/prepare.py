@@ -282,12 +282,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("sources", nargs="+", metavar="NAME[=SOURCE]", help="SOURCE: file, folder or hub id; without, from the hub")
     add("--out", type=Path, required=True, help="folder")
     add("--images", type=Path, help="folder of the images that rows name")
-    add(
-        "--max-pixels",
-        type=int,
-        default=1003520,
-        help="larger images are shrunk (default: 1003520)",
-    )
+    add("--max-pixels", type=int, default=1003520, help="larger images are shrunk (default: 1003520)")
     add("--limit", type=int, help="rows of each source")
     add("--map", default="", help="columns, as question=q,answer=a,image=file,id=key,category=kind")
     add("--dedupe-against", type=Path, nargs="*", default=[], help="files made earlier that must not be trained on")

@@ -30,7 +30,7 @@ from typing import Any
 from rich.console import Console
 
 from search_agent.evaluate.conversation import Agent, Limits, Score, Task
-from search_agent.evaluate.questions import Question, file_hash, read_questions
+from search_agent.evaluate.questions import Question, read_questions
 from search_agent.evaluate.report import markdown, results
 from search_agent.prompts import system_prompt
 from search_agent.rewards.settings import read_settings
@@ -38,7 +38,7 @@ from search_backends.chat.model import ChatModel, Refused
 from search_backends.chat.vllm import ServerFailed, fingerprint, serve
 from search_backends.errors import InfrastructureError
 from search_backends.evaluation.loop import Outage, Watch, run
-from search_backends.evaluation.store import Store
+from search_backends.evaluation.store import Store, file_hash
 from search_backends.http import ApiKey
 from search_backends.toolbox import Toolbox
 from verl_tapo.calls.limits import with_own_limits
@@ -279,13 +279,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
 
 
 def _answer(
-    args: argparse.Namespace,
-    console: Console,
-    store: Store,
-    rest: set[str],
-    total: int,
-    limits: Limits,
-    score: Score,
+    args: argparse.Namespace, console: Console, store: Store, rest: set[str], total: int, limits: Limits, score: Score
 ) -> None:
     """Does the questions in ``rest``."""
     questions = (question for question in read_questions(args.data, args.limit) if question.id in rest)

@@ -38,15 +38,6 @@ class Question:
     extra_info: Mapping[str, Any]
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _without_none(value: Any) -> Any:
     """Parquet gives every row the keys of all: those a row has not are None."""
     if isinstance(value, dict):

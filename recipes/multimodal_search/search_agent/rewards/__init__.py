@@ -14,19 +14,6 @@
     accuracy * acc * penalty + format * format + tool_bonus * (right, and a tool was used)
 
 with the weights of that name. What tools failed to do through no fault of the model never lowers it.
-
-**A judge that is down.** What veRL makes of a reward that raises: its V0 trainer ends the run. V1 logs the error and
-goes on with what is left of the prompt's group; a step or a validation without any trajectory ends the run in the
-mode ``sync``, while the asynchronous modes replace failed groups for ever. So one error alone would not stop a run
-but thin it out. Hence, with ``on_outage: stop``, rewards wait for ``patience_s``, and the run with them; when the
-judge is back, nothing was lost. When it is not, each process that computes rewards gives it up for good and raises
-for every trajectory, also where the rules would do, so that the next step is empty. What was scored before is still
-trained on, as a rule in one step; asynchronous runs have to be ended by hand. With ``on_outage: count`` the rules
-decide. How often, ``judge_failed`` says in veRL's validation metrics, and the log of the reward workers in training:
-watch it.
-
-A judge that twice replies what is no verdict, or refuses a request because of its content, is no outage: the rules
-decide, and ``judge_failed`` is 1. With ``stop``, 20 of these in a row are one.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from search_agent.rewards.reply import read_reply
 from search_agent.rewards.settings import RewardSettings
 from search_backends.answers.judge import MAX_ANSWER_CHARS, Judge, NoVerdict
+from search_backends.answers.reply import read_reply
 from verl_tapo.answers.accepted import Range, accepted_answers
 from verl_tapo.answers.matching import Tokens, exact, f1, in_range, substring, tokens
 from verl_tapo.records import RECORD_KEY, fault_of
