@@ -21,7 +21,8 @@ class SearchDataset(RLHFDataset):  # type: ignore[misc]
     def __init__(self, data_files: Any, tokenizer: Any, config: Any, processor: Any = None, max_samples: int = -1):
         tools = load_tools(config.tool_config_path) if config.get("tool_config_path") else []
         self._tools = [tool.name for tool in tools]  # not the tools themselves: processes that filter get a copy
-        self._settings = OmegaConf.to_container(OmegaConf.create(config.get("tool_settings") or {}), resolve=True)
+        settings: Any = config.get("tool_settings") or {}
+        self._settings = OmegaConf.to_container(settings, resolve=True) if OmegaConf.is_config(settings) else settings
         self._prompt = system_prompt(tools, self._settings)
         super().__init__(data_files, tokenizer, config, processor, max_samples)
 
