@@ -1,1 +1,1 @@
-"""Which answer was given, which ones are accepted, and whether it is right: by rules, or by a model that judges."""
+"""Which answer a response gives, and a model that judges it. (Comparison by rules: `verl_tapo.answers`.)"""
