@@ -418,6 +418,24 @@ def test_check_says_which_tools_take_part(monkeypatch, tmp_path, capsys, chosen,
     assert all(words in out for words in said)
 
 
+def test_the_readme_s_tool_is_all_of_one(monkeypatch, tmp_path):
+    text = (RECIPE / "README.md").read_text(encoding="utf-8")
+    (code,) = [block.split("```")[0] for block in text.split("```python\n") if block.startswith("class Weather")]
+    (line,) = [block.split("```")[0] for block in text.split("```yaml\n") if "my_tools.Weather" in block]
+    parameters = {"type": "object", "properties": {name: {"type": "string"} for name in ("place", "day")}}
+    module = {"SearchTool": SearchTool, "Answer": Answer}
+    exec(code.replace("{...}", repr(parameters)), module)
+    monkeypatch.setitem(sys.modules, "my_tools", SimpleNamespace(Weather=module["Weather"], __spec__=1))
+    file = tmp_path / "tools.yaml"
+    file.write_text(f"tools:\n  - {{class_name: search_agent.tools.TextSearch, config: {{type: native}}}}\n{line}")
+    config = composed(f"actor_rollout_ref.rollout.multi_turn.tool_config_path={file}")
+    check_run(config)
+    assert config.algorithm.tapo.tools["weather"] == {"place": "text", "day": "exact"}
+    tools = initialize_tools_from_config(str(file))
+    assert tools[-1].sentence in system_prompt(tools)
+    assert with_own_limits({"all": 12}, {tool.name: tool for tool in tools})["weather"] == 4
+
+
 def test_check_says_which_tools_take_part_by_their_names(capsys):
     python = Calculator({"type": "native"})
     python.name = "run_python"
