@@ -374,6 +374,29 @@ def test_limits_on_calls_are_those_of_training(stand_ins, folder, server):
     assert (found["broken"]["turns"], found["broken"]["ending"]) == (1, "malformed")
 
 
+def test_the_policy_says_what_the_tools_are_told(stand_ins, folder, server, monkeypatch, capsys):
+    told = []
+    call = evaluation_stand_ins.DictToolbox.call
+
+    async def noting(self, name, arguments, images, create_kwargs=None):
+        told.append(create_kwargs)
+        return await call(self, name, arguments, images, create_kwargs)
+
+    monkeypatch.setattr(evaluation_stand_ins.DictToolbox, "call", noting)
+    data = write(folder, [row(1, "zoom", image_keys=["key"])])
+    argv = arguments(folder, data, server.url)
+    assert command.main([*argv, "--policy", "qwen2_5_vl_7b"]) == 0
+    assert told[0] == {"image_keys": ["key"], "coordinates": "absolute"}  # of the zoom
+    assert told[2] == {"image_keys": ["key"]}  # of the search
+    assert command.main(argv) == 2
+    assert "tool_settings:" in capsys.readouterr().err
+    assert command.main([*argv, "--policy", "qwen9"]) == 2
+    assert "--policy qwen9: " in capsys.readouterr().err
+    (folder / "mine.yaml").write_text("data: 3")
+    assert command.main([*argv, "--policy", str(folder / "mine.yaml")]) == 2
+    assert "mine.yaml" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("setting", ["max_calls: 3", "max_calls: {zoom: -1}", "tool_timeout_s: soon"])
 def test_limits_that_are_none(stand_ins, folder, setting, capsys):
     (folder / "loop.yaml").write_text(f"- {{name: tapo_tool_agent, {setting}}}\n")

@@ -246,6 +246,8 @@ def _tool_problems(config: Any, tools: Sequence[Any]) -> Iterator[str]:
     multi_turn = config.actor_rollout_ref.rollout.multi_turn
     loop = _loop_settings(config.actor_rollout_ref.rollout.agent)
     patience = loop.get("tool_timeout_s", 60.0)
+    if strange := sorted(set(config.data.get("tool_settings") or {}) - {tool.name for tool in tools}):
+        _say(f"data.tool_settings speaks of {', '.join(strange)}, which this run does not have")
     for tool in tools:
         if not isinstance(tool, Tool):
             continue

@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from search_agent.evaluate.conversation import Agent, Limits, Score, Task
@@ -77,13 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="S",
         help="seconds of a request with its retries (default: 1200)",
     )
-    add(
-        "--tool-settings",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help='training\'s data.tool_settings; of Qwen2.5-VL: {"zoom": {"coordinates": "absolute"}}',
-    )
+    add("--policy", metavar="NAME", help="training's, or its file: what it tells the tools (data.tool_settings)")
     add("--max-turns", type=int, default=10, metavar="N", help="of the model (default: 10)")
     add("--calls-per-turn", type=int, default=1, metavar="N", help="tool calls (default: 1)")
     add(
@@ -114,9 +109,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--model belongs to --base-url, which needs it")
     if args.vllm_args and args.base_url:
         parser.error("--vllm-args belongs to --checkpoint")
-    for name in ("request", "judge", "tool_settings"):
+    for name in ("request", "judge"):
         if getattr(args, name) is not None and not isinstance(getattr(args, name), dict):
-            parser.error(f"--{name.replace('_', '-')} must be a JSON object")
+            parser.error(f"--{name} must be a JSON object")
     if ("judge" in args.match.split(",")) != (args.judge is not None):
         parser.error("--judge belongs to --match judge, which needs it")
     for name in ("concurrency", "max_tokens", "timeout", "limit"):
@@ -124,6 +119,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive")
     return args
+
+
+def tool_settings(policy: str | None) -> dict[str, Any]:
+    """What a policy's file tells the tools.
+
+    Raises:
+        ValueError: There is no such file, or it cannot be read.
+    """
+    if policy is None:
+        return {}
+    file = Path(policy) if policy.endswith((".yaml", ".yml")) else RECIPE / "config" / "policy" / f"{policy}.yaml"
+    try:
+        return dict((yaml.safe_load(file.read_text(encoding="utf-8")).get("data") or {}).get("tool_settings") or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"--policy {policy}: {' '.join(str(error).split())}") from None
 
 
 def versions() -> dict[str, str]:
@@ -225,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.model = args.model or args.label
     args.tool_calls = args.tool_calls or ("native" if args.base_url else "template")
     try:
+        args.tool_settings = tool_settings(args.policy)
         return _main(args, console)
     except (ValueError, OSError, ServerFailed) as error:
         console.print(f"search_agent.evaluate: {error}", style="red", markup=False, soft_wrap=True)
@@ -236,6 +247,8 @@ def _main(args: argparse.Namespace, console: Console) -> int:
 
     limits = Limits.from_agent_loop(args.agent_loop, max_turns=args.max_turns, max_parallel_calls=args.calls_per_turn)
     settings = _settings(args, limits)
+    if args.checkpoint and not args.policy:
+        console.print("without --policy the tools do not know what training told them (data.tool_settings)")
     rewards = {"match": settings["match"], "judge": args.judge}
     try:
         read_settings(rewards)
