@@ -13,7 +13,7 @@ FLOORS = [
     {"rule"},
     {"answers"},
     {"settings"},
-    {"images", "formats", "tokens", "text_files"},
+    {"images", "formats", "tokens", "text_files", "calls"},
     {"parsing", "records"},
     {"step_records"},
     {"trainer"},
