@@ -13,11 +13,10 @@ from PIL import Image
 
 from search_backends.clean import clean_text
 from search_backends.tools import shown, without_exit
+from verl_tapo.calls.limits import STOCK_ERRORS, failed, invalid_json, unknown_tool
 
 Status: TypeAlias = Literal["ok", "error", "timeout", "unknown_tool", "malformed"]
 
-FAILED = "Error executing tool '"
-"""How the text of a failed call begins."""
 _NAME_CHARS = 100  # of a tool's name that does not exist are repeated
 
 
@@ -67,13 +66,12 @@ class Toolbox:
         """
         tool = self.tools.get(name)
         if tool is None:
-            text = clean_text(f"Unknown function '{name[:_NAME_CHARS]}'. Available tools: {list(self.tools)}")
-            return ToolAnswer(text, status="unknown_tool")
+            return ToolAnswer(clean_text(unknown_tool(name[:_NAME_CHARS], self.tools)), status="unknown_tool")
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
             except (ValueError, RecursionError) as error:
-                return ToolAnswer(f"Invalid JSON in arguments for '{name}': {error}", status="malformed")
+                return ToolAnswer(invalid_json(name, str(error)), status="malformed")
         agent = SimpleNamespace(image_data=list(images), tool_calls=[None] if alone else [None, None])
         instance, _ = await tool.create(create_kwargs=dict(create_kwargs or {}))
         try:
@@ -81,13 +79,13 @@ class Toolbox:
                 without_exit(tool.execute(instance, arguments, agent_data=agent)), self.timeout_s
             )
         except asyncio.TimeoutError:
-            return ToolAnswer(f"{FAILED}{name}': no answer within {self.timeout_s:g} s", status="timeout")
+            return ToolAnswer(failed(name, f"no answer within {self.timeout_s:g} s"), status="timeout")
         except Exception as error:
-            return ToolAnswer(clean_text(f"{FAILED}{name}': {shown(error, str)}"), status="error")
+            return ToolAnswer(clean_text(failed(name, shown(error, str))), status="error")
         finally:
             await tool.release(instance)
         text = response.text or ""
-        status: Status = "error" if text.startswith(FAILED) else "ok"
+        status: Status = "error" if text.startswith(STOCK_ERRORS) else "ok"
         return ToolAnswer(text, list(response.image or []), dict(metrics or {}), status)
 
     async def close(self) -> None:

@@ -23,6 +23,7 @@ from search_backends.clean import clean_text
 from search_backends.errors import InfrastructureError, ModelError
 from search_backends.pictures import fit
 from search_backends.providers.cached import current_identity
+from verl_tapo.calls.limits import failed
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +278,7 @@ class Tool(ABC):
     def _failure(self, text: str, fault: str) -> Answer:
         # Begins as veRL's own tool errors do: that is how TAPO knows, in rollouts without a record too.
         # What a back end says of a query is text from outside, too.
-        return Answer(f"Error executing tool '{self.name}': {clean_text(text)}", metrics={"fault": fault})
+        return Answer(failed(self.name, clean_text(text)), metrics={"fault": fault})
 
 
 async def without_exit(call: Awaitable[T]) -> T:

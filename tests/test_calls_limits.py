@@ -9,7 +9,12 @@ from verl_tapo.calls.limits import (
     CallCount,
     CallLimits,
     control_pattern,
+    failed,
+    invalid_json,
+    refused,
     strip_control,
+    unknown_tool,
+    unreadable,
     with_own_limits,
 )
 from verl_tapo.parsing import NOT_EXECUTED_PREFIX, answer_is_error
@@ -60,9 +65,8 @@ def test_without_a_tokenizer_its_control_tokens_are_taken_out_too():
         assert " ".join(strip_control(text, pattern).split()) == "a ? 1 < 2 |x|"
 
 
-def test_what_is_said_of_a_call_that_was_not_executed_reads_as_an_error():
-    from verl_tapo.calls.limits import failed, refused, unreadable
-
-    for text in (failed("zoom", "no"), refused("no"), unreadable("no")):
+def test_what_is_said_of_a_call_without_an_answer_reads_as_an_error():
+    said = [failed("zoom", "no"), unknown_tool("zom", ["zoom"]), invalid_json("zoom", "no"), refused("no")]
+    for text in (*said, unreadable("no")):
         assert answer_is_error(text, ())
     assert refused("no").startswith(NOT_EXECUTED_PREFIX)

@@ -123,6 +123,16 @@ def unreadable(problem: str) -> str:
     return refused(f"The call could not be read: {problem}. Write it again, correctly.")
 
 
+def unknown_tool(tool: str, tools: Iterable[str]) -> str:
+    """The answer to a call of a tool that is not there, as veRL's own loop has it."""
+    return f"{STOCK_ERRORS[0]}{tool}'. Available tools: {list(tools)}"
+
+
+def invalid_json(tool: str, why: str) -> str:
+    """The answer to a call whose arguments are no JSON, as veRL's own loop has it."""
+    return f"{STOCK_ERRORS[1]}{tool}': {why}"
+
+
 def failed(tool: str, why: str) -> str:
     """The answer to a call that failed, as veRL's own loop begins it."""
     return f"{STOCK_ERRORS[2]}{tool}': {why}"
