@@ -71,13 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="default: 0")
     add("--max-tokens", type=int, default=4096, metavar="N", help="of a turn (default: 4096)")
     add("--request", type=json.loads, default={}, metavar="JSON", help="further keys of each request; null removes one")
-    add(
-        "--timeout",
-        type=float,
-        default=1200.0,
-        metavar="S",
-        help="seconds of a request with its retries (default: 1200)",
-    )
+    add("--timeout", type=float, default=1200.0, metavar="S", help="of a request with its retries (default: 1200)")
     add("--policy", metavar="NAME", help="training's, or its file: what it tells the tools (data.tool_settings)")
     add("--max-turns", type=int, default=10, metavar="N", help="of the model (default: 10)")
     add("--calls-per-turn", type=int, default=1, metavar="N", help="tool calls (default: 1)")
@@ -97,12 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     match = ",".join(read_settings({}).match)
     add("--match", default=match, metavar="A,B", help=f"how answers are compared, as in the reward (default: {match})")
-    add(
-        "--judge",
-        type=json.loads,
-        metavar="JSON",
-        help='of --match judge: {"model": ..., "base_url": ...}, as in the reward',
-    )
+    add("--judge", type=json.loads, metavar="JSON", help='of --match judge: {"model": ..., "base_url": ...}')
     add("--max-failures", type=int, default=20, metavar="N", help="questions in a row; then it stops (default: 20)")
     args = parser.parse_args(argv)
     if (args.model is None) == (args.base_url is not None):
