@@ -33,9 +33,9 @@ from verl_tapo.audit.collect import Sample
 from verl_tapo.audit.model import Call, StepBatch, Trajectory
 from verl_tapo.audit.sources import Problems, Row, find_sources, read_dump
 from verl_tapo.audit.text import find_calls, split_turns
+from verl_tapo.calls.formats import FORMATS
+from verl_tapo.calls.parsing import NOT_EXECUTED_PREFIX
 from verl_tapo.cli import main
-from verl_tapo.formats import FORMATS
-from verl_tapo.parsing import NOT_EXECUTED_PREFIX
 from verl_tapo.rule import similarity
 from verl_tapo.rule.steps import ToolStep
 from verl_tapo.settings import TapoSettings

@@ -17,7 +17,7 @@ from verl_tapo.calls.limits import (
     unreadable,
     with_own_limits,
 )
-from verl_tapo.parsing import NOT_EXECUTED_PREFIX, answer_is_error
+from verl_tapo.calls.parsing import NOT_EXECUTED_PREFIX, answer_is_error
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "flags_and_facts" / "model"
 

@@ -13,8 +13,8 @@ from flags_and_facts.search import load_index
 from flags_and_facts.world import load_world
 from warm_start import TOOLS, Renderer, answer_call, collate, loss_of
 
+from verl_tapo.calls.parsing import ToolCallParser
 from verl_tapo.cpu.processor import build_processor
-from verl_tapo.parsing import ToolCallParser
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz import fuzz, process
 
-import verl_tapo.images
+import verl_tapo.calls.images
 from verl_tapo import Kernel, TapoConfig, TapoSettings, ToolStep, register_kernel, transfer_credit
-from verl_tapo.images import image_index, resolve_images
+from verl_tapo.calls.images import image_index, resolve_images
 from verl_tapo.records import CallRecord, TrajectoryRecord, recorded_steps
 from verl_tapo.rule import similarity
 from verl_tapo.rule.names import acquires_information, default_kernel
@@ -651,7 +651,7 @@ def hashed(monkeypatch):
         def hexdigest(self):
             return self.hash.hexdigest()
 
-    monkeypatch.setattr(verl_tapo.images, "hashlib", types.SimpleNamespace(blake2b=Counted))
+    monkeypatch.setattr(verl_tapo.calls.images, "hashlib", types.SimpleNamespace(blake2b=Counted))
     return lambda: sum(sizes)
 
 

@@ -13,8 +13,8 @@ import torch
 from omegaconf import OmegaConf
 
 from verl_tapo.answers.evidence import evidence_of
-from verl_tapo.formats import MALFORMED
-from verl_tapo.parsing import parse_steps
+from verl_tapo.calls.call import MALFORMED
+from verl_tapo.calls.parsing import parse_steps
 from verl_tapo.records import recorded_steps
 
 pytest.importorskip("verl.experimental.agent_loop")

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from verl_tapo.records import CallRecord, TrajectoryRecord, fault_of
+from verl_tapo.calls.call import fault_of
+from verl_tapo.records import CallRecord, TrajectoryRecord
 from verl_tapo.settings import TapoSettings
 from verl_tapo.trainer.tool_metrics import (
     ToolOutage,

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rollouts import FakeRollout, fake_batch
 
-from verl_tapo.formats import MALFORMED
-from verl_tapo.parsing import ToolCallParser, answer_is_error, parse_steps
+from verl_tapo.calls.call import MALFORMED
+from verl_tapo.calls.parsing import ToolCallParser, answer_is_error, parse_steps
 
 PIECES = [
     ("Look. ", 1),
@@ -78,7 +78,7 @@ def read_plainly(tokenizer, rollout):
             text = texts.pop(0) if take and texts else None
             ok = call is not None and text is not None and not answer_is_error(text)
             tool, arguments = (call["name"], call["arguments"]) if call else (MALFORMED, {})
-            found.append((tool, arguments, (start, end), span, ok))
+            found.append((tool, arguments, (start, end), span, ok, None))
     return found
 
 
@@ -118,7 +118,7 @@ def test_rows_are_read_as_they_are_plainly(qwen_like_tokenizer, data):
     expected = [(3 * n, *call) for n, row in enumerate(rows) for call in read_plainly(qwen_like_tokenizer, row)]
     assert [tuple(step) for step in parsed.steps] == expected
     assert parsed.malformed == sum(tool == MALFORMED for _, tool, *_ in expected)
-    assert parsed.malformed + parsed.unanswered + parsed.failed + sum(ok for *_, ok in expected) == len(expected)
+    assert parsed.malformed + parsed.unanswered + parsed.failed + sum(ok for *_, ok, _ in expected) == len(expected)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -14,29 +14,16 @@ Spans are half-open, in response tokens, before the cut at ``response_length``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from numbers import Real
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-from verl_tapo.images import Images, resolve_images
+from verl_tapo.calls.call import CallStatus
+from verl_tapo.calls.images import Images, resolve_images
 from verl_tapo.rule.steps import ToolStep
 
 RECORD_KEY = "tapo_steps"
 RECORD_VERSION = 1
-
-Fault: TypeAlias = Literal["model", "infrastructure"]
-
-CallStatus: TypeAlias = Literal[
-    "ok",  # executed and answered
-    "error",  # the tool raised, or answered with an error
-    "timeout",  # no answer in time
-    "unknown_tool",  # no tool of that name
-    "malformed",  # the call could not be parsed
-    "over_limit",  # more calls than allowed, in the turn or in the trajectory
-    "not_executed",  # the trajectory ended before the call was run
-]
 
 
 @dataclass
@@ -67,41 +54,6 @@ class CallRecord:
         return self.status == "ok"
 
 
-def fault_of(step: Mapping[str, Any]) -> Fault | None:
-    """Whose fault it is that a recorded call (its plain form) has no answer; None where it has one or was not made.
-
-    A failed tool is at fault itself, unless it says otherwise: ``{"fault": "model"}`` among its metrics.
-    """
-    status = step["status"]
-    if status in ("malformed", "unknown_tool", "over_limit"):
-        return "model"
-    if status == "error":
-        return "model" if (step.get("metrics") or {}).get("fault") == "model" else "infrastructure"
-    return "infrastructure" if status == "timeout" else None
-
-
-def finite(value: Any) -> float | None:
-    """A number that a tool or a reward function returned, as a float.
-
-    None where it is no number, complex, NaN, infinite or beyond what a float can hold.
-    """
-    try:
-        if hasattr(value, "item") and not isinstance(value, str | bytes | Mapping):
-            value = value.item()  # of NumPy, of torch, or an array of one number
-        number = float(value) if isinstance(value, Real) else math.nan
-    except Exception:  # 10**400, or whatever a foreign object raises
-        return None
-    return number if math.isfinite(number) else None
-
-
-def shown(value: Any) -> str:
-    """A value as a message has it, whatever it is."""
-    try:
-        return repr(value)[:80]
-    except Exception:  # a number of 5,000 digits, or a foreign object
-        return f"a {type(value).__name__}"
-
-
 @dataclass
 class TrajectoryRecord:
     """All tool calls of one trajectory, in the order they were made."""
@@ -126,7 +78,7 @@ def recorded_steps(
         record: the plain form of a `TrajectoryRecord`.
         row: the trajectory's row in the batch.
         length: its number of response tokens; spans are cut there, and steps beyond are left out.
-        image_parameters, image_index_base: see `verl_tapo.images.resolve_images`.
+        image_parameters, image_index_base: see `verl_tapo.calls.images.resolve_images`.
 
     Raises:
         ValueError: for a record of another version.

@@ -45,7 +45,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from verl_tapo.records import fault_of
+from verl_tapo.calls.call import fault_of
 from verl_tapo.rule.arrays import IntArray
 from verl_tapo.rule.report import CreditReport
 from verl_tapo.rule.steps import ToolStep

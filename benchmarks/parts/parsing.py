@@ -15,7 +15,7 @@ from verl.experimental.agent_loop.tool_parser import ToolParser
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from workload import Batch, make_batch
 
-from verl_tapo.parsing import ToolCallParser, parse_steps
+from verl_tapo.calls.parsing import ToolCallParser, parse_steps
 
 OURS, DECODING = "parse_steps", "decoding each turn, veRL's parser"
 

@@ -15,7 +15,7 @@ from search_agent.tools.toolbox import load_tools, main
 from search_backends.errors import InfrastructureError, ModelError
 from search_backends.results import ImageHit, Page, Passage
 from search_backends.toolbox import Toolbox
-from verl_tapo.parsing import answer_is_error
+from verl_tapo.calls.parsing import answer_is_error
 
 
 class Stub:

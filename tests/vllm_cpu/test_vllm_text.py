@@ -21,7 +21,7 @@ from vllm_cpu.vllm_runs import (
     runs_of,
 )
 
-from verl_tapo.parsing import parse_steps
+from verl_tapo.calls.parsing import parse_steps
 from verl_tapo.trainer.verl_parser import cached_parser
 
 pytestmark = pytest.mark.timeout(1800)

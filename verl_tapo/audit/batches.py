@@ -16,8 +16,8 @@ import torch
 from verl_tapo.audit.model import Call, StepBatch, Trajectory
 from verl_tapo.audit.sources import Problems, Row
 from verl_tapo.audit.text import find_calls
-from verl_tapo.formats import NATIVE_FORMATS
-from verl_tapo.images import image_index
+from verl_tapo.calls.formats import NATIVE_FORMATS
+from verl_tapo.calls.images import image_index
 from verl_tapo.rule.values import canonical, success_number
 from verl_tapo.settings import TapoSettings
 from verl_tapo.step_records import json_value

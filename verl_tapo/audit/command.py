@@ -21,7 +21,7 @@ from verl_tapo.audit.result import Audit
 from verl_tapo.audit.run import ALPHA_MINS, BETAS, BROWSE, THETAS, audit
 from verl_tapo.audit.sources import FIELDS
 from verl_tapo.audit.tables import TableWriter
-from verl_tapo.formats import NATIVE_FORMATS
+from verl_tapo.calls.formats import NATIVE_FORMATS
 
 DESCRIPTION = """\
 Where does a run punish tool calls that its successful siblings made too, and what would TAPO change? Reads the rollouts

@@ -23,9 +23,9 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from verl_tapo.audit.model import Call, Span
+from verl_tapo.calls.formats import FORMATS, Format, read_text
 from verl_tapo.calls.limits import NOT_EXECUTED_PREFIX
-from verl_tapo.formats import FORMATS, Format, read_text
-from verl_tapo.parsing import ANSWER_HEADINGS, KNOWN_ANSWERS, AnswerMarks, answer_is_error
+from verl_tapo.calls.parsing import ANSWER_HEADINGS, KNOWN_ANSWERS, AnswerMarks, answer_is_error
 
 # The special tokens of a message, for dumps that kept them: its end, what its role stands between.
 _END = r"(?:<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<end_of_turn>|<seed:eos>)"
@@ -290,12 +290,12 @@ def find_calls(text: str, tool_format: str, error_markers: Iterable[str] = ()) -
     """The tool calls of a response, in order, with their answers; `Call.compared` is still the arguments as written.
 
     A call is ``ok`` where it could be parsed, is answered, and the answer is no error; calls and answers belong
-    together as in `verl_tapo.parsing.parse_steps`.
+    together as in `verl_tapo.calls.parsing.parse_steps`.
 
     Args:
         text: a decoded response.
-        tool_format: one of `verl_tapo.formats.NATIVE_FORMATS`.
-        error_markers: see `verl_tapo.parsing.answer_is_error`.
+        tool_format: one of `verl_tapo.calls.formats.NATIVE_FORMATS`.
+        error_markers: see `verl_tapo.calls.parsing.answer_is_error`.
     """
     turns = split_turns(text, tool_format)
     fmt = FORMATS[tool_format]

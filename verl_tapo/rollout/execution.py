@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
-from verl_tapo.records import CallStatus
+from verl_tapo.calls.call import CallStatus
 
 logger = logging.getLogger(__name__)
 

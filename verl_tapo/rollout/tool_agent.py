@@ -30,6 +30,7 @@ from verl.experimental.agent_loop.tool_parser import FunctionCall
 from verl.tools.schemas import ToolResponse
 
 from verl_tapo.answers.evidence import evidence_of, ground_truth_of
+from verl_tapo.calls.call import Call, CallStatus
 from verl_tapo.calls.limits import (
     STOCK_ERRORS,
     CallCount,
@@ -41,8 +42,8 @@ from verl_tapo.calls.limits import (
     unreadable,
     with_own_limits,
 )
-from verl_tapo.parsing import FoundCall, answer_is_error
-from verl_tapo.records import RECORD_KEY, CallRecord, CallStatus, TrajectoryRecord, finite, shown
+from verl_tapo.calls.parsing import answer_is_error
+from verl_tapo.records import RECORD_KEY, CallRecord, TrajectoryRecord
 from verl_tapo.rollout.execution import (
     Execution,
     ToolFailed,
@@ -52,7 +53,7 @@ from verl_tapo.rollout.execution import (
     tell_once,
     words,
 )
-from verl_tapo.rule.values import MAX_DEPTH, content_hash, deeper_than
+from verl_tapo.rule.values import MAX_DEPTH, content_hash, deeper_than, finite_number, shown
 from verl_tapo.settings import load_settings
 from verl_tapo.trainer.verl_parser import cached_parser
 
@@ -121,7 +122,11 @@ def _plain(metrics: Any) -> tuple[dict[str, Any], list[str]]:
             plain = _json_object(text.encode("utf-8", "replace").decode()) or {}
         except Exception:  # a cycle, or whatever a foreign object's conversion raises
             plain = {}
-        plain = {key: value for key, value in plain.items() if not isinstance(value, Real) or finite(value) is not None}
+        plain = {
+            key: value
+            for key, value in plain.items()
+            if not isinstance(value, Real) or finite_number(value) is not None
+        }
         kept.update(plain)
         if not plain:
             lost.append(shown(name))
@@ -302,7 +307,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             return True
         return bool(self.max_user_turns and agent_data.user_turns >= self.max_user_turns)
 
-    def _note(self, found: list[FoundCall], start: int, end: int, agent_data: Any) -> list[RecordedCall]:
+    def _note(self, found: list[Call], start: int, end: int, agent_data: Any) -> list[RecordedCall]:
         """Records a turn's calls; returns them as the stock loop takes them, malformed ones included."""
         tools: Any = getattr(agent_data, "_active_tools", self.tools)
         stock = list(agent_data.tool_calls)
@@ -451,7 +456,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         if lost:
             what = ", ".join(lost[:3])
             tell_once("metrics", call.name, f"returned metrics that cannot be recorded and are left out: {what}.")
-        number = None if isinstance(reward, bool) else finite(reward)
+        number = None if isinstance(reward, bool) else finite_number(reward)
         if number is None and reward is not None:
             tell_once(
                 "reward", call.name, f"returned a reward that is no finite number, {shown(reward)}; it is left out."

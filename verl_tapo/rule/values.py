@@ -12,6 +12,7 @@ import re
 import reprlib
 import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,20 @@ _CORNERS = (
     ("left", "top", "right", "bottom"),
 )
 _SIDES = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height"))
+
+
+def finite_number(value: Any) -> float | None:
+    """A number that a tool or a reward function returned, as a float.
+
+    None where it is no number, complex, NaN, infinite or beyond what a float can hold.
+    """
+    try:
+        if hasattr(value, "item") and not isinstance(value, str | bytes | Mapping):
+            value = value.item()  # of NumPy, of torch, or an array of one number
+        number = float(value) if isinstance(value, Real) else math.nan
+    except Exception:  # 10**400, or whatever a foreign object raises
+        return None
+    return number if math.isfinite(number) else None
 
 
 def success_number(value: Any) -> float:

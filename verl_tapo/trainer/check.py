@@ -6,7 +6,7 @@ import logging
 from importlib.util import find_spec
 from typing import Any
 
-from verl_tapo.formats import NATIVE_FORMATS
+from verl_tapo.calls.formats import NATIVE_FORMATS
 from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.step_records import check_folder
 from verl_tapo.trainer.tools_check import config_problems, declared_kernels, recording_warning, rule_problems

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from verl_tapo.answers.evidence import evidence_of, ground_truth_of
-from verl_tapo.parsing import ToolCallParser, parse_steps
+from verl_tapo.calls.parsing import ToolCallParser, parse_steps
 from verl_tapo.records import recorded_steps
 from verl_tapo.rule.arrays import numbered
 from verl_tapo.rule.credit import transfer_credit

@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from verl_tapo.formats import Tools
-from verl_tapo.records import shown
+from verl_tapo.calls.formats import Tools
 from verl_tapo.rule.arrays import IntArray, span_positions
-from verl_tapo.rule.values import success_number
+from verl_tapo.rule.values import shown, success_number
 from verl_tapo.settings import TapoSettings
 
 BaseEstimator: TypeAlias = Callable[[IntArray, torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from verl_tapo.records import Fault, fault_of, finite, shown
+from verl_tapo.calls.call import Fault, fault_of
 from verl_tapo.rule.report import metric_word
+from verl_tapo.rule.values import finite_number, shown
 
 _EXECUTED = ("ok", "error", "timeout")
 _LATENCY_QUANTILE = 0.95
@@ -99,7 +100,7 @@ def reward_metrics(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     parts: dict[str, list[float]] = defaultdict(list)
     for info in infos:
         for name, value in info.items():
-            number = finite(value)
+            number = finite_number(value)
             if number is not None:
                 parts[f"reward/{metric_word(str(name))}"].append(number)
     return {name: _mean(values) for name, values in parts.items()}
@@ -110,7 +111,7 @@ def odd_reward_parts(infos: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int,
     odd: dict[str, tuple[int, str]] = {}
     for info in infos:
         for name, value in info.items():
-            if isinstance(value, Number) and finite(value) is None:
+            if isinstance(value, Number) and finite_number(value) is None:
                 odd[str(name)] = odd.get(str(name), (0, ""))[0] + 1, shown(value)
     return odd
 
@@ -154,7 +155,7 @@ def _of_tool(calls: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     own: dict[str, list[float]] = defaultdict(list)
     for call in calls:
         for name, value in (call.get("metrics") or {}).items():
-            number = finite(value)
+            number = finite_number(value)
             if number is not None:
                 own[name].append(number)
     metrics = {name: _mean(values) for name, values in own.items()}

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
-from verl_tapo.formats import Tools
-from verl_tapo.parsing import ToolCallParser
+from verl_tapo.calls.formats import Tools
+from verl_tapo.calls.parsing import ToolCallParser
 
 logger = logging.getLogger("verl_tapo")
 

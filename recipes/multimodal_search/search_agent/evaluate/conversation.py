@@ -19,8 +19,9 @@ from search_backends.chat.model import ChatModel
 from search_backends.errors import InfrastructureError, ModelError
 from search_backends.evaluation.loop import Undone
 from search_backends.toolbox import Toolbox
+from verl_tapo.calls.call import CallStatus, fault_of
 from verl_tapo.calls.limits import CallCount, CallLimits, failed, refused, strip_control, unreadable
-from verl_tapo.records import CallRecord, CallStatus, TrajectoryRecord, fault_of
+from verl_tapo.records import CallRecord, TrajectoryRecord
 from verl_tapo.rule.values import content_hash
 
 Score = Callable[[str, str, Any, dict[str, Any]], Awaitable[dict[str, Any]]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from search_backends.evaluation.statistics import wilson
 from search_backends.evaluation.tables import order, percent, table
-from verl_tapo.records import fault_of
+from verl_tapo.calls.call import fault_of
 
 _EXECUTED = ("ok", "error", "timeout")
 # The names in such calls are the model's own: they are no tools, whatever they spell.

@@ -11,7 +11,8 @@ from search_backends.answers.judge import MAX_ANSWER_CHARS, Judge, NoVerdict
 from search_backends.answers.reply import read_reply
 from verl_tapo.answers.accepted import Range, accepted_answers
 from verl_tapo.answers.matching import Tokens, exact, f1, in_range, substring, tokens
-from verl_tapo.records import RECORD_KEY, fault_of
+from verl_tapo.calls.call import fault_of
+from verl_tapo.records import RECORD_KEY
 
 MAX_COMPARED_CHARS = 100_000
 """Longer ones are no answers, unless an accepted one is as long: they are not read."""

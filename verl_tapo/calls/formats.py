@@ -1,4 +1,4 @@
-"""Tool-call formats: how calls are written, in text. `verl_tapo.tokens` finds them in tokens.
+"""Tool-call formats: how calls are written, in text. `verl_tapo.calls.tokens` finds them in tokens.
 
 What counts as a call, its name and its arguments agree with veRL's own parser of the same name
 (``verl/experimental/agent_loop/tool_parser.py``, the contract). Different from it, a call that cannot be used is not
@@ -16,11 +16,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from verl_tapo.calls.call import MALFORMED, Call
 from verl_tapo.rule.arrays import IntArray
 from verl_tapo.rule.values import MAX_DEPTH, deeper_than
 
-MALFORMED = "(malformed)"
-"""Tool name of a call that could not be parsed."""
 MAX_CALL_CHARS = 65536
 """Longest text of a call that is parsed."""
 
@@ -34,17 +33,6 @@ class _BadCall(Exception):
     def __init__(self, why: str, dropped: bool = False):
         super().__init__(why)
         self.dropped = dropped
-
-
-class Call(NamedTuple):
-    """One call, with its span in bytes or tokens, why it is malformed, if it is, and whether veRL's parser drops it."""
-
-    tool: str
-    arguments: dict[str, Any]
-    start: int
-    end: int
-    error: str | None
-    dropped: bool
 
 
 # --- Values ---------------------------------------------------------------------------------------------------------

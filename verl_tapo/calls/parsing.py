@@ -1,7 +1,7 @@
 """Tool-use steps out of a rollout's tokens, for rollouts that did not record them.
 
-How a call is written is `verl_tapo.formats`' business, how markers are found in tokens that of `verl_tapo.tokens`.
-Here calls get their spans in tokens, and their answers.
+How a call is written is the business of `verl_tapo.calls.formats`, how markers are found in tokens that of
+`verl_tapo.calls.tokens`. Here calls get their spans in tokens, and their answers.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from verl_tapo.answers.evidence import Evidence
+from verl_tapo.calls.call import MALFORMED, Call
+from verl_tapo.calls.formats import FALLBACK, NATIVE_FORMATS, Tools, decode, format_for, read_call, read_text
+from verl_tapo.calls.images import Images, resolve_images
 from verl_tapo.calls.limits import NOT_EXECUTED_PREFIX, STOCK_ERRORS
-from verl_tapo.formats import FALLBACK, MALFORMED, NATIVE_FORMATS, Call, Tools, decode, format_for, read_call, read_text
-from verl_tapo.images import Images, resolve_images
+from verl_tapo.calls.tokens import ANSWER, ANSWERS, CLOSE, IMAGE, OPEN, Markers, Marks, run_bounds, vocabulary
 from verl_tapo.rule.arrays import IntArray
 from verl_tapo.rule.steps import ToolStep
 from verl_tapo.rule.values import canonical
-from verl_tapo.tokens import ANSWER, ANSWERS, CLOSE, IMAGE, OPEN, Markers, Marks, run_bounds, vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -47,19 +48,6 @@ _CUT = "(truncated)"
 _HEAD = 3  # characters of an error text that tell it from nearly every other answer
 _LOOK = 8  # tokens of an answer in which these are looked for first
 _HEADING = 64  # tokens at most of what may stand before an answer's text
-
-
-class FoundCall(NamedTuple):
-    """One tool call of an assistant turn."""
-
-    tool: str
-    """Name of the called tool, `MALFORMED` where the call could not be parsed."""
-    arguments: Mapping[str, Any]
-    """Parsed arguments, empty where malformed."""
-    span: tuple[int, int]
-    """Half-open token span, from the first token of the opening marker to the last one of the closing marker."""
-    error: str | None
-    """Why the call is malformed, short; None where it is fine."""
 
 
 class AnswerMarks(NamedTuple):
@@ -193,12 +181,12 @@ class ToolCallParser:
             markers += [(text, kind)] if text else []
         self._markers = Markers(self._words, markers, next(filter(None, images), ()))
 
-    def calls(self, token_ids: Sequence[int]) -> list[FoundCall]:
+    def calls(self, token_ids: Sequence[int]) -> list[Call]:
         """The calls of one assistant turn, in order; spans are relative to ``token_ids``. No token makes it raise."""
         ids = _flat("token_ids", token_ids)
         turns, _ = self.turns(ids, np.ones(len(ids), np.int64), np.array([0, len(ids)]))
         return [
-            FoundCall(call.tool, call.arguments, (first + call.start, first + call.end), call.error)
+            call._replace(start=first + call.start, end=first + call.end)
             for first, last in zip(turns.first, turns.last, strict=True)
             for call in self.read(ids[first:last].tolist())[0]
         ]
@@ -461,7 +449,7 @@ def parse_steps(
         offsets: (R + 1,) row r holds the tokens ``[offsets[r], offsets[r + 1])``; padding has mask 0.
         rows: (R,) the number each row has in its batch: `ToolStep.row`.
         error_markers: see `answer_is_error`.
-        image_parameters, image_index_base: see `verl_tapo.images.resolve_images`.
+        image_parameters, image_index_base: see `verl_tapo.calls.images.resolve_images`.
         prompt_images: gives the identities of the images in a row's prompt, by the row's number; asked only for rows
             with a call that has one of ``image_parameters``. Images of an observation are identified by the call that
             they answer.

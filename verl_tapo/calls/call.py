@@ -1,0 +1,56 @@
+"""A tool call: as it is written, what became of it, and whose fault it is where it has no answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+MALFORMED = "(malformed)"
+"""Tool name of a call that could not be parsed."""
+
+Fault: TypeAlias = Literal["model", "infrastructure"]
+
+CallStatus: TypeAlias = Literal[
+    "ok",  # executed and answered
+    "error",  # the tool raised, or answered with an error
+    "timeout",  # no answer in time
+    "unknown_tool",  # no tool of that name
+    "malformed",  # the call could not be parsed
+    "over_limit",  # more calls than allowed, in the turn or in the trajectory
+    "not_executed",  # the trajectory ended before the call was run
+]
+
+
+class Call(NamedTuple):
+    """One call as an assistant turn holds it."""
+
+    tool: str
+    """Name of the called tool, `MALFORMED` where the call could not be parsed."""
+    arguments: dict[str, Any]
+    """Parsed arguments, empty where malformed."""
+    start: int
+    """Where it begins in the turn, opening marker included: in bytes of the text, or in tokens."""
+    end: int
+    """Where it ends, closing marker included."""
+    error: str | None
+    """Why the call is malformed, short; None where it is fine."""
+    dropped: bool
+    """Whether veRL's parser would not return it."""
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """``(start, end)``, half-open."""
+        return self.start, self.end
+
+
+def fault_of(step: Mapping[str, Any]) -> Fault | None:
+    """Whose fault it is that a recorded call (its plain form) has no answer; None where it has one or was not made.
+
+    A failed tool is at fault itself, unless it says otherwise: ``{"fault": "model"}`` among its metrics.
+    """
+    status = step["status"]
+    if status in ("malformed", "unknown_tool", "over_limit"):
+        return "model"
+    if status == "error":
+        return "model" if (step.get("metrics") or {}).get("fault") == "model" else "infrastructure"
+    return "infrastructure" if status == "timeout" else None
