@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib
 import json
 import os
 import random
@@ -22,7 +23,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from rich.console import Console
+from rollouts import GROUNDING_METRICS, LUXEMBOURG, data_proto, grounded_group
 from written_calls import written
 
 from verl_tapo import TapoConfig, transfer_credit
@@ -37,8 +40,11 @@ from verl_tapo.calls.formats import FORMATS
 from verl_tapo.calls.parsing import NOT_EXECUTED_PREFIX
 from verl_tapo.cli import main
 from verl_tapo.rule import similarity
+from verl_tapo.rule.config import Grounding
 from verl_tapo.rule.steps import ToolStep
 from verl_tapo.settings import TapoSettings
+from verl_tapo.trainer import estimator
+from verl_tapo.trainer.estimator import compute_tapo_advantage
 
 
 def call_text(tool, **arguments):
@@ -991,6 +997,108 @@ class TestOddValues:
         assert places == [("2.parquet", None), ("3.parquet", 1)]
 
 
+LOGGED = {
+    "told": ("told_trajectories", "trajectories"),
+    "grounded_successes": ("grounded_successes", "told_successes"),
+    "grounded_failures": ("grounded_failures", "told_failures"),
+    "never_found": ("never_found_trajectories", "told_trajectories"),
+}
+"""How the metrics ``tapo/grounding/`` follow from an audit's figures."""
+
+
+def grounding_of(result):
+    """An audit's figures as training logs them."""
+    totals = result["totals"]
+    shares = {f"tapo/grounding/{name}": totals[part] / totals[whole] for name, (part, whole) in LOGGED.items()}
+    for tool, of in result["tools"].items():
+        if of["told_answers"]:
+            shares[f"tapo/grounding/tool/{tool}/found"] = of["found_answers"] / of["told_answers"]
+    return shares
+
+
+class TestGrounding:
+    """Whether the tools' answers held an accepted answer."""
+
+    def judged(self, tmp_path, *calls, gts="Luxembourg", **more):
+        """What is told of a rollout's calls, each with its answer."""
+        text = "".join(call_text(tool, **arguments) + answers(answer) for tool, arguments, answer in calls) + "end"
+        path = write_dump(tmp_path / "1.jsonl", [json.dumps(line(text, 1.0) | {"gts": gts, **more})])
+        return audit(path).calls["seen"].tolist()
+
+    @pytest.mark.parametrize("trainer", ["ray_trainer.RayPPOTrainer", "v1.trainer_base.PPOTrainer"])
+    def test_what_training_logs(self, tmp_path, qwen_like_tokenizer, trainer):
+        """Of one batch: the metrics, the step's record, and the dump that veRL writes."""
+        pytest.importorskip("verl.trainer.ppo.ray_trainer")
+        rows = grounded_group(qwen_like_tokenizer)
+        data, metrics = data_proto(rows, qwen_like_tokenizer, reward_model=[LUXEMBOURG] * len(rows)), {}
+        compute_tapo_advantage(
+            data.batch["token_level_rewards"],
+            data.batch["response_mask"],
+            data.non_tensor_batch["uid"],
+            OmegaConf.create({"tapo": {"record_dir": str(tmp_path / "records")}}),
+            non_tensor_batch=data.non_tensor_batch,
+            batch=data.batch,
+            adv_context={"metrics": metrics},
+        )
+        estimator._RecorderCache.recorder.flush()
+        logged = {name: metrics[name] for name in GROUNDING_METRICS}
+        assert logged == pytest.approx(GROUNDING_METRICS)
+        module, _, name = trainer.rpartition(".")
+        write_generations = getattr(importlib.import_module(f"verl.trainer.ppo.{module}"), name)._write_generations
+        texts = [qwen_like_tokenizer.decode(rollout.ids, skip_special_tokens=True) for rollout, _, _ in rows]
+        count = len(rows)
+        write_generations(
+            ["question"] * count, texts, [LUXEMBOURG["ground_truth"]] * count, [float(ok) for _, ok, _ in rows],
+            {"uid": [f"u0_{row}_0" for row in range(count)]}, str(tmp_path / "dump"), 1,
+        )  # fmt: skip
+        for folder in ("records", "dump"):
+            assert grounding_of(audit(tmp_path / folder).result) == pytest.approx(logged)
+
+    def test_of_one_rollout(self, tmp_path):
+        page, other = "Luxembourg is a country.", "nothing of it"
+        calls = [
+            ("search", {"query": "a"}, page),
+            ("search", {"query": "a"}, other),
+            ("search", {"query": "is it LUXEMBOURG"}, page),
+            ("search", {"query": "b"}, f"{other} (truncated)"),
+            ("search", {"query": "b"}, f"{page} (truncated)"),
+            ("search", {"query": "c"}, f"Error executing tool 'search': {page}"),
+            ("search", {"query": "d"}, ""),
+            ("zoom", {"image": 1}, "Zoomed in."),
+            ("zoom", {"image": 1}, page),
+            ("look", {"x": 1}, "<image>"),
+            ("image_search", {"image": 1}, "A page of many words. " * 20),
+        ]
+        sights = [True, False, None, None, True, False, None, None, True, None, False]
+        assert self.judged(tmp_path, *calls) == sights
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"ground_truth": "Luxembourg"},
+            {"reward_model": {"style": "rule", "ground_truth": ["Luxembourg"]}},
+            {"gts": '["Luxembourg"]'},
+            {"gts": {"target": ["Luxembourg"]}},
+        ],
+    )
+    def test_where_people_keep_the_ground_truth(self, tmp_path, fields):
+        call = ("search", {"query": "a"}, "Luxembourg")
+        assert self.judged(tmp_path, call, **{"gts": None, **fields}) == [True]
+        assert self.judged(tmp_path, call, **{**fields, "gts": "Belgium"}) == [False]
+
+    @pytest.mark.parametrize("gts", [None, "yes", 1999, [], "['A' 'B']", "[" * 5000, "Luxembourg" * 20_000, DEEP])
+    def test_what_cannot_be_told(self, tmp_path, gts):
+        assert self.judged(tmp_path, ("search", {"query": "a"}, "yes, in 1999"), gts=gts) == [None]
+
+    @pytest.mark.parametrize("value", ["True", 1, [], {}])
+    def test_records_that_say_something_else(self, tmp_path, value):
+        rows = [record_row(0, "x", False, calls=[record_call("x", seen=value)]), *recorded_group()]
+        result = audit(write_dump(tmp_path / "000001.jsonl", [record_header(), *rows])).result
+        said = "calls[0].seen is " + (f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value))
+        assert [p["reason"] for p in result["problems"]] == [f"{said}, not true or false or null"]
+        assert result["totals"]["told_trajectories"] == 0  # nor do the first files say anything
+
+
 class TestImages:
     """``image: 2`` is the same image only where it was made in the same way."""
 
@@ -1040,7 +1148,7 @@ class TestImages:
 
 
 def random_batch(seed, rows=12):
-    r = random.Random(seed)
+    r, sights = random.Random(seed), random.Random(seed + 10_000)
     trajectories = []
     for number in range(rows):
         success = r.random() < 0.5
@@ -1051,6 +1159,7 @@ def random_batch(seed, rows=12):
             arguments = {"query": r.choice(["red car", "red cars", "blue car", "tall tree"])}
             sizes = (r.randrange(5, 50), r.randrange(1, 5))
             calls.append(Call(r.choice(["search", "look"]), arguments, arguments, turn, r.random() < 0.9, "ok", *sizes))
+            calls[-1].seen = sights.choice([True, False, False, False, None])
         for call in calls:
             call.turn_size = max(other.turn_size for other in calls if other.turn == call.turn)
         advantage = r.choice([0.5, 1.0]) if success else r.choice([-0.4, -1.2])
@@ -1059,13 +1168,18 @@ def random_batch(seed, rows=12):
     return StepBatch(1, trajectories)
 
 
+SWITCHES = [Grounding(), Grounding(witnesses=True, own=True, luck=True)]
+
+
 class TestAnalysis:
+    @pytest.mark.parametrize("clip", [True, False])
+    @pytest.mark.parametrize("grounding", SWITCHES)
     @pytest.mark.parametrize("scope", ["step", "call"])
     @pytest.mark.parametrize("seed", range(20))
-    def test_the_same_as_on_tokens(self, seed, scope):
+    def test_the_same_as_on_tokens(self, seed, scope, grounding, clip):
         """Against the rule on real tokens, with parallel calls in shared turns."""
         batch = random_batch(seed)
-        cfg = TapoConfig(token_scope=scope, alpha_min=0.1)
+        cfg = TapoConfig(token_scope=scope, alpha_min=0.1, grounding=grounding, clip=clip)
         steps, mask = [], torch.zeros(len(batch.trajectories), 200, dtype=torch.int64)
         mask[:, :] = 1
         for row, trajectory in enumerate(batch.trajectories):
@@ -1079,7 +1193,13 @@ class TestAnalysis:
                 first = first if inside else turn[1] - call.call_size
                 steps.append(
                     ToolStep(
-                        row, call.tool, call.arguments, turn, (max(first, turn[0]), first + call.call_size), call.ok
+                        row,
+                        call.tool,
+                        call.arguments,
+                        turn,
+                        (max(first, turn[0]), first + call.call_size),
+                        call.ok,
+                        call.seen,
                     )
                 )
         base = torch.tensor([t.advantage for t in batch.trajectories], dtype=torch.float64)[:, None].repeat(1, 200)
@@ -1108,16 +1228,23 @@ class TestAnalysis:
             removed = (advantages - base)[base < 0].sum().item() / -base[base < 0].sum().item()
             assert values["penalty_removed"] == pytest.approx(removed)
 
+    @pytest.mark.parametrize("grounding", SWITCHES)
     @pytest.mark.parametrize("scope", ["step", "call"])
-    def test_a_sweep_says_what_an_audit_of_each_setting_says(self, scope):
-        cfg = TapoConfig(token_scope=scope)
+    def test_a_sweep_says_what_an_audit_of_each_setting_says(self, scope, grounding):
+        cfg = TapoConfig(token_scope=scope, grounding=grounding)
         sweep = Sweep(cfg, star(cfg, [0.2, 1.5], [0.5, 0.95], [0.0, 0.6]))
         batches = [random_batch(seed) for seed in range(5)]
         for batch in batches:
             sweep.add(batch)
         assert len(sweep.rows()) == 7
         for row in sweep.rows():
-            own = TapoConfig(beta=row["beta"], theta=row["theta"], alpha_min=row["alpha_min"], token_scope=scope)
+            own = TapoConfig(
+                beta=row["beta"],
+                theta=row["theta"],
+                alpha_min=row["alpha_min"],
+                token_scope=scope,
+                grounding=grounding,
+            )
             analyses = [analyse(batch, own) for batch in batches]
             corrected = [j for a in analyses for j in a.calls if j.credit.gate == "corrected"]
             assert row["corrected_steps"] == len(corrected) > 0

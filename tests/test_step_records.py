@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from verl_tapo import TapoConfig, transfer_credit
 from verl_tapo.audit import audit
 from verl_tapo.records import CallRecord, TrajectoryRecord
+from verl_tapo.rule.config import Grounding
 from verl_tapo.rule.steps import ToolStep
 from verl_tapo.settings import TapoSettings
 from verl_tapo.step_records import (
@@ -35,11 +36,11 @@ from verl_tapo.step_records import (
 FORMATS = {"jsonl": "jsonl.gz", "parquet": "parquet"}
 
 
-def snapshot(seed=0, step=1, part=0, batch=None, **changes):
+def snapshot(seed=0, step=1, part=0, batch=None, rule=None, **changes):
     base, mask, index, success, steps = batch or random_batch(seed)
     # Under a group estimator, which is what the audit assumes, a row has one advantage.
     base = base.mean(1, keepdim=True).expand_as(base).contiguous()
-    rule = random_config(seed) if batch is None else TapoConfig()
+    rule = rule or (random_config(seed) if batch is None else TapoConfig())
     steps = sorted(steps, key=lambda s: (s.row, s.turn, s.call))
     advantages, report = transfer_credit(base, mask, index, success, steps, rule)
     rows = len(base)
@@ -103,10 +104,12 @@ def test_what_is_written_is_read(tmp_path, record_format, seed):
         assert call["witness"] == (None if credit.witness is None else list(place[credit.witness]))
 
 
+@pytest.mark.parametrize("grounding", [Grounding(), Grounding(witnesses=True, own=True, luck=True)])
 @pytest.mark.parametrize("record_format", FORMATS)
 @pytest.mark.parametrize("seed", range(12))
-def test_an_audit_of_them_says_what_training_logged(tmp_path, record_format, seed):
-    made = [snapshot(batch=random_batch(seed * 100 + step), step=step) for step in range(3)]
+def test_an_audit_of_them_says_what_training_logged(tmp_path, record_format, seed, grounding):
+    rule = TapoConfig(grounding=grounding)
+    made = [snapshot(batch=random_batch(seed * 100 + step), rule=rule, step=step) for step in range(3)]
     write(tmp_path, *made, record_format=record_format)
     result = audit(tmp_path).result
     assert result["warnings"] == [w for w in result["warnings"] if w["code"] != "records_disagree"]

@@ -514,7 +514,10 @@ _CALL_FIELDS: dict[str, _Field] = {
     "ok": _TRUTH,
     "status": _or_null(_TEXT),
     "gate": _TEXT,
+    "seen": _or_null(_TRUTH),
 }
+_LATER = frozenset({"seen"})
+"""Fields of a call that the first files do not have."""
 
 
 def _what_is_wrong(row: Any) -> str | None:
@@ -528,7 +531,7 @@ def _what_is_wrong(row: Any) -> str | None:
         if not isinstance(call, dict):
             return f"calls[{number}] is {type(call).__name__}, not a mapping"
         for name, (fits, what) in _CALL_FIELDS.items():
-            if name not in call or not fits(call[name]):
+            if not fits(call.get(name)) or (name not in call and name not in _LATER):
                 return f"calls[{number}].{name} is {_shown(call, name)}, not {what}"
     return None
 

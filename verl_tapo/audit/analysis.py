@@ -1,8 +1,8 @@
 """The rule on one training step's trajectories, and what there is to say about it, as counts that can be added up.
 
-The rule is `verl_tapo.transfer_credit` itself, on a batch of one cell per call: under a group estimator every token
+The rule is `verl_tapo.transfer_credit` itself, on a batch of one cell per turn: under a group estimator every token
 of a rollout has the same advantage, so that cells say as much as tokens do. What a turn with parallel calls gets, and
-the cut-off at 0, is then the same for all its cells, and reckoned here, for other settings too.
+the cut-off at 0, is reckoned here, for other settings too.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ def _changed_size(calls: Iterable[JudgedCall], cfg: TapoConfig) -> int:
 def tally(calls: Sequence[JudgedCall], trajectories: Sequence[Trajectory], cfg: TapoConfig) -> Counts:
     """Counts of some calls and their trajectories."""
     failing = [t for t in trajectories if not t.success and t.advantage < 0]
+    told = [(t.success, t.grounded) for t in trajectories if t.grounded is not None]
     counts = Counts(
         prompts=len({t.group for t in trajectories}),
         trajectories=len(trajectories),
@@ -128,6 +129,12 @@ def tally(calls: Sequence[JudgedCall], trajectories: Sequence[Trajectory], cfg: 
         failing_trajectories=len(failing),
         misassigned_trajectories=len({j.place[0] for j in calls if j.credit.gate in MATCHED}),
         correctable_trajectories=len({j.place[0] for j in calls if j.credit.gate == "corrected"}),
+        told_trajectories=len(told),
+        told_successes=sum(success for success, _ in told),
+        grounded_successes=sum(success and grounded for success, grounded in told),
+        told_failures=sum(not success for success, _ in told),
+        grounded_failures=sum(not success and grounded for success, grounded in told),
+        never_found_trajectories=sum(not grounded for _, grounded in told),
         size=sum(t.size for t in trajectories),
         changed_size=_changed_size(calls, cfg),
         calls=len(calls),
@@ -138,6 +145,9 @@ def tally(calls: Sequence[JudgedCall], trajectories: Sequence[Trajectory], cfg: 
         counts["failed_calls"] += not judged.call.ok
         counts["malformed_calls"] += judged.call.status == "malformed"
         counts["unanswered_calls"] += judged.call.status == "unanswered"
+        if judged.call.ok and judged.call.seen is not None:
+            counts["told_answers"] += 1
+            counts["found_answers"] += judged.call.seen
         counts["witness_steps"] += credit.role == "witness"
         counts["failing_steps"] += credit.role == "failing"
         if credit.gate:
@@ -160,7 +170,7 @@ def _removed(calls: Iterable[JudgedCall], cfg: TapoConfig) -> float:
     """By how much the sum of failing rollouts' advantages over their tokens rises."""
     rise: dict[tuple[int, ...], float] = {}
     for judged in calls:
-        if judged.changed:
+        if judged.changed and judged.holder.advantage < 0:
             whole = cfg.token_scope == "step"
             place = (judged.place[0], judged.call.turn) if whole else (*judged.place, -1)
             size = judged.call.turn_size if whole else judged.call.call_size
@@ -172,7 +182,8 @@ _COUNTED = (
     "prompts trajectories successes failing_trajectories misassigned_trajectories correctable_trajectories calls "
     "witness_steps failing_steps misassigned_steps corrected_steps below_alpha_steps below_theta_steps "
     "no_witness_steps lucky_steps only_success_steps inexact_steps failed_calls malformed_calls unanswered_calls "
-    "single_groups all_right_groups all_wrong_groups reference_groups"
+    "single_groups all_right_groups all_wrong_groups reference_groups told_trajectories told_successes "
+    "grounded_successes told_failures grounded_failures never_found_trajectories told_answers found_answers"
 ).split()
 
 
@@ -180,6 +191,8 @@ def figures(counts: Mapping[str, float]) -> dict[str, float | None]:
     """Counts as they are, shares and means derived from them; None where there is nothing to divide by.
 
     - ``only_success_steps``: misassigned steps of prompt groups with one success, where no witness can be told lucky
+    - ``told_trajectories``: those of which it can be told whether they are grounded, see `verl_tapo.rule.grounding`;
+      ``never_found_trajectories``: the ungrounded of them; ``told_answers``, ``found_answers``: of tools, alike
     - ``token_share``: of the policy's tokens, those whose advantage changes
     - ``penalty_removed``: of the sum of failing rollouts' negative advantages over their tokens, the part taken away
     - ``similarity``, ``support``, ``alpha``, ``reference_advantage``: means over misassigned steps; ``transfer``: over
@@ -209,7 +222,7 @@ _Ints: TypeAlias = npt.NDArray[np.int64]
 
 
 class _Cells(NamedTuple):
-    """A step's calls as a batch of one token each, for the rule. C calls; B rows, one more for each silent rollout."""
+    """A step's calls for the rule, a row of one token a turn. C calls; B rows, one more for each silent rollout."""
 
     base: torch.Tensor  # (B, 1)
     holder: list[int]
@@ -226,9 +239,10 @@ def _cells(trajectories: Sequence[Trajectory]) -> _Cells:
     turns: list[tuple[int, int]] = []
     for number, trajectory in enumerate(trajectories):
         for call in trajectory.calls:
+            if turns[-1:] != [(number, call.turn)]:
+                holder.append(number)
             turns.append((number, call.turn))
-            steps.append(ToolStep(len(holder), call.tool, call.compared, (0, 1), (0, 1), call.ok))
-            holder.append(number)
+            steps.append(ToolStep(len(holder) - 1, call.tool, call.compared, (0, 1), (0, 1), call.ok, call.seen))
         if not trajectory.calls:
             holder.append(number)
     base = torch.tensor([[trajectories[number].advantage] for number in holder], dtype=torch.float64)
@@ -243,13 +257,37 @@ def _apply(cells: _Cells, trajectories: Sequence[Trajectory], cfg: TapoConfig) -
     return transfer_credit(cells.base, mask, groups, success, cells.steps, cfg, trajectory=cells.holder)[1]
 
 
-def _lifted(before: _Floats, transfer: _Floats, unit: _Ints, clip: bool) -> _Floats:
-    """The advantages (C,) after the calls' transfers, of which each unit (a turn, or a call) gets the smallest."""
+class _Outcome(NamedTuple):
+    """What the rule made of C calls."""
+
+    corrected: npt.NDArray[np.bool_]
+    alpha: _Floats
+    transfer: _Floats
+    forgiven: npt.NDArray[np.bool_]
+    withheld: npt.NDArray[np.bool_]
+
+
+def _outcome(steps: Sequence[StepCredit]) -> _Outcome:
+    return _Outcome(
+        np.array([credit.gate == "corrected" for credit in steps], dtype=bool),
+        np.array([credit.alpha for credit in steps]),
+        np.array([credit.transfer for credit in steps]),
+        np.array([credit.forgiven for credit in steps], dtype=bool),
+        np.array([credit.withheld for credit in steps], dtype=bool),
+    )
+
+
+def _changed(before: _Floats, transfer: _Floats, of: _Outcome, unit: _Ints, clip: bool) -> _Floats:
+    """The advantages (C,) after the calls' transfers, of which each unit (a turn, or a call) gets the smallest, and
+    after what follows from grounding, which a unit gets where all its calls do."""
+    if not len(unit):
+        return before
     first = np.unique(unit, return_index=True)[1]
-    least = np.minimum.reduceat(transfer, first)[unit] if len(unit) else transfer
-    lifted = before + least
-    after: _Floats = np.where(least > 0, np.minimum(lifted, 0.0) if clip else lifted, before)
-    return after
+    least = np.minimum.reduceat(np.where(of.forgiven, np.inf, transfer), first)[unit]
+    lifted = np.where(np.isinf(least), 0.0, before + least)
+    after = np.where(least > 0, np.minimum(lifted, 0.0) if clip else lifted, before)
+    unearned: _Floats = np.where(np.logical_and.reduceat(of.withheld, first)[unit], np.minimum(after, 0.0), after)
+    return unearned
 
 
 def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
@@ -268,7 +306,8 @@ def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
     places = [(number, place) for number, t in enumerate(trajectories) for place in range(len(t.calls))]
     before = np.array([trajectories[number].advantage for number, _ in places])
     unit = cells.turn if cfg.token_scope == "step" else np.arange(len(places))
-    after = _lifted(before, np.array([credit.transfer for credit in report.steps]), unit, cfg.clip).tolist()
+    outcome = _outcome(report.steps)
+    after = _changed(before, outcome.transfer, outcome, unit, cfg.clip).tolist()
     calls = []
     tools: dict[int, str] = {}
     successes = Counter(t.group for t in trajectories if t.success)
@@ -317,17 +356,15 @@ class Sweep:
         unit = cells.turn if whole else np.arange(len(calls))
         first = np.unique(unit, return_index=True)[1]
         for theta, cfg in self._at.items():
-            steps = _apply(cells, batch.trajectories, cfg).steps if calls else []
-            found = np.array([credit.gate == "corrected" for credit in steps], dtype=bool)
-            alpha = np.array([credit.alpha for credit in steps])
-            full = np.array([credit.transfer for credit in steps])
+            of = _outcome(_apply(cells, batch.trajectories, cfg).steps if calls else [])
             for setting, counts in self.counts.items():
                 if setting.theta != theta:
                     continue
-                corrected = found & (alpha >= setting.alpha_min)
+                corrected = of.corrected & (of.alpha >= setting.alpha_min)
                 counts["size"] += size
-                if corrected.any():
-                    after = _lifted(before, np.where(corrected, setting.beta * full, 0.0), unit, cfg.clip)
+                if corrected.any() or of.forgiven.any() or of.withheld.any():
+                    transfer = np.where(corrected, setting.beta * of.transfer, 0.0)
+                    after = _changed(before, transfer, of, unit, cfg.clip)
                     counts["corrected_steps"] += int(corrected.sum())
                     counts["after_sum"] += float(after[corrected].sum())
                     counts["changed_size"] += int(sizes[first[after[first] != before[first]]].sum())

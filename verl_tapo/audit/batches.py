@@ -13,11 +13,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
+from verl_tapo.answers.evidence import Evidence, evidence_of
 from verl_tapo.audit.model import Call, StepBatch, Trajectory
 from verl_tapo.audit.sources import Problems, Row
 from verl_tapo.audit.text import find_calls
 from verl_tapo.calls.formats import NATIVE_FORMATS
 from verl_tapo.calls.images import image_index
+from verl_tapo.calls.parsing import CUT, IMAGE_PLACEHOLDERS, IMAGE_STARTS
 from verl_tapo.rule.values import canonical, success_number
 from verl_tapo.settings import TapoSettings
 from verl_tapo.step_records import json_value
@@ -27,6 +29,8 @@ BASE_ESTIMATORS: tuple[BaseEstimator, ...] = ("grpo", "dr_grpo", "rloo")
 """Those whose advantages are rebuilt from scores; ``dr_grpo`` is GRPO with ``norm_adv_by_std_in_grpo=False``."""
 NO_TEXT = "(records hold no texts; trainer.rollout_data_dir keeps them, to be audited along)"
 _EPSILON = 1e-6  # veRL's
+_CAPTION = 200  # characters of a text beside an image
+_LONGEST_GROUND_TRUTH = 100_000  # characters; a longer one is no list of answers
 _VERL_KEY = re.compile(r"(.*)_([0-9]{1,9})_([0-9]{1,9})", re.DOTALL)  # {uid}_{session}_{output}
 _PADDING = re.compile(r"pad[0-9a-f]{32}_\d+_\d+")  # the keys of rows that fill up a batch (veRL's padding_utils.py)
 
@@ -69,10 +73,11 @@ def batch_from_dump(
     for key, row in zip(_keys(rows, problems), rows, strict=True):
         sessions[key.session].append((key, row))
     trajectories = []
+    sights = _Sights(settings)
     for outputs in sessions.values():
         outputs.sort(key=lambda output: output[0].output)
         key, of = outputs[0][0], [row for _, row in outputs]
-        trajectories.append(_trajectory(key.name, key.group, of, settings, options))
+        trajectories.append(_trajectory(key.name, key.group, of, settings, options, sights))
         _check_success(of[-1], settings, problems)
     _rebuild_advantages(trajectories, options.base_estimator)
     _tell_images_apart(trajectories, frozenset(settings.image_parameters))
@@ -169,8 +174,48 @@ def _check_success(row: Row, settings: TapoSettings, problems: Problems) -> None
         problems.notes["success"].add(row.file, row.line, shown)
 
 
+class _Sights:
+    """Whether answers in texts held an accepted answer, as `verl_tapo.parsing.parse_steps` finds it in tokens."""
+
+    def __init__(self, settings: TapoSettings) -> None:
+        self._image_parameters = frozenset(settings.image_parameters)
+        # Rollouts of a prompt often get the same answers.
+        self._known: dict[tuple[Evidence, str, bool], bool | None] = {}
+
+    def look(self, calls: Iterable[Call], ground_truth: Any) -> None:
+        """Fills in `Call.seen`."""
+        evidence = evidence_of(ground_truth if _may_be_answers(ground_truth) else None)
+        for call in calls:
+            call.seen = self._seen(call, evidence) if call.ok else evidence.no_sight
+
+    def _seen(self, call: Call, evidence: Evidence) -> bool | None:
+        text = call.result or ""
+        # What was cut may have held it.
+        key = evidence, text, self._may_hold_images(call, text) or CUT in text
+        if key not in self._known:
+            self._known[key] = evidence.sight({}, text, images=key[2])
+        seen = self._known[key]
+        return None if seen and evidence.asked_for(call.arguments) else seen
+
+    def _may_hold_images(self, call: Call, text: str) -> bool:
+        """Whether an answer may have held images, which a text does not show [ours]: one that is empty, and a short one
+        about an image."""
+        if not text or any(mark in text for mark in (*IMAGE_STARTS, *IMAGE_PLACEHOLDERS)):
+            return True
+        return len(text) <= _CAPTION and not self._image_parameters.isdisjoint(call.arguments)
+
+
+def _may_be_answers(ground_truth: Any) -> bool:
+    return not isinstance(ground_truth, str) or len(ground_truth) <= _LONGEST_GROUND_TRUTH
+
+
 def _trajectory(
-    name: str, group: str, outputs: Sequence[Row], settings: TapoSettings, options: ReadOptions
+    name: str,
+    group: str,
+    outputs: Sequence[Row],
+    settings: TapoSettings,
+    options: ReadOptions,
+    sights: _Sights | None = None,
 ) -> Trajectory:
     first, last = outputs[0].value, outputs[-1].value
     texts: list[str] = []
@@ -180,6 +225,8 @@ def _trajectory(
     for row in outputs:
         text = row.value["output"]
         found = find_calls(text, options.tool_format, settings.error_markers)
+        if sights is not None:
+            sights.look(found.calls, row.value.get("gts"))
         calls += [_moved(call, turns, begin) for call in found.calls] if begin else found.calls
         size += found.size
         unclear |= found.unclear
@@ -312,18 +359,17 @@ def _recorded(
             turn = turns.setdefault((output, *call["turn"]), len(turns))
             status = call["status"] or ("ok" if call["ok"] else "error")
             arguments, sizes = json_value(call["arguments"]), (call["turn_tokens"], call["call_tokens"])
-            calls.append(
-                Call(call["tool"], arguments, arguments, turn, call["ok"], status, *sizes, recorded_gate=call["gate"])
-            )
+            made = Call(call["tool"], arguments, arguments, turn, call["ok"], status, *sizes, seen=call.get("seen"))
+            calls.append(replace(made, recorded_gate=call["gate"]))
     dumped = [texts[row["key"]] for row in rows if row["key"] in texts]
-    seen = None
+    shown = None
     if len(dumped) == len(rows):
-        seen = _trajectory(name, last["uid"], dumped, settings, options)
+        shown = _trajectory(name, last["uid"], dumped, settings, options)
         # Both are in order; where a text holds other calls than were recorded, it is shown as it is.
-        if [call.tool for call in seen.calls] == [call.tool for call in calls]:
+        if [call.tool for call in shown.calls] == [call.tool for call in calls]:
             calls = [
                 replace(call, arguments=told.arguments, span=told.span, call_span=told.call_span, result=told.result)
-                for call, told in zip(calls, seen.calls, strict=True)
+                for call, told in zip(calls, shown.calls, strict=True)
             ]
     return Trajectory(
         name=name,
@@ -333,8 +379,8 @@ def _recorded(
         advantage=last["advantage"],
         size=sum(row["tokens"] for row in rows),
         calls=calls,
-        text=seen.text if seen else "",
-        prompt=seen.prompt if seen else NO_TEXT,
-        ground_truth=seen.ground_truth if seen else None,
+        text=shown.text if shown else "",
+        prompt=shown.prompt if shown else NO_TEXT,
+        ground_truth=shown.ground_truth if shown else None,
         changed=sum(row["changed_tokens"] for row in rows),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
@@ -131,4 +132,5 @@ class Collector:
 def _rule(settings: TapoSettings) -> dict[str, Any]:
     """The rule's settings, as JSON can hold them."""
     rule = settings.rule
-    return {name: json_value(getattr(rule, name)) for name in _SCALAR_SETTINGS}
+    scalars = {name: json_value(getattr(rule, name)) for name in _SCALAR_SETTINGS}
+    return {**scalars, "grounding": asdict(rule.grounding)}

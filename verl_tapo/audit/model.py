@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from verl_tapo.rule.grounding import grounded
+from verl_tapo.rule.steps import SEEN, SIGHTS, UNSEEN
 
 Span: TypeAlias = tuple[int, int]
 
@@ -40,6 +46,8 @@ class Call:
     call_span: Span | None = None
     result: str | None = None
     """The tool's answer."""
+    seen: bool | None = None
+    """Whether the tool's answer held an accepted answer; None where that cannot be told."""
     recorded_gate: str | None = None
     """What training made of it (`verl_tapo.rule.report.StepCredit.gate`); None where that is not known."""
 
@@ -67,6 +75,13 @@ class Trajectory:
     """Whether its text does not show where the policy's turns end, see `verl_tapo.audit.text.TextCalls`."""
     changed: int | None = None
     """Policy tokens whose advantage TAPO changed in training; None where that is not known."""
+
+    @cached_property
+    def grounded(self) -> bool | None:
+        """Whether one of its tools found an accepted answer; None where that cannot be told."""
+        seen = np.array([SIGHTS[call.seen] for call in self.calls], dtype=np.int64)
+        state = int(grounded(np.zeros_like(seen), seen, 1)[0])
+        return {SEEN: True, UNSEEN: False}.get(state)
 
 
 @dataclass

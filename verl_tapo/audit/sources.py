@@ -27,6 +27,8 @@ from verl_tapo.text_files import BROKEN, MAX_LINE, Line, UnknownCompression, ope
 
 FIELDS = ("input", "output", "gts", "score", "step", "uid")
 """What is read of a dump's line, as veRL names it (besides the success key)."""
+_GROUND_TRUTHS = (("ground_truth",), ("reward_model", "ground_truth"))
+"""Where people's own dumps have the ground truth, which veRL calls ``gts``."""
 LARGEST = 1e15
 """Of scores and advantages: what lies beyond overflows in veRL's arithmetic, which squares them in 32 bits."""
 _NAME = re.compile(r".*\.(parquet|(jsonl|ndjson|jsonlines)(\.(gz|zst|xz|bz2|lz4|zip))?)", re.IGNORECASE | re.DOTALL)
@@ -448,6 +450,8 @@ def _read_row(line: Line, fields: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _Unusable(f"not a JSON object but {type(value).__name__}")
     row = {**value, **{name: value.get(own) for name, own in fields.items()}}
+    if row.get("gts") is None and "gts" not in fields:
+        row["gts"] = _ground_truth(value)
     if not isinstance(row.get("output"), str):
         raise _Unusable(f"no text in {fields.get('output', 'output')!r}; fields: {_names(value)}")
     score = row.get("score")
@@ -460,6 +464,16 @@ def _read_row(line: Line, fields: Mapping[str, str]) -> dict[str, Any]:
         raise _Unusable(f"the score is {_short(score)}, beyond veRL's arithmetic")
     row["score"] = number
     return row
+
+
+def _ground_truth(value: Mapping[str, Any]) -> Any:
+    for path in _GROUND_TRUTHS:
+        at: Any = value
+        for name in path:
+            at = at.get(name) if isinstance(at, dict) else None
+        if at is not None:
+            return at
+    return None
 
 
 def _short(value: Any) -> str:

@@ -19,6 +19,7 @@ _CALL_TYPES = {
     **dict.fromkeys(("step", "call"), "int64"),
     **dict.fromkeys(("group", "trajectory", "tool", "arguments", "status", "role", "gate"), "string"),
     **dict.fromkeys(("success", "lucky"), "bool"),
+    **dict.fromkeys(("seen", "grounded"), "boolean"),
     **dict.fromkeys(
         ("similarity", "support", "alpha", "reference_advantage", "lift", "transfer", "before", "after"), "float64"
     ),

@@ -43,8 +43,8 @@ IMAGE_PLACEHOLDERS = ("[IMG]", "<image>", "<|image|>")
 
 Fallback: TypeAlias = Callable[[Sequence[int]], list[tuple[str, str]]]
 
-_CUT = "(truncated)"
-"""What the stock loop writes where it cuts an answer."""
+CUT = "(truncated)"
+"""What veRL's loops and ours write where they cut an answer."""
 _HEAD = 3  # characters of an error text that tell it from nearly every other answer
 _LOOK = 8  # tokens of an answer in which these are looked for first
 _HEADING = 64  # tokens at most of what may stand before an answer's text
@@ -416,7 +416,7 @@ class _Sights:
             text = self._parser.text(self._ids[start:stop].tolist())
             images = bisect_left(self._image_places, start) < bisect_left(self._image_places, stop)
             # What the stock loop has cut may have held it.
-            self._known[key] = evidence.sight({}, text, images=images or _CUT in text)
+            self._known[key] = evidence.sight({}, text, images=images or CUT in text)
         seen = self._known[key]
         return None if seen and evidence.asked_for(arguments) else seen
 

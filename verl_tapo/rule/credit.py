@@ -86,7 +86,7 @@ def transfer_credit(
     transfer = np.where(gate == Gate.CORRECTED, cfg.beta * alpha * match.reference_advantage, 0.0)
     advantages, free, lucky = copy(), forgiven(batch, role, cfg), withheld(batch, cfg)
     changed = correct_tokens(advantages, batch, np.where(free, np.inf, transfer), cfg)
-    withhold_rewards(advantages, batch, lucky, cfg)
+    changed += withhold_rewards(advantages, batch, lucky, cfg)
     report = CreditReport(batch, role, gate, match, alpha, transfer, free, lucky, changed)
     return torch.from_numpy(advantages).to(base.device, base.dtype), report
 

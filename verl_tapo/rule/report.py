@@ -95,7 +95,7 @@ class CreditReport:
         self._forgiven, self._withheld = forgiven, withheld
         self._steps: list[StepCredit] | None = None
         self.changed_tokens = changed_tokens
-        """Number of tokens whose advantage was corrected."""
+        """Number of tokens whose advantage was corrected, or withheld."""
 
     @property
     def advantage_of_row(self) -> FloatArray:
