@@ -1443,6 +1443,28 @@ class TestWarnings:
                 lines.append(line(search_then(f"capital of {name}", "x"), float(k < 2), f"g{group}", k))
         assert self.codes(tmp_path, lines) == codes
 
+    @pytest.mark.parametrize(
+        ("right", "wrong", "codes"),
+        [
+            ("Luxembourg it is", "Luxembourg it is", {"unread_answers": "info"}),
+            ("nothing", "nothing", {"ungrounded_successes": "info", "never_found": "info"}),
+            ("Luxembourg it is", "nothing", {}),
+        ],
+    )
+    def test_what_the_tools_found(self, tmp_path, right, wrong, codes):
+        lines = []
+        for group in range(10):
+            for k in range(4):
+                query = "currency of Chile" if k == 3 else "capital of Oman"
+                text = call_text("search", query=query) + answers(right if k < 2 else wrong) + "end"
+                lines.append(line(text, float(k < 2), f"g{group}", k, gts="Luxembourg"))
+        assert self.codes(tmp_path, lines) == codes
+        found = audit(tmp_path / "1.jsonl")
+        said = " ".join(warned["text"] for warned in found.result["warnings"])
+        assert ("100 % of the failures had found the answer and did not give it" in said) == ("unread_answers" in codes)
+        assert ("In 100 % of the rollouts no tool's answer held" in said) == ("never_found" in codes)
+        assert ("100 % of the successes are ungrounded" in said) == ("never_found" in codes)
+
     def test_a_call_that_all_siblings_make_is_not_lucky(self, tmp_path):
         lines = [
             line(search_then("first step", "x"), float(k < 4), f"g{group}", k) for group in range(10) for k in range(8)
@@ -1540,6 +1562,26 @@ class TestCommand:
         assert "+16.7" in by_step
         assert "-4.2" in by_tool.split("With other settings")[0]
 
+    def test_the_tables_say_what_the_tools_found(self, tmp_path, capsys):
+        """Where it can be told of any rollout."""
+        page = [
+            line(call_text("search", query="q") + answers(f"Of {answer}.") + "end", score, session=number, gts="Oslo")
+            for number, (answer, score) in enumerate([("Oslo", 1.0), ("Rome", 1.0), ("Oslo", 0.0), ("Rome", 0.0)])
+        ]
+        page += [line("silent", 0.0, session=9, gts="Oslo")]
+        found = audit(write_dump(tmp_path / "1.jsonl", page))
+        terminal.show(found.result, Console(width=140))
+        out = capsys.readouterr().out
+        rows = {cells[1].strip(): cells[2].strip() for row in out.splitlines() if len(cells := row.split("│")) == 5}
+        assert rows["grounding can be told"] == "80.0%"
+        assert (
+            rows["successes that are grounded"] == rows["failures that are grounded"] == rows["never found"] == "50.0%"
+        )
+        head, row = (re.split("[│┃]", out.split("By tool")[1].splitlines()[line]) for line in (2, 4))
+        assert dict(zip(map(str.strip, head), map(str.strip, row), strict=True))["found"] == "50.0%"
+        terminal.show(audit(write_dump(tmp_path / "1.jsonl", two_of_four())).result, Console(width=140))
+        assert "grounded" not in capsys.readouterr().out
+
     def test_in_a_pipe_and_in_any_encoding(self, tmp_path):
         lines = [{**e, "output": e["output"].replace('"search"', '"suche_für_東京"')} for e in two_of_four()]
         path = write_dump(tmp_path / "1.jsonl", lines)
@@ -1611,6 +1653,14 @@ class TestCommand:
         calls = pandas.read_parquet(out / "parquet" / "calls.parquet")
         assert len(calls) == 9
         assert (calls["gate"] == "corrected").sum() == 2
+        assert calls["seen"].isna().all()  # the ground truth is too short to say anything
+        write_dump(tmp_path / "1.jsonl", [entry | {"gts": "about capital"} for entry in two_of_four(1)])
+        for kind, read in (("csv", pandas.read_csv), ("parquet", pandas.read_parquet)):
+            run_main(capsys, tmp_path / "1.jsonl", "--quiet", f"--{kind}", out / kind)
+            calls = read(out / kind / f"calls.{kind}")
+            assert calls["seen"].tolist() == calls["grounded"].tolist() == [True, True, True, False]
+            tools = read(out / kind / f"tools.{kind}")
+            assert tools[["told_answers", "found_answers", "grounded_failures"]].to_numpy().tolist() == [[4, 3, 1]]
         run_main(capsys, tmp_path / "1.jsonl", "--quiet", "--csv", out / "csv")
         assert len(pandas.read_csv(out / "csv" / "calls.csv")) == 4  # a new audit, not an addition
 

@@ -173,7 +173,7 @@ def put_hostile_text_everywhere(result: dict[str, Any]) -> None:
         trajectory["name"] = HOSTILE
         for call in trajectory["calls"]:
             call.update(tool=HOSTILE, arguments={HOSTILE: HOSTILE, "__proto__": {"x": [HOSTILE]}}, result=HOSTILE)
-            call.update(status=HOSTILE, ok=False)
+            call.update(status=HOSTILE, ok=False, seen=True, found=HOSTILE)
 
 
 # The file
@@ -494,6 +494,108 @@ def test_expected_answers_are_words(open_report: Any) -> None:
         ["Expected: Kinshasa"], ["Expected: a, b or c or 3"], ["Expected: target: x or y"], [f"Expected: {many}"],
         [], [], ["Expected: plain"],
     ]  # fmt: skip
+
+
+GROUNDED = {
+    "told_trajectories": 90,
+    "told_successes": 40,
+    "grounded_successes": 30,
+    "told_failures": 50,
+    "grounded_failures": 17,
+    "never_found_trajectories": 43,
+}
+
+
+@needs_browser
+def test_whether_the_tools_found_the_answer_in_plain_sentences(open_report: Any) -> None:
+    """Without JavaScript, too; nothing where it cannot be told, as in audits of before."""
+    result = audit_result()
+    assert open_report(result, java_script_enabled=False).page.locator("#grounding").is_hidden()
+    result["totals"] |= GROUNDED
+    page = open_report(result, java_script_enabled=False).page
+    assert page.locator("#grounding").inner_text().replace("\n\n", "\n").split("\n") == [
+        "Did the tools find the answer?",
+        "75 %",
+        "of the successes had found the answer; the others guessed, or knew.",
+        "34 %",
+        "of the failures had found the answer and did not give it: a reading problem.",
+        "48 %",
+        "of the rollouts never found it: a search problem.",
+        "Of 94 % of the rollouts it can be told whether a tool’s answer held an accepted answer.",
+    ]
+    result["totals"] |= {"told_successes": 0, "grounded_successes": 0}
+    assert page.locator("#grounding li").count() == 3
+    assert open_report(result).page.locator("#grounding li").count() == 2
+
+
+@needs_browser
+def test_filter_by_grounding(open_report: Any) -> None:
+    result = audit_result(groups=3)
+    states = [True, False, None]
+    for number, group in enumerate(result["groups"]):
+        for trajectory in group["trajectories"]:
+            trajectory["grounded"] = states[number]
+    del result["groups"][2]["trajectories"][0]["grounded"]  # an audit of before
+    report = open_report(result)
+    said = "#group .rollout .facts:has-text('grounded')"
+    assert report.page.locator(said).all_inner_texts() == ["grounded: a tool found the answer"] * 8
+    for number, value in enumerate(("true", "false", "null")):
+        report.page.select_option("#filter-grounding", value)
+        report.until(lambda expected=number: report.listed() == [expected])
+        assert report.found() == "1 of 3 prompt groups with 8 matching rollouts"
+        assert report.page.locator(said).count() == (8 if value != "null" else 0)
+    result["groups"][2]["trajectories"][0]["success"] = True
+    right = sum(trajectory["success"] for trajectory in result["groups"][2]["trajectories"])
+    report = open_report(result)
+    report.page.select_option("#filter-grounding", "null")
+    report.page.select_option("#filter-success", "yes")
+    report.until(lambda: f"with {right} matching" in report.found())
+    report.page.click("#filters button[type=reset]")
+    report.until(lambda: len(report.listed()) == 3)
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("truth", "page", "marked"),
+    [
+        ("Kinshasa", "The Kinshasans, and KINSHASA's mayor. (Kinshasa)", ["KINSHASA", "Kinshasa"]),
+        ("São Paulo", "<b>In Sao Paulo</b>, São Paulo.", ["Sao Paulo"]),
+        ("東京", "日本の首都は東京です。", ["東京"]),
+        ("1,234,567", "It was 1234567; 12345678 is another.", ["1234567"]),
+        ("C++ language", "Written in the C++ language, since 1985", ["C++ language"]),
+        ("Kinshasa", "x " * 5000 + "to Kinshasa now", ["Kinshasa"]),
+        ("Kinshasa", "nothing of it", []),
+    ],
+)
+def test_the_answer_is_marked_where_a_tool_found_it(
+    open_report: Any, tmp_path: Path, truth: str, page: str, marked: list[str]
+) -> None:
+    """As it stands there, in the call's result and in the text between the turns; not in what the model writes."""
+    said = json.dumps({"name": "search", "arguments": {"query": "q"}})
+    call = f"<tool_call>\n{said}\n</tool_call>\nuser\n<tool_response>\n{page}\n</tool_response>\nassistant\n"
+    lines = [
+        {"input": "q?", "output": f"{truth}? {call}{truth}", "gts": [truth], "score": float(k), "step": 1}
+        for k in (0, 1)
+    ]
+    (tmp_path / "1.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = audit(tmp_path / "1.jsonl").result
+    report = open_report(result, "#g0t0c0")
+    for button in report.page.locator("#g0t0c0 .result .more").all():
+        assert "the answer among them" in button.inner_text()
+        button.click()
+    assert report.page.locator("#g0t0c0 .result mark.answer").all_inner_texts() == marked
+    assert report.page.locator("#g0t0c0 .badge.held").count() == bool(marked)
+    assert len(report.page.locator("#g0t0c0 .result").inner_text()) < 3000
+    between = report.page.locator(".between").first
+    assert ("the answer" in between.locator("summary").inner_text()) == bool(marked)
+    report.unfold(between.locator("summary"))
+    for button in between.locator(".more").all():
+        button.click()
+    assert between.locator("mark.answer").all_inner_texts() == marked
+    report.page.fill("#filter-text", truth)
+    report.page.locator("#group .turn > .text mark").first.wait_for()
+    assert report.page.locator("#group .turn > .text mark.answer").count() == 0
+    assert report.page.locator("#group .facts mark:not(.answer)").first.inner_text() == truth
 
 
 @needs_browser

@@ -7,6 +7,7 @@ more than a missed one, so that answers which many pages hold anyway tell nothin
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,10 @@ _COMMON = frozenset(
     """.split()
 )
 _ALONE = re.compile(f"[{ALONE}]")
+_EDGE = re.compile(rf"\s+|[{ALONE}]|[^\w\s.,'\u2019+#&%$-]")
+"""Between words; not within a number."""
 _POSSESSIVE = re.compile("['\u2019]s\\b")
+_AROUND = " \t\r\n.,;:!?"
 _LETTERS_ONLY = re.compile(r"[^\W\d_]+")
 
 
@@ -84,6 +88,22 @@ class Evidence:
             if any(phrase.text in words for phrase in doubtful for words in readings):
                 return None
         return None if len(text) > LONGEST_TEXT else False
+
+    def place_in(self, text: str) -> tuple[int, int] | None:
+        """Where the first accepted answer stands that means something, nearly: with what is written without a space.
+
+        Returns:
+            the first and the last + 1 of its characters; None where `seen_in` is not True.
+        """
+        if not self.seen_in(text):
+            return None
+        text = text[:LONGEST_TEXT]
+        edges = sorted({0, len(text), *(edge for found in _EDGE.finditer(text) for edge in found.span())})
+        end = edges[bisect_left(edges, True, key=lambda edge: self.seen_in(text[:edge]) is True)]
+        start = edges[bisect_left(edges, True, key=lambda edge: self.seen_in(text[edge:end]) is not True) - 1]
+        bare = _POSSESSIVE.sub("", text[start:end].strip(_AROUND))
+        inner = text.find(bare, start, end)
+        return (inner, inner + len(bare)) if inner >= 0 and self.seen_in(bare) else (start, end)
 
     @property
     def no_sight(self) -> bool | None:

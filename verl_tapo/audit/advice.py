@@ -18,6 +18,9 @@ LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 _ENOUGH = 20  # calls, or steps, before a share says something
 _ROUNDING = 1e-9
 _INEXACT = 0.2
+_UNGROUNDED = 0.5
+_UNREAD = 0.3
+_NEVER_FOUND = 0.5
 _UNCLEAR = 0.05
 _LUCKY = 0.1
 """Of matched calls; at most 0.05 in healthy worlds, 0.16 where successes are guesses (docs/evidence.md)"""
@@ -69,6 +72,7 @@ def find_warnings(
         *_about_tools(totals, tools, settings),
         *_about_transfer(totals, tally, settings),
         *_about_similarity(tools, settings),
+        *_about_grounding(totals),
     ]
     return [warned._asdict() for warned in sorted(found, key=lambda warned: -LEVELS.index(warned.level))]
 
@@ -325,3 +329,34 @@ def _about_similarity(tools: Mapping[str, Counts], settings: TapoSettings) -> It
                 f"names, codes and years, raise theta = {settings.rule.theta:g}, or give the parameter the kernel "
                 f"exact in algorithm.tapo.tools, which then has to name all tools.",
             )
+
+
+def _about_grounding(totals: Counts) -> Iterator[Warned]:
+    successes, failures, told = (totals[f"told_{name}"] for name in ("successes", "failures", "trajectories"))
+    ungrounded = 1 - _share(totals["grounded_successes"], successes)
+    if successes >= _ENOUGH and ungrounded > _UNGROUNDED:
+        yield Warned(
+            "ungrounded_successes",
+            "info",
+            f"{percent(ungrounded)} of the successes are ungrounded: no tool's answer held an accepted answer.",
+            "They were guessed, or the model knew. What such a rollout called is a witness by luck; read some (filter "
+            "'Grounding: ungrounded'), and see algorithm.tapo.grounding.",
+        )
+    unread = _share(totals["grounded_failures"], failures)
+    if failures >= _ENOUGH and unread > _UNREAD:
+        yield Warned(
+            "unread_answers",
+            "info",
+            f"{percent(unread)} of the failures had found the answer and did not give it: a reading problem.",
+            "Read some (filter 'Grounding: grounded' and 'Rollout: wrong'; the answer is marked). Is it deep in a long "
+            "text, cut off, or written otherwise than the reward accepts?",
+        )
+    never = _share(totals["never_found_trajectories"], told)
+    if told >= _ENOUGH and never > _NEVER_FOUND:
+        yield Warned(
+            "never_found",
+            "info",
+            f"In {percent(never)} of the rollouts no tool's answer held an accepted answer: a search problem.",
+            "Look at the queries and at what comes back. Does the index hold the answers, and worded as the data set "
+            "accepts them? Questions that take reckoning are never found.",
+        )

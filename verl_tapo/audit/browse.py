@@ -7,12 +7,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from verl_tapo.answers.evidence import evidence_of
 from verl_tapo.audit.analysis import JudgedCall, StepAnalysis
 from verl_tapo.audit.model import Trajectory
 from verl_tapo.step_records import json_value
 
 RESULT_CHARS = 2000
 """Shown of a tool's answer."""
+_AROUND = 300  # characters before and behind an accepted answer
 _INTEREST = {"corrected": 1.0, "below_alpha": 0.5, "below_theta": 0.25, "no_witness": 0.05}
 
 
@@ -70,6 +72,7 @@ def _trajectory(trajectory: Trajectory, calls: list[dict[str, Any]]) -> dict[str
         "name": trajectory.name,
         "score": trajectory.score,
         "success": trajectory.success,
+        "grounded": trajectory.grounded,
         "advantage": trajectory.advantage,
         "text": trajectory.text,
         "calls": calls,
@@ -84,14 +87,15 @@ def _call(judged: JudgedCall, analysis: StepAnalysis, numbers: dict[int, int]) -
         row, number = analysis.calls[credit.witness].place
         if row in numbers:  # under scope=batch it may be of another group
             witness = {"trajectory": numbers[row], "call": number}
-    result = call.result
-    if result is not None and len(result) > RESULT_CHARS:
-        result = f"{result[:RESULT_CHARS]} … ({len(result) - RESULT_CHARS:,} more characters)"
+    result = call.result or ""
+    place = evidence_of(judged.holder.ground_truth).place_in(result) if call.seen else None
     matched = credit.gate in ("corrected", "below_alpha")
     return {
         "tool": call.tool,
         "arguments": json_value(call.arguments),
-        "result": result or "",
+        "result": _excerpt(result, place),
+        "seen": call.seen,
+        "found": None if place is None else result[slice(*place)],
         "ok": call.ok,
         "status": call.status,
         "role": credit.role,
@@ -110,3 +114,14 @@ def _call(judged: JudgedCall, analysis: StepAnalysis, numbers: dict[int, int]) -
         "call_span": call.call_span,
         "witness": witness,
     }
+
+
+def _excerpt(result: str, place: tuple[int, int] | None) -> str:
+    """The beginning of a tool's answer, and what stands around the accepted answer further on."""
+    shown = min(len(result), RESULT_CHARS)
+    text = result[:shown]
+    if place is not None and place[1] > shown:
+        around = slice(max(shown, place[0] - _AROUND), place[1] + _AROUND)
+        text = f"{text} … {result[around]}"
+        shown += len(result[around])
+    return text if shown == len(result) else f"{text} … ({len(result) - shown:,} more characters)"

@@ -56,6 +56,7 @@ def write_report(result: Mapping[str, Any], path: Path) -> None:
         title=_text(result["title"]),
         provenance=_text(_provenance(result["created"], result["sources"])),
         headline="\n".join(_headline(result["totals"])),
+        grounding="\n".join(_grounding(result["totals"])),
         warnings="\n".join(_notices(result["warnings"])),
     )
     head, tail = (part.encode() for part in html.split("<!-- data -->"))
@@ -109,9 +110,32 @@ def _headline(totals: Mapping[str, Any]) -> Iterator[str]:
         yield f"<div><dt>{of}<span>{says}</span></dt><dd>{number}{unit}</dd></div>"
 
 
+def _grounding(totals: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the tools found the answer, in plain sentences; none where that cannot be told."""
+    told = totals.get("told_trajectories")
+    if not told:
+        return
+    sentences = (
+        ("grounded_successes", "told_successes", "of the successes had found the answer; the others guessed, or knew"),
+        (
+            "grounded_failures",
+            "told_failures",
+            "of the failures had found the answer and did not give it: a reading problem",
+        ),
+        ("never_found_trajectories", "told_trajectories", "of the rollouts never found it: a search problem"),
+    )
+    yield "<h3>Did the tools find the answer?</h3>\n<ul>"
+    for part, whole, says in sentences:
+        if totals[whole]:
+            yield f"<li><b>{percent(totals[part] / totals[whole])}</b> {says}.</li>"
+    share = percent(told / totals["trajectories"])
+    yield f"</ul>\n<p>Of {share} of the rollouts it can be told whether a tool’s answer held an accepted answer.</p>"
+
+
 def summary_html(result: Mapping[str, Any]) -> str:
     """The title, the main figures and the findings of an audit as HTML without style or script, as for a notebook."""
     figures, notices = "\n".join(_headline(result["totals"])), "\n".join(_notices(result["warnings"]))
+    notices = "\n".join([*_grounding(result["totals"]), notices])
     provenance = _provenance(result["created"], result["sources"])
     return f"<h3>{_text(result['title'])}</h3>\n<p>{_text(provenance)}</p>\n<dl>{figures}</dl>\n{notices}"
 

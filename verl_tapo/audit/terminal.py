@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,6 +26,7 @@ _SPARED = (
     "similarity",
     "tokens",
     "their advantage",
+    "found",
     "lucky",
     "failed",
     "calls",
@@ -133,6 +134,7 @@ def _overview(result: Mapping[str, Any], totals: Figures, width: int) -> Table:
         ("mean support", _number(totals["support"]), "share of the successes that hold the call"),
         ("tokens affected", _percent(totals["token_share"]), "of all that the policy wrote"),
         ("penalty removed", _percent(totals["penalty_removed"]), "of the negative advantage on failing rollouts"),
+        *_grounding(totals),
         (
             "groups that cannot help",
             _percent(totals["all_right_groups"] + totals["all_wrong_groups"], groups),
@@ -142,6 +144,20 @@ def _overview(result: Mapping[str, Any], totals: Figures, width: int) -> Table:
     ):
         table.add_row(name, value, *([note] if width >= _NOTES_FROM else []))
     return table
+
+
+def _grounding(totals: Figures) -> Iterator[tuple[str, str, str]]:
+    """Rows of the overview on whether tools found the answer; none where that cannot be told of any rollout."""
+    told = totals["told_trajectories"]
+    if not told:
+        return
+    yield "grounding can be told", _percent(told, totals["trajectories"]), "of rollouts: did a tool find the answer?"
+    for name, part, whole, note in (
+        ("  successes that are grounded", "grounded_successes", "told_successes", "the others guessed, or knew"),
+        ("  failures that are grounded", "grounded_failures", "told_failures", "found and not given: reading"),
+        ("  never found", "never_found_trajectories", "told_trajectories", "in no tool's answer: searching"),
+    ):
+        yield name, _percent(totals[part], totals[whole]), note
 
 
 def _fitted(
@@ -194,6 +210,7 @@ def _cells(figures: Figures) -> dict[str, str]:
         "similarity": _number(figures["similarity"]),
         "support": _number(figures["support"]),
         "tokens": _percent(figures["token_share"]),
+        "found": _percent(figures["found_answers"], figures["told_answers"]),
     }
 
 

@@ -8,6 +8,8 @@
  * @property {string} tool
  * @property {Record<string, unknown>} arguments
  * @property {string | null} result
+ * @property {boolean | null} [seen] the result held an accepted answer; null: it cannot be told
+ * @property {string | null} [found] that answer, as it stands there
  * @property {boolean} ok
  * @property {string} status
  * @property {"witness" | "failing" | "none"} role
@@ -26,7 +28,7 @@
  * @property {[number, number] | null} call_span
  * @property {{ trajectory: number, call: number } | null} witness of a matched call, and below theta the nearest call
  *
- * @typedef {{ name: string, score: number, success: boolean, advantage: number, text: string, calls: Call[] }} Trajectory
+ * @typedef {{ name: string, score: number, success: boolean, grounded?: boolean | null, advantage: number, text: string, calls: Call[] }} Trajectory
  * @typedef {{ step: number, uid: string, prompt: string, ground_truth: unknown, interest: number, trajectories: Trajectory[] }} Group
  * @typedef {{ group: number, trajectory: number | null, call: number | null }} Place
  *
@@ -39,6 +41,7 @@
  * @property {string} gate
  * @property {string} role
  * @property {string} success "yes", "no" or ""
+ * @property {string} grounding "true", "false", "null" or ""
  */
 
 /** @type {Record<string, string>} */
@@ -50,6 +53,8 @@ const GATES = {
 };
 /** @type {Record<string, string>} */
 const ROLES = { failing: "failing", witness: "witness", none: "takes no part" };
+/** Whether a rollout's tools found an accepted answer. @type {Record<string, string>} */
+const GROUNDINGS = { true: "grounded", false: "ungrounded", null: "cannot tell" };
 const GATE_SIGNS = { corrected: "▲", below_alpha: "◇", below_theta: "≠", no_witness: "○", "": "" };
 
 const GROUPS_PER_PAGE = 20;
@@ -149,12 +154,13 @@ function asksForCalls({ tool, gate, role }) {
  */
 function matching(group, filter) {
   if (filter.step && String(group.step) !== filter.step) return [];
-  const { search, success } = filter;
+  const { search, success, grounding } = filter;
   const byCall = asksForCalls(filter);
   const inPrompt = search?.test(group.prompt) || search?.test(plain(group.ground_truth));
   return group.trajectories.filter(
-    ({ success: right, calls, text }) =>
+    ({ success: right, grounded = null, calls, text }) =>
       (!success || right === (success === "yes")) &&
+      (!grounding || String(grounded) === grounding) &&
       (!byCall || calls.some((call) => callMatches(call, filter))) &&
       (!search || inPrompt || search.test(text) || calls.some((call) => callHas(call, search))),
   );
@@ -208,7 +214,7 @@ class Browser {
     this.groups = groups;
     this.settings = settings;
     /** @type {Filter} */
-    this.filter = { search: null, step: "", tool: "", gate: "", role: "", success: "" };
+    this.filter = { search: null, step: "", tool: "", gate: "", role: "", success: "", grounding: "" };
     /** Positions of the groups that match, the most interesting first. @type {number[]} */
     this.listed = [];
     this.page = 0;
@@ -481,7 +487,8 @@ class Browser {
    * @param {number} t
    */
   rollout(trajectory, group, t) {
-    const { text, calls, success } = trajectory;
+    const { text, calls, success, grounded = null } = trajectory;
+    const answer = answersFor(calls.map(({ found }) => found));
     const [isMatch, companion] = [this.matched.has(t), this.companions.has(t)];
     const { search } = this.filter;
     const id = `g${group}t${t}`;
@@ -496,7 +503,7 @@ class Browser {
       const [start, end] = (turn[0].call.span ?? [0, 0]).map(position);
       const between = text.slice(at, start);
       const where = { group, t, start: Math.max(start, at), end, position };
-      const draw = (/** @type {boolean} */ whole) => [between ? this.between(between) : null, this.turn(trajectory, turn, { ...where, isOpen: whole ? () => true : isOpen })];
+      const draw = (/** @type {boolean} */ whole) => [between ? this.between(between, answer) : null, this.turn(trajectory, turn, { ...where, isOpen: whole ? () => true : isOpen })];
       if (turn.some(({ c }) => isOpen(c))) row.add(...draw(false));
       else row.fold({ calls: turn, said: between + text.slice(where.start, end), draw: () => draw(true) });
       at = Math.max(at, end);
@@ -506,11 +513,11 @@ class Browser {
     if (left > 0) body.append(this.more(counted(left, "call"), { group, trajectory: t, call: drawn }));
     const rest = text.slice(at);
     const spoken = at ? rest.lastIndexOf("assistant\n") : -1;
-    const answer = spoken < 0 ? rest : rest.slice(spoken + "assistant\n".length);
-    if (spoken > 0) body.append(this.between(rest.slice(0, spoken)));
-    if (answer.trim()) {
+    const last = spoken < 0 ? rest : rest.slice(spoken + "assistant\n".length);
+    if (spoken > 0) body.append(this.between(rest.slice(0, spoken), answer));
+    if (last.trim()) {
       const block = html("section", { class: "turn" }, html("h5", {}, "Last turn"), advantage(trajectory.advantage, trajectory.advantage));
-      block.append(longText(answer.trim(), { search, label: "last turn" }));
+      block.append(longText(last.trim(), { search, label: "last turn" }));
       body.append(tint(block, trajectory.advantage, trajectory.advantage));
     }
     return html(
@@ -521,6 +528,7 @@ class Browser {
         {},
         html("h4", { id, tabindex: -1 }, `Rollout ${t + 1}`, html("span", { class: success ? "verdict right" : "verdict wrong" }, success ? "✓ right" : "✗ wrong")),
         html("p", { class: "facts" }, `score ${decimal(trajectory.score)} · `, advantage(trajectory.advantage, trajectory.advantage), !isMatch && companion && " · to compare"),
+        grounded !== null && html("p", { class: "facts" }, grounded ? "grounded: a tool found the answer" : "ungrounded: no tool’s answer held the answer"),
         !isMatch && !companion && html("p", { class: "facts" }, "does not match the filters"),
         html("p", { class: "uid" }, shown(cut(trajectory.name, 200))),
       ),
@@ -546,11 +554,12 @@ class Browser {
   /**
    * What stands between two turns with calls: tool results, mostly.
    * @param {string} text
+   * @param {RegExp | null} answer
    */
-  between(text) {
-    const hit = this.filter.search?.test(text) ? ", a match" : "";
+  between(text, answer) {
+    const hit = (answer?.test(text) ? ", the answer" : "") + (this.filter.search?.test(text) ? ", a match" : "");
     const part = folded(`Text between, ${counted(text.length, "character")}${hit}`, () =>
-      longText(text, { search: this.filter.search, label: "text between turns" }),
+      longText(text, { search: this.filter.search, answer, label: "text between turns" }),
     );
     part.classList.add("between");
     return part;
@@ -655,6 +664,7 @@ class Browser {
         { class: "state" },
         html("span", { class: "badge" }, stateOf(call)),
         call.lucky && html("span", { class: "badge broken" }, "⚠ lucky witness"),
+        call.seen && html("span", { class: "badge held" }, "✓ found the answer"),
         call.inexact && html("span", { class: "badge" }, "≈ only similar"),
         !call.ok && html("span", { class: "badge broken" }, "✗ ", spelled(cut(call.status, 80).replaceAll("_", " "))),
         advantage(call.before, call.after),
@@ -665,7 +675,7 @@ class Browser {
       this.figures(call, place),
       this.witnessOf(call, place),
       this.heardBy(place),
-      call.result !== null && call.result !== "" && html("div", { class: "result" }, html("h6", {}, "Result"), longText(call.result, { limit: 220, search, label: "result" })),
+      call.result !== null && call.result !== "" && html("div", { class: "result" }, html("h6", {}, "Result"), longText(call.result, { limit: 220, search, answer: answersFor([call.found]), label: "result" })),
       raw !== "" && folded("As written", () => longText(raw, { search, label: "call" })),
     );
     return tint(card, call.before, call.after);

@@ -55,6 +55,7 @@ function connectFilters(browser, groups) {
   offer("filter-gate", "any", [...Object.entries(GATES), ["lucky", "with lucky witnesses"], ["inexact", "only similar to a witness"]]);
   offer("filter-role", "any", Object.entries(ROLES));
   offer("filter-success", "any", [["yes", "right"], ["no", "wrong"]]);
+  offer("filter-grounding", "any", Object.entries(GROUNDINGS));
 
   const form = /** @type {HTMLFormElement} */ (byId("filters"));
   const value = (/** @type {string} */ id) => /** @type {HTMLInputElement | HTMLSelectElement} */ (byId(id)).value;
@@ -66,6 +67,7 @@ function connectFilters(browser, groups) {
       gate: value("filter-gate"),
       role: value("filter-role"),
       success: value("filter-success"),
+      grounding: value("filter-grounding"),
     });
     browser.reopen();
   };

@@ -22,6 +22,8 @@
  * @property {number | null} lift
  * @property {number} failed_calls
  * @property {number} malformed_calls
+ * @property {number} [told_answers]
+ * @property {number} [found_answers]
  *
  * @typedef {{ beta: number, theta: number, alpha_min: number, corrected_steps: number, token_share: number | null,
  *   mean_lifted_advantage: number | null }} Sweep
@@ -381,11 +383,12 @@ function drawTools({ tools }) {
   byId("tools").append(
     !rows.length ? html("p", { class: "lead" }, "No rollout calls a tool.") : table(
       "Calls by tool, most used first",
-      ["Tool", "Calls", "Failed", "In failing rollouts", "Misassigned", "Corrected", "Similarity", "Support", "Alpha", "Lift"],
+      ["Tool", "Calls", "Failed", "Found the answer", "In failing rollouts", "Misassigned", "Corrected", "Similarity", "Support", "Alpha", "Lift"],
       rows.map(([tool, f]) => [
         cut(tool, 120),
         count(f.calls),
         percent(share(f.failed_calls, f.calls)),
+        percent(share(f.found_answers, f.told_answers)),
         count(f.failing_steps),
         percent(share(f.misassigned_steps, f.failing_steps)),
         percent(share(f.corrected_steps, f.failing_steps)),

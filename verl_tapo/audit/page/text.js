@@ -83,19 +83,21 @@ function cut(text, size) {
 }
 
 /**
- * Untrusted text with invisible characters as visible marks and what is searched for highlighted.
+ * Untrusted text with invisible characters as visible marks, and the accepted answer and what is searched for highlighted.
  * @param {string} text
  * @param {RegExp | null} [search]
+ * @param {RegExp | null} [answer]
  */
-function shown(text, search = null) {
-  const pattern = new RegExp(search ? `${INVISIBLE.source}|${search.source}` : INVISIBLE, "giu");
+function shown(text, search = null, answer = null) {
+  const sought = [answer, search].map((one) => (one ? `(${one.source})` : "(?!)()"));
+  const pattern = new RegExp(`${INVISIBLE.source}|${sought.join("|")}`, "giu");
   const fragment = document.createDocumentFragment();
   let at = 0;
   for (const match of text.matchAll(pattern)) {
     fragment.append(text.slice(at, match.index));
-    const [found] = match;
+    const [found, isAnswer] = match;
     if (INVISIBLE.test(found)) fragment.append(html("span", { class: "invisible" }, codeName(found)));
-    else fragment.append(html("mark", {}, found));
+    else fragment.append(html("mark", { class: isAnswer ? "answer" : null }, found));
     at = match.index + found.length;
   }
   fragment.append(text.slice(at));
@@ -105,9 +107,9 @@ function shown(text, search = null) {
 /**
  * Untrusted text of any length: the beginning, and a button that shows more, a piece at a time.
  * @param {string} text
- * @param {{ limit?: number, search?: RegExp | null, label?: string }} [options]
+ * @param {{ limit?: number, search?: RegExp | null, answer?: RegExp | null, label?: string }} [options]
  */
-function longText(text, { limit = 600, search = null, label = "text" } = {}) {
+function longText(text, { limit = 600, search = null, answer = null, label = "text" } = {}) {
   const PIECE = 20_000;
   const box = html("div", { class: "text", dir: "auto" });
   let at = 0;
@@ -115,11 +117,12 @@ function longText(text, { limit = 600, search = null, label = "text" } = {}) {
   const extend = (size) => {
     let end = text.length - at < size * 1.2 ? text.length : at + size; // no button for a few words
     if (/[\ud800-\udbff]/.test(text.charAt(end - 1))) end++; // not through a surrogate pair
-    box.append(shown(text.slice(at, end), search));
+    box.append(shown(text.slice(at, end), search, answer));
     at = end;
     if (at >= text.length) return;
     const left = text.length - at;
-    const hit = search?.test(text.slice(at)) ? ", a match among them" : "";
+    const hits = [answer?.test(text.slice(at)) && "the answer", search?.test(text.slice(at)) && "a match"].filter(Boolean);
+    const hit = hits.length ? `, ${hits.join(" and ")} among them` : "";
     const more = html("button", { type: "button", class: "more" }, `Show more (${count(left)} characters left${hit})`);
     more.setAttribute("aria-label", `Show more of the ${label}, ${count(left)} characters left${hit}`);
     more.addEventListener("click", () => {
@@ -140,6 +143,24 @@ function longText(text, { limit = 600, search = null, label = "text" } = {}) {
  */
 function searchFor(words) {
   return words ? new RegExp(words.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"), "iu") : null;
+}
+
+/** Of scripts in which spaces mark no words. */
+const ALONE = "[\\p{sc=Han}\\p{sc=Hira}\\p{sc=Kana}\\p{sc=Hang}\\p{sc=Thai}\\p{sc=Lao}\\p{sc=Mymr}\\p{sc=Khmr}]";
+const IN_WORD = `(?!${ALONE})[\\p{L}\\p{N}]`;
+
+/**
+ * What finds accepted answers in texts as whole words, as they stand there; null for none.
+ * @param {(string | null | undefined)[]} answers
+ */
+function answersFor(answers) {
+  const [begins, ends] = [new RegExp(`^${IN_WORD}`, "u"), new RegExp(`${IN_WORD}$`, "u")];
+  const patterns = [...new Set(answers)].map((answer) => {
+    const quoted = searchFor(answer ?? "")?.source;
+    return quoted && `${begins.test(answer ?? "") ? `(?<!${IN_WORD})` : ""}${quoted}${ends.test(answer ?? "") ? `(?!${IN_WORD})` : ""}`;
+  });
+  const sought = patterns.filter(Boolean);
+  return sought.length ? new RegExp(sought.join("|"), "iu") : null;
 }
 
 /** @param {number | null | undefined} value */
