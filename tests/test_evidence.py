@@ -110,6 +110,34 @@ def test_the_forms_of_ground_truth(ground_truth):
     assert evidence_of(ground_truth) is evidence_of(ground_truth)
 
 
+@pytest.mark.parametrize(
+    ("answer", "text", "found"),
+    [
+        ("Kinshasa", "Kinshasans say that (Kinshasa) is it, Kinshasa.", "Kinshasa"),
+        ("Kinshasa", "the KINSHASA\u2019s mayor", "KINSHASA"),
+        ("Sao Paulo", "In São\nPaulo, Brazil", "São\nPaulo"),
+        ("1234567", "12345678, or 1,234,567 people", "1,234,567"),
+        ("東京", "日本の首都は東京です", "東京"),
+        ("C++ language", "C language: the C++ language.", "C++ language"),
+        ("Kinshasa", "word " * (LONGEST_TEXT // 5 + 10) + "Kinshasa", None),
+        ("Kinshasa", "Lima", None),
+        ("yes", "yes", None),
+    ],
+)
+def test_where_it_stands(answer, text, found):
+    evidence = Evidence(["another answer", answer])
+    place = evidence.place_in(text)
+    assert (None if place is None else text[slice(*place)]) == found
+
+
+@given(st.lists(st.sampled_from(["Kinshasa", " ", "a", "\n", "東", "京", "1", ",", ".", "'s", "x" * 50, "É"]), max_size=30))
+def test_what_is_found_has_a_place(parts):
+    text, evidence = "".join(parts), Evidence(["Kinshasa", "東京", "É" * 5])
+    place = evidence.place_in(text)
+    assert (place is not None) == (evidence.seen_in(text) is True)
+    assert place is None or evidence.seen_in(text[slice(*place)]) is True
+
+
 def test_long_texts_are_searched_up_to_a_limit():
     far = "word " * (LONGEST_TEXT // 5 + 10) + "Kinshasa"
     assert Evidence(["Kinshasa"]).seen_in(far) is None

@@ -31,6 +31,27 @@ def grounded(holder: IntArray, seen: IntArray, rollouts: int) -> IntArray:
     return np.where((most == SEEN) | (least > UNKNOWN), most, UNKNOWN)
 
 
+def shares(state: IntArray, success: BoolArray) -> dict[str, float]:
+    """What is said of T rollouts by whether they are grounded; a share of none is left out.
+
+    Args:
+        state: (T,) see `grounded`.
+        success: (T,) ``y``.
+
+    Returns:
+        ``told``: the share of which it can be told; of these, ``grounded_successes`` and ``grounded_failures``: of
+        successes and failures those that are grounded, and ``never_found``: those that are not.
+    """
+    told, found = state != UNKNOWN, state == SEEN
+    parts = {
+        "told": (told, np.ones_like(told)),
+        "grounded_successes": (told & success & found, told & success),
+        "grounded_failures": (told & ~success & found, told & ~success),
+        "never_found": (told & ~found, told),
+    }
+    return {name: float(part.sum() / whole.sum()) for name, (part, whole) in parts.items() if whole.any()}
+
+
 def successes(batch: Batch, cfg: TapoConfig) -> BoolArray:
     """(T,) the rollouts that make witnesses (part 1) and count in the support (part 5); ``grounding.witnesses`` leaves
     out those that are ungrounded: they were lucky."""

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_tapo.rule.arrays import numbered
-from verl_tapo.rule.grounding import grounded
+from verl_tapo.rule.grounding import grounded, shares
 from verl_tapo.rule.report import metric_word
-from verl_tapo.rule.steps import SEEN, SIGHTS, UNKNOWN, UNSEEN, ToolStep
+from verl_tapo.rule.steps import SIGHTS, ToolStep
 from verl_tapo.trainer.rollout import Rollout
 
 _TOOLS = 20
@@ -35,14 +35,7 @@ def grounding_metrics(rollout: Rollout, success: npt.NDArray[np.bool_], steps: S
     holder = np.array([of_row[step.row] for step in steps], dtype=np.int64)
     seen = np.array([SIGHTS[step.seen] for step in steps], dtype=np.int64)
     state = grounded(holder, seen, int(of_row.max()) + 1)[rollouts]
-    y = success[real[first]]
-    told = state != UNKNOWN
-    metrics = {"tapo/grounding/told": float(told.mean())}
-    for name, of in (("successes", told & y), ("failures", told & ~y)):
-        if of.any():
-            metrics[f"tapo/grounding/grounded_{name}"] = float((state[of] == SEEN).mean())
-    if told.any():
-        metrics["tapo/grounding/never_found"] = float((state[told] == UNSEEN).mean())
+    metrics = {f"tapo/grounding/{name}": share for name, share in shares(state, success[real[first]]).items()}
     calls = Counter(step.tool for step in steps if step.ok and step.seen is not None)
     finds = Counter(step.tool for step in steps if step.ok and step.seen)
     # A model may invent any number of names: only the most used tools become curves.
