@@ -18,7 +18,7 @@ import pytest
 from flags_and_facts.model import CHAT_TEMPLATE
 from jinja2 import Environment
 from multimodal_search import evaluation_stand_ins
-from multimodal_search.evaluation_server import SCRIPTS, ZOOMS, Server
+from multimodal_search.evaluation_server import SCRIPTS, ZOOMS, Server, answer, search
 from PIL import Image
 from search_agent.evaluate import __main__ as command
 from search_agent.evaluate.questions import read_questions
@@ -248,6 +248,41 @@ def test_results(stand_ins, folder, server, capsys):
     assert text.startswith("# tapo\n")
     assert "| FVQA-test | 4 | 75.00 | 30.06 to 95.44 | 0.50 |" in text
     assert "**62.50**" in text
+
+
+def test_what_the_tools_found(stand_ins, folder, server, monkeypatch):
+    """As training's metrics have it; a question without calls says nothing, nor does one with images only."""
+    plays = {"misread": (2, "nonsense"), "lost": (3, "nonsense"), "guess": (3, "value 2")}
+    for play, (fact, said) in plays.items():
+        monkeypatch.setitem(SCRIPTS, play, [search(f"fact {fact}"), answer(said)])
+        monkeypatch.setitem(TRUTH, play, 2)
+    data = write(folder, [row(number, play) for number, play in enumerate(["search", "direct", "zooms", *plays])])
+    assert command.main(arguments(folder, data, server.url)) == 0
+    found = json.loads((folder / "out" / "results.json").read_text())
+    expected = {"told": 4 / 6, "grounded_successes": 1 / 2, "grounded_failures": 1 / 2, "never_found": 2 / 4}
+    assert found["all"]["grounding"] == found["benchmarks"]["FVQA-test"]["grounding"] == pytest.approx(expected)
+    assert found["tools"]["text_search"]["found"] == 2 / 4
+    assert found["tools"]["zoom"]["found"] is None
+    text = (folder / "out" / "results.md").read_text()
+    assert "| FVQA-test | 66.67 | 50.00 | 50.00 | 50.00 |" in text
+    entry = next(entry for entry in transcripts(folder).values() if entry["tapo_steps"]["steps"])
+    assert all("seen" not in json.dumps(message) for message in entry["messages"])
+
+
+def test_transcripts_of_before_say_nothing_of_what_was_found(stand_ins, folder, server):
+    data = write(folder, [row(1, "search"), row(2, "silly")])
+    assert command.main(arguments(folder, data, server.url)) == 0
+    path = folder / "out" / "transcripts.jsonl"
+    entries = lines(path)
+    assert sorted(step["seen"] for entry in entries for step in entry["tapo_steps"]["steps"]) == [False, True]
+    for entry in entries:
+        for step in entry["tapo_steps"]["steps"]:
+            del step["seen"]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert command.main(arguments(folder, data, server.url)) == 0
+    found = json.loads((folder / "out" / "results.json").read_text())
+    assert found["all"]["grounding"] == {"told": 0.0}
+    assert "Grounded:" not in (folder / "out" / "results.md").read_text()
 
 
 @pytest.mark.parametrize("play", ["500", "hang", "outage", "refuses", "judge"])

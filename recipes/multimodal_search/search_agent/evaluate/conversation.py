@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from search_backends.chat.model import ChatModel
 from search_backends.errors import InfrastructureError, ModelError
 from search_backends.evaluation.loop import Undone
 from search_backends.toolbox import Toolbox
+from verl_tapo.answers.evidence import evidence_of
 from verl_tapo.calls.call import CallStatus, fault_of
 from verl_tapo.calls.limits import CallCount, CallLimits, failed, refused, strip_control, unreadable
 from verl_tapo.records import CallRecord, TrajectoryRecord
@@ -139,6 +141,9 @@ async def converse(question: Question, agent: Agent) -> Conversation:
             messages += answers(calls, contents)
     except InfrastructureError as error:
         raise Undone(str(error), talk.record.to_dict()["steps"]) from error
+    for record in talk.record.steps:
+        if record.status != "ok":
+            record.seen = evidence_of(question.ground_truth).no_sight
     talk.record.images = await asyncio.to_thread(lambda: [content_hash(image) for image in pictures.images])
     return talk
 
@@ -197,6 +202,8 @@ async def _run(
     record.status, record.metrics = answer.status, dict(answer.metrics)
     if fault_of({"status": record.status, "metrics": record.metrics}) == "infrastructure":
         raise InfrastructureError(f"{call.tool}: {answer.text[:300]}")
+    looking = partial(evidence_of(question.ground_truth).sight, images=bool(answer.images))
+    record.seen = await asyncio.to_thread(looking, call.arguments, answer.text)
     content = []
     for image in answer.images:
         record.produced.append(len(pictures.images))

@@ -7,9 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from search_backends.evaluation.statistics import wilson
 from search_backends.evaluation.tables import order, percent, table
 from verl_tapo.calls.call import fault_of
+from verl_tapo.rule.grounding import grounded, shares
+from verl_tapo.rule.steps import SIGHTS
+from verl_tapo.settings import TapoSettings
 
 _EXECUTED = ("ok", "error", "timeout")
 # The names in such calls are the model's own: they are no tools, whatever they spell.
@@ -41,8 +46,17 @@ def _summary(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "completion_tokens": _mean(entry["completion_tokens"] for entry in entries),
         "seconds": _mean(entry["seconds"] for entry in entries),
         "model_faults": _mean(sum(fault_of(step) == "model" for step in _steps(entry)) for entry in entries),
+        "grounding": _grounding(entries),
         "endings": dict(sorted(Counter(entry["ending"] for entry in entries).items())),
     }
+
+
+def _grounding(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Whether the tools' answers held an accepted answer, as in training's metrics ``tapo/grounding/``."""
+    sights = [(row, SIGHTS[step.get("seen")]) for row, entry in enumerate(entries) for step in _steps(entry)]
+    holder, seen = np.array(sights, dtype=np.int64).reshape(-1, 2).T
+    success = np.array([entry["acc"] >= TapoSettings.success_threshold for entry in entries], dtype=bool)
+    return shares(grounded(holder, seen, len(entries)), success)
 
 
 def _of_tool(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -51,8 +65,10 @@ def _of_tool(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     faults = Counter(fault_of(step) for step in executed)
     fetched = sum(step["status"] == "ok" for step in executed)
     hits = [step["metrics"]["cache_hit"] for step in executed if "cache_hit" in step["metrics"]]
+    told = [step["seen"] for step in executed if step["status"] == "ok" and step.get("seen") is not None]
     return {
         "calls": len(executed),
+        "found": _mean(told) if told else None,
         "fetch_success": fetched / (fetched + faults["infrastructure"]) if fetched + faults["infrastructure"] else None,
         "model_faults": sum(fault_of(step) == "model" for step in steps),
         "infrastructure_faults": faults["infrastructure"],
@@ -98,6 +114,21 @@ def results(
     }
 
 
+def _grounding_table(found: Mapping[str, Any]) -> list[str]:
+    """What the tools found, by benchmark; nothing where that cannot be told."""
+    if not found["all"]["grounding"].get("told"):
+        return []
+    summaries = {**found["benchmarks"], "**all**": found["all"]}
+    names = ("told", "grounded_successes", "grounded_failures", "never_found")
+    rows = [[name, *(percent(of["grounding"].get(each)) for each in names)] for name, of in summaries.items()]
+    return [
+        table(["benchmark", "told", "grounded successes", "grounded failures", "never found"], rows),
+        "Grounded: a tool's answer held an accepted answer, in per cent of the questions of which that can be told. A "
+        "failure that is grounded is a reading problem, what is never found a search problem; a success that is not "
+        "grounded was guessed, or known.",
+    ]
+
+
 def markdown(found: Mapping[str, Any]) -> str:
     """`results` for people."""
     tools = sorted(found["tools"])
@@ -127,12 +158,13 @@ def markdown(found: Mapping[str, Any]) -> str:
     if tools:
         parts.append(
             table(
-                ["tool", "calls", "fetched", "from the cache", "model's faults", "seconds"],
+                ["tool", "calls", "fetched", "found the answer", "from the cache", "model's faults", "seconds"],
                 [
                     [
                         name,
                         str(of["calls"]),
                         percent(of["fetch_success"]),
+                        percent(of["found"]),
                         percent(of["cache_hits"]),
                         str(of["model_faults"]),
                         f"{of['latency_s']:.2f}",
@@ -141,8 +173,12 @@ def markdown(found: Mapping[str, Any]) -> str:
                 ],
             )
         )
-        parts.append("Fetched: calls that were answered, of those that the model made correctly, in per cent.")
+        parts.append(
+            "Fetched: calls that were answered, of those that the model made correctly, in per cent. Found the answer: "
+            "answers that held an accepted answer."
+        )
     everything = found["all"]
+    parts += _grounding_table(found)
     endings = ", ".join(f"{name} {count}" for name, count in everything["endings"].items())
     parts.append(
         f"Endings: {endings or 'none'}. Tokens for a question: {everything['prompt_tokens']:.0f} read, "
