@@ -130,7 +130,9 @@ def test_where_it_stands(answer, text, found):
     assert (None if place is None else text[slice(*place)]) == found
 
 
-@given(st.lists(st.sampled_from(["Kinshasa", " ", "a", "\n", "東", "京", "1", ",", ".", "'s", "x" * 50, "É"]), max_size=30))
+@given(
+    st.lists(st.sampled_from(["Kinshasa", " ", "a", "\n", "東", "京", "1", ",", ".", "'s", "x" * 50, "É"]), max_size=30)
+)
 def test_what_is_found_has_a_place(parts):
     text, evidence = "".join(parts), Evidence(["Kinshasa", "東京", "É" * 5])
     place = evidence.place_in(text)
