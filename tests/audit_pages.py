@@ -153,6 +153,7 @@ def _judge(call: dict[str, Any], holder: Any, siblings: list[Any], winners: list
     call.update(
         role="none",
         gate="",
+        matched=False,
         similarity=None,
         support=None,
         alpha=None,
@@ -187,6 +188,7 @@ def _judge(call: dict[str, Any], holder: Any, siblings: list[Any], winners: list
         return
     call["alpha"] = similarity * support
     call["gate"] = "corrected" if call["alpha"] >= ALPHA_MIN else "below_alpha"
+    call["matched"] = True
     if call["gate"] == "corrected":
         call["transfer"] = BETA * call["alpha"] * reference
         call["after"] = min(0.0, advantage + call["transfer"])

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from verl_tapo.audit import audit
 from verl_tapo.audit.html import write_report
 from verl_tapo.audit.units import percent, points
+from verl_tapo.rule import figures as meaning
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -338,6 +339,20 @@ def test_headline_warnings_plots_and_tables(open_report: Any) -> None:
     assert "(in use)" in page.locator("#sweeps tr[aria-current]").inner_text()
     size = page.locator("#colophon").inner_text()
     assert re.search(r"This file: \d+ kB, with 12 prompt groups and 96 rollouts of 96 to read", size)
+
+
+@needs_browser
+def test_the_columns_of_tools_are_figures(open_report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is added to them is a column, too."""
+    before = open_report(audit_result()).page.locator("#tools thead th").all_inner_texts()
+    made_up = meaning.Figure("made_up", "made_up_steps", "failing_steps", "made up", column="made up")
+    monkeypatch.setattr(meaning, "FIGURES", [*meaning.FIGURES, made_up])
+    result = audit_result()
+    for of in result["tools"].values():
+        of.update(failing_steps=8, made_up_steps=2)
+    page = open_report(result).page
+    assert page.locator("#tools thead th").all_inner_texts() == [*before, "Made up"]
+    assert page.locator("#tools tbody td:last-child").all_inner_texts() == ["25 %"] * 3
 
 
 @needs_browser

@@ -19,7 +19,7 @@ import pandas as pd
 from flags_and_facts.world import load_world
 
 from verl_tapo.audit import audit
-from verl_tapo.rule.report import EQUAL
+from verl_tapo.rule.figures import EQUAL
 
 ENDS = 5  # steps
 

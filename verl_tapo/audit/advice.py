@@ -10,20 +10,15 @@ from typing import Literal, NamedTuple, TypeAlias
 from verl_tapo.audit.analysis import Counts
 from verl_tapo.audit.sources import Problems
 from verl_tapo.audit.units import percent, points
+from verl_tapo.rule import figures as meaning
+from verl_tapo.rule.figures import ROUNDING
 from verl_tapo.settings import TapoSettings
 
 Level: TypeAlias = Literal["info", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 
 _ENOUGH = 20  # calls, or steps, before a share says something
-_ROUNDING = 1e-9
-_INEXACT = 0.2
-_UNGROUNDED = 0.5
-_UNREAD = 0.3
-_NEVER_FOUND = 0.5
 _UNCLEAR = 0.05
-_LUCKY = 0.1
-"""Of matched calls; at most 0.05 in healthy worlds, 0.16 where successes are guesses (docs/evidence.md)"""
 
 
 @dataclass
@@ -79,6 +74,10 @@ def find_warnings(
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
+
+
+def _beyond(figure: meaning.Figure) -> float:
+    return math.inf if figure.beyond is None else figure.beyond
 
 
 def _counted(number: int, what: str) -> str:
@@ -247,7 +246,7 @@ def _about_tools(totals: Counts, tools: Mapping[str, Counts], settings: TapoSett
         if calls < _ENOUGH or counts["malformed_calls"] == calls:
             continue
         failed = _share(counts["failed_calls"] - counts["unanswered_calls"], calls)
-        if failed > 0.2:
+        if failed > _beyond(meaning.named("failed_calls")):
             yield Warned(
                 "failing_tool",
                 "warning",
@@ -276,7 +275,7 @@ def _about_transfer(totals: Counts, tally: Tally, settings: TapoSettings) -> Ite
     if totals["reference_groups"] and matched >= _ENOUGH:
         lift = totals["lift_sum"] / totals["reference_groups"]
         lucky = _share(totals["lucky_steps"], matched)
-        if lift < -_ROUNDING or lucky > _LUCKY:
+        if lift < -ROUNDING or lucky > _beyond(meaning.named("lucky_steps")):
             yield Warned(
                 "lucky_witnesses",
                 "warning",
@@ -319,7 +318,7 @@ def _about_similarity(tools: Mapping[str, Counts], settings: TapoSettings) -> It
     for tool, counts in tools.items():
         matched = counts["misassigned_steps"]
         inexact = _share(counts["inexact_steps"], matched)
-        if matched >= _ENOUGH and inexact > _INEXACT:
+        if matched >= _ENOUGH and inexact > _beyond(meaning.named("inexact_steps")):
             yield Warned(
                 "inexact_matches",
                 "info",
@@ -334,7 +333,7 @@ def _about_similarity(tools: Mapping[str, Counts], settings: TapoSettings) -> It
 def _about_grounding(totals: Counts) -> Iterator[Warned]:
     successes, failures, told = (totals[f"told_{name}"] for name in ("successes", "failures", "trajectories"))
     ungrounded = 1 - _share(totals["grounded_successes"], successes)
-    if successes >= _ENOUGH and ungrounded > _UNGROUNDED:
+    if successes >= _ENOUGH and ungrounded > _beyond(meaning.GROUNDED_SUCCESSES):
         yield Warned(
             "ungrounded_successes",
             "info",
@@ -343,16 +342,16 @@ def _about_grounding(totals: Counts) -> Iterator[Warned]:
             "'Grounding: ungrounded'), and see algorithm.tapo.grounding.",
         )
     unread = _share(totals["grounded_failures"], failures)
-    if failures >= _ENOUGH and unread > _UNREAD:
+    if failures >= _ENOUGH and unread > _beyond(meaning.GROUNDED_FAILURES):
         yield Warned(
             "unread_answers",
             "info",
-            f"{percent(unread)} of the failures had found the answer and did not give it: a reading problem.",
+            f"{percent(unread)} {meaning.GROUNDED_FAILURES.sentence}.",
             "Read some (filter 'Grounding: grounded' and 'Rollout: wrong'; the answer is marked). Is it deep in a long "
             "text, cut off, or written otherwise than the reward accepts?",
         )
     never = _share(totals["never_found_trajectories"], told)
-    if told >= _ENOUGH and never > _NEVER_FOUND:
+    if told >= _ENOUGH and never > _beyond(meaning.NEVER_FOUND):
         yield Warned(
             "never_found",
             "info",

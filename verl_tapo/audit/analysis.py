@@ -17,13 +17,12 @@ import numpy.typing as npt
 import torch
 
 from verl_tapo.audit.model import Call, StepBatch, Trajectory
+from verl_tapo.rule import figures as meaning
 from verl_tapo.rule.config import TapoConfig
 from verl_tapo.rule.credit import transfer_credit
-from verl_tapo.rule.report import EQUAL, CreditReport, StepCredit
-from verl_tapo.rule.steps import ToolStep
-
-MATCHED = ("corrected", "below_alpha")
-"""Gates of a misassigned step: it has an equivalent call in a successful rollout."""
+from verl_tapo.rule.figures import Facts
+from verl_tapo.rule.report import CreditReport, StepCredit
+from verl_tapo.rule.steps import SIGHTS, ToolStep
 
 
 class Counts(defaultdict[str, float]):
@@ -51,14 +50,11 @@ class JudgedCall(NamedTuple):
     """Whether its witnesses are, see `verl_tapo.rule.report.Lifts.lucky`."""
     only_success: bool
     """Whether its prompt group has one success, whose lift is never below 0: nothing tells there whether it is luck."""
+    inexact: bool
+    """Whether it is misassigned, and equal to none of its witnesses, only similar."""
     after: float
     """Advantage of its tokens under TAPO."""
     changed: bool
-
-    @property
-    def inexact(self) -> bool:
-        """Whether it is misassigned, and equal to none of its witnesses, only similar."""
-        return self.credit.gate in MATCHED and self.credit.similarity < EQUAL
 
 
 @dataclass
@@ -70,6 +66,8 @@ class StepAnalysis:
     calls: list[JudgedCall]
     lifts: list[tuple[str, float]]
     """Tool and lift of each matched reference group."""
+    facts: Facts | None = None
+    """What the rule found for `calls`; None where there are no trajectories."""
 
     def changed_size(self) -> int:
         """Policy tokens with another advantage, as far as the calls tell."""
@@ -79,6 +77,8 @@ class StepAnalysis:
         """All that can be counted; see `figures`."""
         trajectories = self.batch.trajectories
         counts = tally(self.calls, trajectories, self.cfg)
+        if self.facts is not None:
+            counts.add(meaning.counts_of(self.facts))
         for _, lift in self.lifts:
             counts.add({"reference_groups": 1, "lift_sum": lift})
         recorded = [trajectory.changed for trajectory in trajectories]
@@ -102,6 +102,8 @@ class StepAnalysis:
         for judged in self.calls:
             by_tool[judged.call.tool].append(judged)
         counts = {tool: tally(calls, _holders(calls), self.cfg) for tool, calls in by_tool.items()}
+        for tool, sums in meaning.counts_by_tool(self.facts).items() if self.facts is not None else ():
+            counts[tool].add(sums)
         for tool, lift in self.lifts:
             counts[tool].add({"reference_groups": 1, "lift_sum": lift})
         return counts
@@ -119,49 +121,25 @@ def _changed_size(calls: Iterable[JudgedCall], cfg: TapoConfig) -> int:
 
 
 def tally(calls: Sequence[JudgedCall], trajectories: Sequence[Trajectory], cfg: TapoConfig) -> Counts:
-    """Counts of some calls and their trajectories."""
+    """Counts of some calls and their trajectories, besides `verl_tapo.rule.figures.COUNTS`."""
     failing = [t for t in trajectories if not t.success and t.advantage < 0]
-    told = [(t.success, t.grounded) for t in trajectories if t.grounded is not None]
+    state = np.array([SIGHTS[t.grounded] for t in trajectories], dtype=np.int64)
+    success = np.array([t.success for t in trajectories], dtype=bool)
     counts = Counts(
         prompts=len({t.group for t in trajectories}),
-        trajectories=len(trajectories),
-        successes=sum(t.success for t in trajectories),
+        successes=int(success.sum()),
         failing_trajectories=len(failing),
-        misassigned_trajectories=len({j.place[0] for j in calls if j.credit.gate in MATCHED}),
+        misassigned_trajectories=len({j.place[0] for j in calls if j.credit.matched}),
         correctable_trajectories=len({j.place[0] for j in calls if j.credit.gate == "corrected"}),
-        told_trajectories=len(told),
-        told_successes=sum(success for success, _ in told),
-        grounded_successes=sum(success and grounded for success, grounded in told),
-        told_failures=sum(not success for success, _ in told),
-        grounded_failures=sum(not success and grounded for success, grounded in told),
-        never_found_trajectories=sum(not grounded for _, grounded in told),
         size=sum(t.size for t in trajectories),
         changed_size=_changed_size(calls, cfg),
-        calls=len(calls),
         penalty=-sum(t.advantage * t.size for t in failing),
     )
+    counts.add(meaning.counts_of_grounding(state, success))
     for judged in calls:
-        credit = judged.credit
-        counts["failed_calls"] += not judged.call.ok
         counts["malformed_calls"] += judged.call.status == "malformed"
         counts["unanswered_calls"] += judged.call.status == "unanswered"
-        if judged.call.ok and judged.call.seen is not None:
-            counts["told_answers"] += 1
-            counts["found_answers"] += judged.call.seen
-        counts["witness_steps"] += credit.role == "witness"
-        counts["failing_steps"] += credit.role == "failing"
-        if credit.gate:
-            counts[f"{credit.gate}_steps"] += 1
-        if credit.gate in MATCHED:
-            counts["misassigned_steps"] += 1
-            counts["lucky_steps"] += judged.lucky
-            counts["only_success_steps"] += judged.only_success
-            counts["inexact_steps"] += judged.inexact
-            counts["similarity_sum"] += credit.similarity
-            counts["support_sum"] += credit.support
-            counts["alpha_sum"] += credit.alpha
-            counts["reference_sum"] += credit.reference_advantage
-            counts["transfer_sum"] += credit.transfer
+        counts["only_success_steps"] += judged.credit.matched and judged.only_success
     counts["penalty_removed"] = _removed(calls, cfg)
     return counts
 
@@ -180,40 +158,32 @@ def _removed(calls: Iterable[JudgedCall], cfg: TapoConfig) -> float:
 
 _COUNTED = (
     "prompts trajectories successes failing_trajectories misassigned_trajectories correctable_trajectories calls "
-    "witness_steps failing_steps misassigned_steps corrected_steps below_alpha_steps below_theta_steps "
-    "no_witness_steps lucky_steps only_success_steps inexact_steps failed_calls malformed_calls unanswered_calls "
-    "single_groups all_right_groups all_wrong_groups reference_groups told_trajectories told_successes "
-    "grounded_successes told_failures grounded_failures never_found_trajectories told_answers found_answers"
+    "only_success_steps malformed_calls unanswered_calls single_groups all_right_groups all_wrong_groups "
+    "reference_groups told_trajectories told_successes grounded_successes told_failures grounded_failures "
+    "never_found_trajectories"
 ).split()
+_SHARES = {
+    "success_rate": ("successes", "trajectories"),
+    "token_share": ("changed_size", "size"),
+    "penalty_removed": ("penalty_removed", "penalty"),
+}
 
 
 def figures(counts: Mapping[str, float]) -> dict[str, float | None]:
     """Counts as they are, shares and means derived from them; None where there is nothing to divide by.
 
+    - those of `verl_tapo.rule.figures`: the counts of its shares, and the others' values
     - ``only_success_steps``: misassigned steps of prompt groups with one success, where no witness can be told lucky
-    - ``told_trajectories``: those of which it can be told whether they are grounded, see `verl_tapo.rule.grounding`;
-      ``never_found_trajectories``: the ungrounded of them; ``told_answers``, ``found_answers``: of tools, alike
-    - ``token_share``: of the policy's tokens, those whose advantage changes
     - ``penalty_removed``: of the sum of failing rollouts' negative advantages over their tokens, the part taken away
-    - ``similarity``, ``support``, ``alpha``, ``reference_advantage``: means over misassigned steps; ``transfer``: over
-      corrected ones
-    - ``lift``: mean over the matched reference groups, see `verl_tapo.rule.report.CreditReport.lifts`
     """
-
-    def share(part: str, whole: str) -> float | None:
-        return counts.get(part, 0) / counts[whole] if counts.get(whole) else None
-
+    counted = dict.fromkeys([*_COUNTED, *(name for name in meaning.COUNTS if not name.endswith("_sum"))])
     return {
-        **{name: int(counts.get(name, 0)) for name in _COUNTED},
-        "success_rate": share("successes", "trajectories"),
-        "token_share": share("changed_size", "size"),
-        "penalty_removed": share("penalty_removed", "penalty"),
-        "similarity": share("similarity_sum", "misassigned_steps"),
-        "support": share("support_sum", "misassigned_steps"),
-        "alpha": share("alpha_sum", "misassigned_steps"),
-        "reference_advantage": share("reference_sum", "misassigned_steps"),
-        "transfer": share("transfer_sum", "corrected_steps"),
-        "lift": share("lift_sum", "reference_groups"),
+        **{name: int(counts.get(name, 0)) for name in counted},
+        **{figure.name: figure.of(counts) for figure in meaning.FIGURES if figure.unit != "share"},
+        **{
+            name: counts.get(part, 0) / counts[whole] if counts.get(whole) else None
+            for name, (part, whole) in _SHARES.items()
+        },
     }
 
 
@@ -302,7 +272,7 @@ def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
     cells = _cells(trajectories)
     report = _apply(cells, trajectories, cfg)
     lifts = report.lifts()
-    lucky, lift = lifts.lucky.tolist(), lifts.lift.tolist()
+    lucky, lift, inexact = lifts.lucky.tolist(), lifts.lift.tolist(), report.facts.inexact.tolist()
     places = [(number, place) for number, t in enumerate(trajectories) for place in range(len(t.calls))]
     before = np.array([trajectories[number].advantage for number, _ in places])
     unit = cells.turn if cfg.token_scope == "step" else np.arange(len(places))
@@ -311,15 +281,16 @@ def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
     calls = []
     tools: dict[int, str] = {}
     successes = Counter(t.group for t in trajectories if t.success)
-    for place, credit, group, value in zip(places, report.steps, lifts.of_step.tolist(), after, strict=True):
+    rows = zip(places, report.steps, lifts.of_step.tolist(), inexact, after, strict=True)
+    for place, credit, group, alike, value in rows:
         holder = trajectories[place[0]]
         gain, luck = (lift[group], lucky[group]) if group >= 0 else (None, False)
         single = successes[holder.group] == 1 and cfg.scope == "group"
         call, changed = holder.calls[place[1]], value != holder.advantage
         tools[group] = call.tool
         credit = replace(credit, row=place[0])
-        calls.append(JudgedCall(holder, place, call, credit, gain, luck, single, value, changed))
-    return StepAnalysis(batch, cfg, calls, [(tools[group], value) for group, value in enumerate(lift)])
+        calls.append(JudgedCall(holder, place, call, credit, gain, luck, single, alike, value, changed))
+    return StepAnalysis(batch, cfg, calls, [(tools[group], value) for group, value in enumerate(lift)], report.facts)
 
 
 class Setting(NamedTuple):

@@ -81,7 +81,6 @@ def _trajectory(trajectory: Trajectory, calls: list[dict[str, Any]]) -> dict[str
 
 def _call(judged: JudgedCall, analysis: StepAnalysis, numbers: dict[int, int]) -> dict[str, Any]:
     call, credit = judged.call, judged.credit
-    compared = credit.gate not in ("", "no_witness")
     witness = None
     if credit.witness is not None:
         row, number = analysis.calls[credit.witness].place
@@ -89,7 +88,6 @@ def _call(judged: JudgedCall, analysis: StepAnalysis, numbers: dict[int, int]) -
             witness = {"trajectory": numbers[row], "call": number}
     result = call.result or ""
     place = evidence_of(judged.holder.ground_truth).place_in(result) if call.seen else None
-    matched = credit.gate in ("corrected", "below_alpha")
     return {
         "tool": call.tool,
         "arguments": json_value(call.arguments),
@@ -100,10 +98,11 @@ def _call(judged: JudgedCall, analysis: StepAnalysis, numbers: dict[int, int]) -
         "status": call.status,
         "role": credit.role,
         "gate": credit.gate,
-        "similarity": credit.similarity if compared else None,
-        "support": credit.support if matched else None,
-        "alpha": credit.alpha if matched else None,
-        "reference_advantage": credit.reference_advantage if matched else None,
+        "matched": credit.matched,
+        "similarity": credit.similarity if credit.compared else None,
+        "support": credit.support if credit.matched else None,
+        "alpha": credit.alpha if credit.matched else None,
+        "reference_advantage": credit.reference_advantage if credit.matched else None,
         "lift": judged.lift,
         "lucky": judged.lucky,
         "inexact": judged.inexact,

@@ -74,7 +74,7 @@ class Collector:
             if credit.gate in self._histogram:
                 self._histogram[credit.gate][min(_BINS - 1, int(credit.similarity * _BINS))] += 1
                 self._tally.near_theta += theta - 0.1 <= credit.similarity < theta
-                if credit.gate != "below_theta":
+                if credit.matched:
                     self._sample.add([credit.support, credit.similarity, credit.gate])
 
     def _note(self, batch: StepBatch) -> None:

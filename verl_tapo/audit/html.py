@@ -21,6 +21,7 @@ from typing import Any
 
 from verl_tapo.audit.units import percent, points
 from verl_tapo.audit.writing import replacing
+from verl_tapo.rule import figures as meaning
 
 _SCRIPTS = ("text.js", "plots.js", "browser.js", "main.js")  # in this order: each uses those before it
 
@@ -46,6 +47,7 @@ def write_report(result: Mapping[str, Any], path: Path) -> None:
     if result.get("version") != 1:
         raise ValueError(f"the audit has version {result.get('version')!r}, expected 1")
     summary = _data_block("summary", {key: value for key, value in result.items() if key != "groups"})
+    summary += _data_block("columns", list(map(_column, meaning.columns("page"))))
     page = resources.files("verl_tapo.audit").joinpath("page")
     style = page.joinpath("report.css").read_text("utf-8")
     scripts = [page.joinpath(name).read_text("utf-8") for name in _SCRIPTS]
@@ -66,6 +68,11 @@ def write_report(result: Mapping[str, Any], path: Path) -> None:
             size += file.write(_data_block("group", group))
         file.write(_data_block("bytes", size + len(tail)))
         file.write(tail)
+
+
+def _column(figure: meaning.Figure) -> dict[str, str]:
+    """A figure as the page's script needs it for its tables."""
+    return {name: getattr(figure, name) for name in ("name", "part", "whole", "unit", "column", "meaning")}
 
 
 # What cannot be seen, or reorders what is around it; the same in `page/text.js`.
@@ -112,24 +119,15 @@ def _headline(totals: Mapping[str, Any]) -> Iterator[str]:
 
 def _grounding(totals: Mapping[str, Any]) -> Iterator[str]:
     """Whether the tools found the answer, in plain sentences; none where that cannot be told."""
-    told = totals.get("told_trajectories")
-    if not told:
+    if not totals.get("told_trajectories"):
         return
-    sentences = (
-        ("grounded_successes", "told_successes", "of the successes had found the answer; the others guessed, or knew"),
-        (
-            "grounded_failures",
-            "told_failures",
-            "of the failures had found the answer and did not give it: a reading problem",
-        ),
-        ("never_found_trajectories", "told_trajectories", "of the rollouts never found it: a search problem"),
-    )
     yield "<h3>Did the tools find the answer?</h3>\n<ul>"
-    for part, whole, says in sentences:
-        if totals[whole]:
-            yield f"<li><b>{percent(totals[part] / totals[whole])}</b> {says}.</li>"
-    share = percent(told / totals["trajectories"])
-    yield f"</ul>\n<p>Of {share} of the rollouts it can be told whether a tool’s answer held an accepted answer.</p>"
+    for figure in meaning.GROUNDING:
+        value = figure.read(totals)
+        if figure.sentence and value is not None:
+            yield f"<li><b>{percent(value)}</b> {figure.sentence}.</li>"
+    told = percent(meaning.TOLD.read(totals))
+    yield f"</ul>\n<p>Of {told} of the rollouts it can be told whether a tool’s answer held an accepted answer.</p>"
 
 
 def summary_html(result: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ def call_rows(analysis: StepAnalysis) -> list[dict[str, Any]]:
     rows = []
     for judged in analysis.calls:
         call, credit = judged.call, judged.credit
-        compared, matched = credit.gate not in ("", "no_witness"), credit.gate in ("corrected", "below_alpha")
+        compared, matched = credit.compared, credit.matched
         rows.append(
             {
                 "step": analysis.batch.step,

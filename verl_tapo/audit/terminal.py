@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from verl_tapo.audit.units import file_size
+from verl_tapo.rule import figures as meaning
 
 Figures: TypeAlias = Mapping[str, Any]
 
@@ -35,6 +36,7 @@ _SPARED = (
     "failing",
 )
 """Columns that a narrow terminal does without, the first first."""
+_KEPT = ("misassigned", "corrected")
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
@@ -82,6 +84,13 @@ def _number(value: float | None, form: str = ".3f") -> str:
 
 def _points(lift: float | None) -> str:
     return "–" if lift is None else f"{100 * lift:+.1f}"
+
+
+def _written(figure: meaning.Figure, figures: Figures) -> str:
+    value = figure.read(figures)
+    if figure.unit == "share":
+        return _percent(value)
+    return _points(value) if figure.unit == "points" else _number(value)
 
 
 def _overview(result: Mapping[str, Any], totals: Figures, width: int) -> Table:
@@ -148,16 +157,9 @@ def _overview(result: Mapping[str, Any], totals: Figures, width: int) -> Table:
 
 def _grounding(totals: Figures) -> Iterator[tuple[str, str, str]]:
     """Rows of the overview on whether tools found the answer; none where that cannot be told of any rollout."""
-    told = totals["told_trajectories"]
-    if not told:
-        return
-    yield "grounding can be told", _percent(told, totals["trajectories"]), "of rollouts: did a tool find the answer?"
-    for name, part, whole, note in (
-        ("  successes that are grounded", "grounded_successes", "told_successes", "the others guessed, or knew"),
-        ("  failures that are grounded", "grounded_failures", "told_failures", "found and not given: reading"),
-        ("  never found", "never_found_trajectories", "told_trajectories", "in no tool's answer: searching"),
-    ):
-        yield name, _percent(totals[part], totals[whole]), note
+    if totals["told_trajectories"]:
+        for figure in meaning.GROUNDING:
+            yield figure.label, _written(figure, totals), figure.note
 
 
 def _fitted(
@@ -180,7 +182,8 @@ def _fitted(
         return sum(min(cell, first) for cell in cells[:1]) + sum(cells[1:]) + 3 * len(cells) + 1
 
     left_out = []
-    for name in _SPARED:
+    new = [figure.column for figure in meaning.columns("terminal") if figure.column not in (*_SPARED, *_KEPT)]
+    for name in (*new, *_SPARED):
         if name in names[1:] and needed() > width:
             names.remove(name)
             left_out.append(name)
@@ -198,20 +201,11 @@ def _fitted(
 
 
 def _cells(figures: Figures) -> dict[str, str]:
-    """What is said of a training step and of a tool."""
-    failing, matched = figures["failing_steps"], figures["misassigned_steps"]
-    return {
-        "calls": f"{figures['calls']:,}",
-        "failed": _percent(figures["failed_calls"], figures["calls"]),
-        "failing": f"{failing:,}",
-        "misassigned": _percent(matched, failing),
-        "corrected": _percent(figures["corrected_steps"], failing),
-        "lucky": _percent(figures["lucky_steps"], matched),
-        "similarity": _number(figures["similarity"]),
-        "support": _number(figures["support"]),
-        "tokens": _percent(figures["token_share"]),
-        "found": _percent(figures["found_answers"], figures["told_answers"]),
-    }
+    """What is said of a training step and of a tool: `verl_tapo.rule.figures.columns`."""
+    cells = {"calls": f"{figures['calls']:,}", "failing": f"{figures['failing_steps']:,}"}
+    for figure in meaning.columns("terminal"):
+        cells[figure.column] = _written(figure, figures)
+    return cells
 
 
 def _by_step(steps: Sequence[Figures], width: int) -> Table:
@@ -226,7 +220,6 @@ def _by_step(steps: Sequence[Figures], width: int) -> Table:
             "step": str(of["step"]),
             **_cells(of),
             "success": _percent(of["success_rate"]),
-            "lift": _points(of["lift"]),
         }
         for of in shown
     ]
@@ -234,10 +227,7 @@ def _by_step(steps: Sequence[Figures], width: int) -> Table:
 
 
 def _by_tool(tools: Mapping[str, Figures], width: int) -> Table:
-    rows = [
-        {"tool": escape(plain(tool[:60])), **_cells(of), "lift": _points(of["lift"])}
-        for tool, of in list(tools.items())[:_STEPS_SHOWN]
-    ]
+    rows = [{"tool": escape(plain(tool[:60])), **_cells(of)} for tool, of in list(tools.items())[:_STEPS_SHOWN]]
     more = f"and {len(tools) - _STEPS_SHOWN:,} more" if len(tools) > _STEPS_SHOWN else ""
     return _fitted("By tool", rows, width, caption=more)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from verl_tapo.rule import figures
 from verl_tapo.rule.arrays import BoolArray, IntArray
 from verl_tapo.rule.config import TapoConfig
 from verl_tapo.rule.inputs import Batch
@@ -42,14 +43,8 @@ def shares(state: IntArray, success: BoolArray) -> dict[str, float]:
         ``told``: the share of which it can be told; of these, ``grounded_successes`` and ``grounded_failures``: of
         successes and failures those that are grounded, and ``never_found``: those that are not.
     """
-    told, found = state != UNKNOWN, state == SEEN
-    parts = {
-        "told": (told, np.ones_like(told)),
-        "grounded_successes": (told & success & found, told & success),
-        "grounded_failures": (told & ~success & found, told & ~success),
-        "never_found": (told & ~found, told),
-    }
-    return {name: float(part.sum() / whole.sum()) for name, (part, whole) in parts.items() if whole.any()}
+    shared = figures.shares_of(figures.counts_of_grounding(state, success), figures.GROUNDING)
+    return {name.removeprefix("grounding/"): share for name, share in shared.items()}
 
 
 def successes(batch: Batch, cfg: TapoConfig) -> BoolArray:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from functools import cached_property
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from verl_tapo.rule import figures
 from verl_tapo.rule.arrays import BoolArray, FloatArray, IntArray, distinct_pairs
+from verl_tapo.rule.figures import Facts
 from verl_tapo.rule.inputs import Batch
 from verl_tapo.rule.matching import Match
-from verl_tapo.rule.roles import Gate, Role
+from verl_tapo.rule.roles import Gate, Role, is_matched
 
 RoleName: TypeAlias = Literal["witness", "failing", "none"]
 GateName: TypeAlias = Literal["corrected", "below_alpha", "below_theta", "no_witness", ""]
@@ -25,9 +28,8 @@ _GATES: dict[int, GateName] = {
     Gate.CORRECTED: "corrected",
 }
 
-_ROUNDING = 1e-9
-EQUAL = 1.0 - _ROUNDING
-"""Similarity from which a step is its witness's equal, and not only like it."""
+_TOOLS = 20
+_NUMBERS = {name: gate for gate, name in _GATES.items()}
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ class StepCredit:
     withheld: bool = False
     """It earns no reward, because its rollout's success is ungrounded: ``grounding.luck``."""
 
+    @property
+    def matched(self) -> bool:
+        """Whether it is misassigned: it has an equivalent call in a successful rollout."""
+        return bool(is_matched(_NUMBERS[self.gate]))
+
+    @property
+    def compared(self) -> bool:
+        """Whether its similarity to a witness is known."""
+        return _NUMBERS[self.gate] > Gate.NO_WITNESS
+
 
 class Lifts(NamedTuple):
     """Whether witnesses mark what leads to success [ours]. R matched reference groups, S steps."""
@@ -69,7 +81,7 @@ class Lifts(NamedTuple):
     @property
     def lucky(self) -> BoolArray:
         """(R,) whether holding the call goes with no more success, although some siblings do without it."""
-        lucky: BoolArray = (self.lift <= _ROUNDING) & ~self.universal
+        lucky: BoolArray = (self.lift <= figures.ROUNDING) & ~self.universal
         return lucky
 
 
@@ -131,53 +143,64 @@ class CreditReport:
     def metrics(self) -> dict[str, float]:
         """Flat figures of this batch; every key starts with ``tapo/``, no value is NaN.
 
-        Shares have all failing steps (or failing trajectories, or policy tokens) as their denominator, 0 where there
-        are none. Means over matched or corrected steps are left out where there are no such steps. *Misassigned*
-        is a failing step with an equivalent call in a successful rollout (``m >= theta``), whether or not it passed
-        the confidence gate [paper]. *Lift* is the mean of `lifts` over the matched reference groups, *lucky* the share
-        of misassigned steps whose witnesses are, *inexact* the share whose best witness is similar and not equal.
+        `verl_tapo.rule.figures` says what each means.
 
         No name contains ``max``, ``min``, ``sum`` or ``total``: veRL's aggregator would not average it.
         """
-        batch, role, gate = self._batch, self._role, self._gate
-        failing, matched, corrected = role == Role.FAILING, gate >= Gate.BELOW_ALPHA, gate == Gate.CORRECTED
-        holder = batch.holder
+        counts = self._counts()
+        metrics = {f"tapo/{name}": value for name, value in figures.shares_of(counts, figures.FIGURES).items()}
+        return {**metrics, **self._tool_metrics(counts["trajectories"])}
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What the rule found, as columns: what figures are reckoned from."""
+        lifts, steps = self.lifts(), self._batch.steps
+        lucky = np.append(lifts.lucky, False)[lifts.of_step]
+        return Facts(
+            steps.tool,
+            steps.ok,
+            steps.seen,
+            self._role,
+            self._gate,
+            self._match.similarity,
+            self._match.support,
+            self._alpha,
+            self._match.reference_advantage,
+            self._transfer,
+            lucky,
+            self._forgiven,
+            self._withheld,
+        )
+
+    def _counts(self) -> dict[str, float]:
+        """What is counted over steps, rollouts, tokens and reference groups."""
+        batch, holder, lift = self._batch, self._batch.holder, self.lifts().lift
         real = batch.policy_tokens > 0
-        failed = real & ~batch.success & (batch.advantage < 0)
-        metrics = {
-            "tapo/misassigned_trajectories": _share(len(np.unique(holder[matched])), failed.sum()),
-            "tapo/misassigned_steps": _share(matched.sum(), failing.sum()),
-            "tapo/corrected_trajectories": _share(len(np.unique(holder[corrected])), failed.sum()),
-            "tapo/corrected_steps": _share(corrected.sum(), failing.sum()),
-            "tapo/token_share": _share(self.changed_tokens, batch.policy_tokens.sum()),
-            "tapo/steps_per_trajectory": _share(len(role), real.sum()),
-            "tapo/failed_calls": _share((~self._batch.steps.ok).sum(), len(role)),
-            "tapo/grounding/forgiven_steps": _share(self._forgiven.sum(), failing.sum()),
-            "tapo/grounding/withheld_steps": _share(self._withheld.sum(), len(role)),
-            "tapo/successes_per_group": _share((real & batch.success).sum(), len(np.unique(batch.group[real]))),
+        return {
+            **figures.counts_of(self.facts),
+            "trajectories": float(real.sum()),
+            "successes": float((real & batch.success).sum()),
+            "prompts": float(len(np.unique(batch.group[real]))),
+            "failing_trajectories": float((real & ~batch.success & (batch.advantage < 0)).sum()),
+            "misassigned_trajectories": float(len(np.unique(holder[is_matched(self._gate)]))),
+            "correctable_trajectories": float(len(np.unique(holder[self._gate == Gate.CORRECTED]))),
+            "changed_size": float(self.changed_tokens),
+            "size": float(batch.policy_tokens.sum()),
+            "reference_groups": float(len(lift)),
+            "lift_sum": float(lift.sum()),
         }
-        if matched.any():
-            similarity = self._match.similarity[matched]
-            metrics["tapo/similarity"] = float(similarity.mean())
-            metrics["tapo/inexact_steps"] = float((similarity < EQUAL).mean())
-            metrics["tapo/support"] = float(self._match.support[matched].mean())
-            metrics["tapo/alpha"] = float(self._alpha[matched].mean())
-            metrics["tapo/reference_advantage"] = float(self._match.reference_advantage[matched].mean())
-            lifts = self.lifts()
-            metrics["tapo/lift"] = float(lifts.lift.mean())
-            metrics["tapo/lucky_steps"] = float(lifts.lucky[lifts.of_step[matched]].mean())
-        if corrected.any():
-            metrics["tapo/transfer"] = float(self._transfer[corrected].mean())
-        metrics.update(self._tool_metrics(failing, matched, corrected, real.sum()))
-        return metrics
 
     def lifts(self) -> Lifts:
         """By how much trajectories that hold a matched reference group's call succeed more often than others."""
+        return self._lifts
+
+    @cached_property
+    def _lifts(self) -> Lifts:
         batch, holder = self._batch, self._batch.holder
         real = batch.policy_tokens > 0
         size = np.bincount(batch.group, weights=real)
         rate = np.bincount(batch.group, weights=real & batch.success) / np.maximum(size, 1)
-        matched = self._gate >= Gate.BELOW_ALPHA
+        matched = is_matched(self._gate)
         component = np.where(matched, self._match.reference_group, self._match.group_of_witness)
         groups = np.unique(component[matched])
         number = np.searchsorted(groups, component)
@@ -191,31 +214,16 @@ class CreditReport:
             np.where(matched, number, -1),
         )
 
-    def _tool_metrics(
-        self, failing: BoolArray, matched: BoolArray, corrected: BoolArray, trajectories: int
-    ) -> dict[str, float]:
+    def _tool_metrics(self, trajectories: float) -> dict[str, float]:
+        of_tool = [figure for figure in figures.FIGURES if figure.by_tool]
+        counts = figures.counts_by_tool(self.facts)
+        worked = {tool: of["calls"] - of["failed_calls"] for tool, of in counts.items()}
         metrics: dict[str, float] = {}
-        tools = np.array(self._batch.steps.tool, dtype=object)
-        worked, counts = np.unique(tools[self._batch.steps.ok].astype(str), return_counts=True)
         # A model may invent any number of tool names: only those that worked, the most used ones, become curves.
-        for tool in worked[np.argsort(-counts, kind="stable")][:20]:
-            of_tool = tools == tool
-            name = f"tapo/tool/{metric_word(str(tool))}"
-            metrics[f"{name}/steps_per_trajectory"] = _share(of_tool.sum(), trajectories)
-            metrics[f"{name}/failed_calls"] = _share((of_tool & ~self._batch.steps.ok).sum(), of_tool.sum())
-            metrics[f"{name}/misassigned_steps"] = _share((of_tool & matched).sum(), (of_tool & failing).sum())
-            metrics[f"{name}/corrected_steps"] = _share((of_tool & corrected).sum(), (of_tool & failing).sum())
-            if (of_tool & matched).any():
-                similarity = self._match.similarity[of_tool & matched]
-                metrics[f"{name}/similarity"] = float(similarity.mean())
-                metrics[f"{name}/inexact_steps"] = float((similarity < EQUAL).mean())
-            if (of_tool & corrected).any():
-                metrics[f"{name}/transfer"] = float(self._transfer[of_tool & corrected].mean())
+        for tool in sorted(filter(worked.get, worked), key=lambda tool: (-worked[tool], tool))[:_TOOLS]:
+            values = figures.shares_of({**counts[tool], "trajectories": trajectories}, of_tool)
+            metrics.update({f"tapo/tool/{metric_word(tool)}/{name}": value for name, value in values.items()})
         return metrics
-
-
-def _share(part: Any, whole: Any) -> float:
-    return float(part) / float(whole) if whole else 0.0
 
 
 def metric_word(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 
 class Role(IntEnum):
@@ -22,3 +23,12 @@ class Gate(IntEnum):
     BELOW_THETA = 2
     BELOW_ALPHA = 3
     CORRECTED = 4
+
+
+def is_matched(gate: Any) -> Any:
+    """Whether a step of that `Gate` has an equivalent call in a successful rollout: it is *misassigned* [paper].
+
+    Args:
+        gate: one, or an array of them.
+    """
+    return gate >= Gate.BELOW_ALPHA

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_tapo.rule.arrays import numbered
+from verl_tapo.rule.figures import FOUND
 from verl_tapo.rule.grounding import grounded, shares
 from verl_tapo.rule.report import metric_word
 from verl_tapo.rule.steps import SIGHTS, ToolStep
@@ -40,5 +41,5 @@ def grounding_metrics(rollout: Rollout, success: npt.NDArray[np.bool_], steps: S
     finds = Counter(step.tool for step in steps if step.ok and step.seen)
     # A model may invent any number of names: only the most used tools become curves.
     for tool, count in calls.most_common(_TOOLS):
-        metrics[f"tapo/grounding/tool/{metric_word(tool)}/found"] = finds[tool] / count
+        metrics[f"tapo/grounding/tool/{metric_word(tool)}/{FOUND.name}"] = finds[tool] / count
     return metrics

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from verl_tapo.rule import figures
 from verl_tapo.rule.checks import hint
 from verl_tapo.rule.config import TapoConfig
 from verl_tapo.rule.names import acquires_information, default_kernel
@@ -20,7 +21,6 @@ logger = logging.getLogger("verl_tapo")
 
 STEPLESS_BATCHES = 3
 """Batches without a single tool-use step after which that is reported: the run is plain base estimation then."""
-_TOOL_SHARES = ("steps_per_trajectory", "failed_calls", "misassigned_steps", "corrected_steps")
 
 
 def _say(message: str) -> None:
@@ -108,19 +108,24 @@ class Watch:
     def silent_tools(self, steps: Sequence[ToolStep], metrics: Mapping[str, float]) -> dict[str, float]:
         """Zeros for tools that had metrics of the rule before and were not called in this batch: no gaps in curves."""
         called = {step.tool for step in steps}
+        shares = [figure for figure in figures.FIGURES if figure.by_tool and figure.of_nothing is not None]
         zeros = {
-            f"tapo/tool/{metric_word(tool)}/{name}": 0.0 for tool in self._credited - called for name in _TOOL_SHARES
+            f"tapo/tool/{metric_word(tool)}/{figure.name}": figure.of_nothing or 0.0
+            for tool in self._credited - called
+            for figure in shares
         }
         self._credited |= {tool for tool in called if f"tapo/tool/{metric_word(tool)}/failed_calls" in metrics}
         return {name: value for name, value in zeros.items() if name not in metrics}
 
     def sum_up(self, report: CreditReport, step: int | None, part: int) -> None:
         """Says what became of one batch's calls."""
-        gates = Counter(credit.gate for credit in report.steps if credit.role == "failing")
-        corrected, below_alpha = gates["corrected"], gates["below_alpha"]
+        counts = figures.counts_of(report.facts)
+        failing, misassigned, corrected = (
+            int(counts[f"{name}_steps"]) for name in ("failing", "misassigned", "corrected")
+        )
         where = f"batch {self.batches}" if step is None else f"step {step}" + (f", batch {part + 1}" if part else "")
         _say(
-            f"{where}: {len(report.steps)} calls, {gates.total()} failing, {corrected + below_alpha} misassigned, "
+            f"{where}: {len(report.facts.ok)} calls, {failing} failing, {misassigned} misassigned, "
             f"{corrected} corrected"
         )
 

@@ -14,6 +14,7 @@
  * @property {string} status
  * @property {"witness" | "failing" | "none"} role
  * @property {"corrected" | "below_alpha" | "below_theta" | "no_witness" | ""} gate
+ * @property {boolean} matched it has an equivalent call in a successful rollout
  * @property {number | null} similarity
  * @property {number | null} support
  * @property {number | null} alpha
@@ -129,11 +130,6 @@ function placeOf(hash) {
 function callMatches(call, { tool, gate, role }) {
   const passed = gate === "lucky" || gate === "inexact" ? Boolean(call[gate]) : call.gate === gate;
   return (!tool || call.tool === tool) && (!gate || passed) && (!role || call.role === role);
-}
-
-/** @param {Call} call whether it has an equivalent call in a successful rollout */
-function isMatched({ gate }) {
-  return gate === "corrected" || gate === "below_alpha";
 }
 
 /** @param {Call} call */
@@ -354,7 +350,7 @@ class Browser {
       card.classList.add("selected");
       card.setAttribute("aria-current", "true");
       target = card;
-      const kind = isMatched(group.trajectories[trajectory].calls[call]) ? "its-witness" : "its-nearest";
+      const kind = group.trajectories[trajectory].calls[call].matched ? "its-witness" : "its-nearest";
       if (witness) byId(linkTo({ group: place.group, ...witness }).slice(1))?.classList.add(kind);
     }
     if (focus && target instanceof HTMLElement) {
@@ -410,7 +406,7 @@ class Browser {
     this.speaksFor.clear();
     group.trajectories.forEach(({ calls }, trajectory) =>
       calls.forEach((given, call) => {
-        if (!given.witness || !isMatched(given)) return;
+        if (!given.witness || !given.matched) return;
         const key = linkTo({ group: index, ...given.witness });
         if (!this.speaksFor.has(key)) this.speaksFor.set(key, []);
         this.speaksFor.get(key)?.push({ group: index, trajectory, call });
@@ -717,7 +713,7 @@ class Browser {
    * @param {Place} place
    */
   figures(call, { group }) {
-    if (!isMatched(call)) return null;
+    if (!call.matched) return null;
     const { similarity, support, alpha, lift, reference_advantage, transfer } = call;
     const single = this.onlySuccess(this.groups[group]);
     /** @type {[string, string | null][]} */
@@ -739,9 +735,9 @@ class Browser {
    */
   witnessOf(call, { group }) {
     const { witness } = call;
-    if (!witness) return isMatched(call) && html("p", { class: "why" }, "Its witness is of another prompt.");
+    if (!witness) return call.matched && html("p", { class: "why" }, "Its witness is of another prompt.");
     const other = this.groups[group].trajectories[witness.trajectory].calls[witness.call].arguments;
-    const name = isMatched(call) ? "★ Its witness" : "≠ Nearest call";
+    const name = call.matched ? "★ Its witness" : "≠ Nearest call";
     const differing = Object.entries(other).filter(([key, value]) => plain(value) !== plain(call.arguments[key]));
     return html(
       "div",

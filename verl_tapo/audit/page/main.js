@@ -127,7 +127,7 @@ function connectKeyboard(browser) {
   for (const part of document.querySelectorAll("[data-scripted]")) part.removeAttribute("hidden");
   drawFrame(summary, groups, takeData("bytes")[0]);
   drawPlots(summary);
-  drawTools(summary);
+  drawTools(summary, takeData("columns")[0]);
   drawSweeps(summary);
   const browser = new Browser(groups, summary.settings);
   connectFilters(browser, groups)();

@@ -25,6 +25,9 @@
  * @property {number} [told_answers]
  * @property {number} [found_answers]
  *
+ * @typedef {{ name: string, part: string, whole: string, unit: "share" | "number" | "points", column: string, meaning: string }} Column
+ *   a figure, see `verl_tapo.rule.figures.Figure`
+ *
  * @typedef {{ beta: number, theta: number, alpha_min: number, corrected_steps: number, token_share: number | null,
  *   mean_lifted_advantage: number | null }} Sweep
  * @typedef {"corrected" | "below_alpha" | "below_theta"} PlottedGate
@@ -377,26 +380,29 @@ function drawPlots({ steps, settings, similarity_histogram: histogram, support_a
   );
 }
 
-/** @param {Summary} summary */
-function drawTools({ tools }) {
+/**
+ * A figure as it is written.
+ * @param {Figures} figures
+ * @param {Column} column
+ */
+function written(figures, { name, part, whole, unit }) {
+  const known = /** @type {Record<string, number | null | undefined>} */ (/** @type {unknown} */ (figures));
+  if (unit !== "share") return (unit === "points" ? points : decimal)(known[name]);
+  return percent(part in known ? share(known[part], known[whole]) : known[name]);
+}
+
+/**
+ * @param {Summary} summary
+ * @param {Column[]} columns of the table
+ */
+function drawTools({ tools }, columns) {
   const rows = Object.entries(tools).sort(([, a], [, b]) => b.calls - a.calls);
+  const heading = (/** @type {string} */ text) => text.charAt(0).toUpperCase() + text.slice(1);
   byId("tools").append(
     !rows.length ? html("p", { class: "lead" }, "No rollout calls a tool.") : table(
       "Calls by tool, most used first",
-      ["Tool", "Calls", "Failed", "Found the answer", "In failing rollouts", "Misassigned", "Corrected", "Similarity", "Support", "Alpha", "Lift"],
-      rows.map(([tool, f]) => [
-        cut(tool, 120),
-        count(f.calls),
-        percent(share(f.failed_calls, f.calls)),
-        percent(share(f.found_answers, f.told_answers)),
-        count(f.failing_steps),
-        percent(share(f.misassigned_steps, f.failing_steps)),
-        percent(share(f.corrected_steps, f.failing_steps)),
-        decimal(f.similarity),
-        decimal(f.support),
-        decimal(f.alpha),
-        points(f.lift),
-      ]),
+      ["Tool", "Calls", "In failing rollouts", ...columns.map(({ column }) => heading(column))],
+      rows.map(([tool, f]) => [cut(tool, 120), count(f.calls), count(f.failing_steps), ...columns.map((column) => written(f, column))]),
     ),
   );
 }
