@@ -1086,7 +1086,20 @@ class TestGrounding:
         assert self.judged(tmp_path, call, **{"gts": None, **fields}) == [True]
         assert self.judged(tmp_path, call, **{**fields, "gts": "Belgium"}) == [False]
 
-    @pytest.mark.parametrize("gts", [None, "yes", 1999, [], "['A' 'B']", "[" * 5000, "Luxembourg" * 20_000, DEEP])
+    @pytest.mark.parametrize(
+        "gts",
+        [
+            None,
+            "yes",
+            1999,
+            [],
+            "['A' 'B']",
+            "[" * 5000,
+            "Luxembourg" * 20_000,
+            DEEP,
+            ["['a', " + "1, " * 40_000 + "'yes, in 1999']"],
+        ],
+    )
     def test_what_cannot_be_told(self, tmp_path, gts):
         assert self.judged(tmp_path, ("search", {"query": "a"}, "yes, in 1999"), gts=gts) == [None]
 

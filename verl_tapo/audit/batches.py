@@ -184,7 +184,7 @@ class _Sights:
 
     def look(self, calls: Iterable[Call], ground_truth: Any) -> None:
         """Fills in `Call.seen`."""
-        evidence = evidence_of(ground_truth if _may_be_answers(ground_truth) else None)
+        evidence = evidence_for(ground_truth)
         for call in calls:
             call.seen = self._seen(call, evidence) if call.ok else evidence.no_sight
 
@@ -205,8 +205,10 @@ class _Sights:
         return len(text) <= _CAPTION and not self._image_parameters.isdisjoint(call.arguments)
 
 
-def _may_be_answers(ground_truth: Any) -> bool:
-    return not isinstance(ground_truth, str) or len(ground_truth) <= _LONGEST_GROUND_TRUTH
+def evidence_for(ground_truth: Any) -> Evidence:
+    """The evidence to look for, by what a file has as its ground truth: one without end would take minutes to read."""
+    size = len(json.dumps(json_value(ground_truth)))
+    return evidence_of(ground_truth if size <= _LONGEST_GROUND_TRUTH else None)
 
 
 def _trajectory(

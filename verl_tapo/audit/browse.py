@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from verl_tapo.answers.evidence import evidence_of
 from verl_tapo.audit.analysis import JudgedCall, StepAnalysis
+from verl_tapo.audit.batches import evidence_for
 from verl_tapo.audit.model import Trajectory
 from verl_tapo.step_records import json_value
 
@@ -87,7 +87,7 @@ def _call(judged: JudgedCall, analysis: StepAnalysis, numbers: dict[int, int]) -
         if row in numbers:  # under scope=batch it may be of another group
             witness = {"trajectory": numbers[row], "call": number}
     result = call.result or ""
-    place = evidence_of(judged.holder.ground_truth).place_in(result) if call.seen else None
+    place = evidence_for(judged.holder.ground_truth).place_in(result) if call.seen else None
     return {
         "tool": call.tool,
         "arguments": json_value(call.arguments),
