@@ -1591,7 +1591,7 @@ class TestCommand:
             rows["successes that are grounded"] == rows["failures that are grounded"] == rows["never found"] == "50.0%"
         )
         head, row = (re.split("[│┃]", out.split("By tool")[1].splitlines()[line]) for line in (2, 4))
-        assert dict(zip(map(str.strip, head), map(str.strip, row), strict=True))["found"] == "50.0%"
+        assert dict(zip(map(str.strip, head), map(str.strip, row), strict=True))["answer found"] == "50.0%"
         terminal.show(audit(write_dump(tmp_path / "1.jsonl", two_of_four())).result, Console(width=140))
         assert "grounded" not in capsys.readouterr().out
 

@@ -27,7 +27,7 @@ _SPARED = (
     "similarity",
     "tokens",
     "their advantage",
-    "found",
+    "answer found",
     "lucky",
     "failed",
     "calls",

@@ -365,7 +365,7 @@ FOUND = Figure(
     "told_answers",
     "share of the tool's answers that held an accepted answer",
     of_nothing=None,
-    column="found",
+    column="answer found",
 )
 """For each tool, ``tapo/grounding/tool/<tool>/found``."""
 
