@@ -136,7 +136,7 @@ def format_image_hits(
             position = len(images)
             images.append(hit.image)
             if first_image_number is None:
-                shown = f"(image {position + 1} of this answer) "
+                shown = f"(image {position + 1} of this result) "
             else:
                 shown = f"(image {first_image_number + position}) "
         entries.append(f"[{number}] {shown}{_entry(hit.title, hit.url, hit.text)}".rstrip())

@@ -234,7 +234,7 @@ class JsonClient:
             self.losses += 1
             raise BackendError(f"no answer within {limit_s:g} s", transient=True) from None
         except UnicodeEncodeError:
-            raise ModelError("this is no text: it holds half of a surrogate pair") from None
+            raise ModelError("the text contains an unpaired surrogate, which is not valid") from None
         except httpx.TransportError as error:
             self.losses += 1
             raise BackendError(f"{type(error).__name__}: {error}", transient=True) from None
@@ -252,7 +252,7 @@ class JsonClient:
             after = _retry_after_s(response.headers.get("retry-after", ""))
             return BackendError(f"{status} {said}".rstrip(), status, transient=True, retry_after_s=after)
         if status in (400, 413, 422) and self._query_fault is not None and self._query_fault.search(text):
-            return ModelError(f"this was refused: {said}")
+            return ModelError(f"the request was refused: {said}")
         if status in (401, 402, 403) and self._key is not None:
             return BackendError(f"{status} {said}; check {self._key.variable}", status)
         if response.is_redirect:

@@ -180,12 +180,12 @@ def crop(
     if numbers is None:
         raise ModelError(expected)
     if min(width, height) < min_side:
-        raise ModelError(f"the image has only {width} x {height} pixels: it is too small for a part of it to be shown")
+        raise ModelError(f"the image is only {width} x {height} pixels, too small to show a region of it")
     edges = []
     for axis, (side, span) in enumerate(zip((width, height), spans, strict=True)):
         low, high = sorted(min(max(number, 0.0), float(span)) for number in numbers[axis::2])
         if high - low < 1:
-            raise ModelError(f"this region is empty or outside of the image; {expected}")
+            raise ModelError(f"the region is empty or outside the image; {expected}")
         edges.append(_grown(low * side / span, high * side / span, side, min_side))
     (left, right), (top, bottom) = edges
     region = image.crop((left, top, right, bottom)).convert("RGB")

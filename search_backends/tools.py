@@ -81,7 +81,7 @@ class ImageSettings(ToolSettings):
         """
         rest: int = self.total_pixels - sum(image.width * image.height for image in images)
         if len(images) >= self.max_images or rest < SMALLEST:
-            raise ModelError("no more images can be shown in this conversation; answer with what you have seen")
+            raise ModelError("no more images can be shown in this conversation; answer from what you have seen")
         return min(rest, self.max_pixels)
 
     def fit(self, image: Image.Image, limit: int) -> Image.Image:
@@ -113,16 +113,16 @@ class Call:
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if not isinstance(value, str) or not value.strip():
-            raise ModelError(f"{name} must be a text that is not empty")
+            raise ModelError(f"{name} must be a non-empty string")
         if len(value) > longest:
-            raise ModelError(f"{name} must not be longer than {longest} characters, it has {len(value)}")
+            raise ModelError(f"{name} has {len(value)} characters; at most {longest} are allowed")
         try:
             # Both halves of a pair, escaped one by one, are a character; one alone is none, and cannot be sent.
             value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
         except UnicodeDecodeError:
-            raise ModelError(f"{name} must be a text: it holds half of a surrogate pair") from None
+            raise ModelError(f"{name} contains an unpaired surrogate, which is not valid text") from None
         if any(unicodedata.category(character) == "Cc" and not character.isspace() for character in value):
-            raise ModelError(f"{name} must be a text: it holds control characters")
+            raise ModelError(f"{name} contains control characters, which are not allowed")
         return value.strip()
 
     def image(self, name: str = "image") -> int:
@@ -139,9 +139,9 @@ class Call:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not count:
-            raise ModelError("there is no image in this conversation")
+            raise ModelError("this conversation has no images")
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= count:
-            raise ModelError(f"{name} must be the number of an image, from 1 to {count}")
+            raise ModelError(f"{name} must be an image number from 1 to {count}")
         return value - 1
 
     @property
@@ -265,10 +265,10 @@ class Tool(ABC):
             return self._failure(str(error), "model")
         except (InfrastructureError, asyncio.TimeoutError, OSError) as error:
             logger.warning("%s: %s", self.name, str(error) or f"no answer within {self.settings.timeout_s:g} s")
-            return self._failure("it is not available at the moment", "infrastructure")
+            return self._failure("the tool is temporarily unavailable", "infrastructure")
         except Exception:  # a defect of the tool's: not the model's fault
             logger.exception("%s failed on %s", self.name, shown(arguments))
-            return self._failure("it is not available at the moment", "infrastructure")
+            return self._failure("the tool is temporarily unavailable", "infrastructure")
         return Answer(answer.text, answer.images, {**answer.metrics, "chars": len(answer.text)})
 
     async def _in_turn(self, call: Call) -> Answer:

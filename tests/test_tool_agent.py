@@ -246,7 +246,8 @@ def test_calls_beyond_the_parallel_limit_are_answered(qwen_like_tokenizer):
     output, model = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, [both, "done"], max_parallel_calls=2)
     assert [step["status"] for step in record_of(output)] == ["ok", "ok", "over_limit"]
     seen = qwen_like_tokenizer.decode(model.prompts[1])
-    assert seen.index("found a") < seen.index("found b") < seen.index("[tool call not executed] A turn may make 2")
+    told = "[tool call not executed] Limit of calls per turn reached (2)"
+    assert seen.index("found a") < seen.index("found b") < seen.index(told)
     assert_parses_alike(qwen_like_tokenizer, output)
     stock, _ = run_loop(ToolAgentLoop, qwen_like_tokenizer, [both, "done"], max_parallel_calls=3)
     assert len({tuple(step["turn"]) for step in record_of(output)}) == 1
@@ -261,7 +262,7 @@ def test_calls_beyond_a_trajectory_s_limits_are_answered(qwen_like_tokenizer):
     assert [step["status"] for step in record_of(output)] == ["ok", "over_limit", "ok", "over_limit"]
     seen = qwen_like_tokenizer.decode(model.prompts[-1])
     assert "found b" not in seen
-    assert seen.index("No more than 1 search call(s)") < seen.index("No more than 2 tool call(s)")
+    assert seen.index("Limit of search calls reached (1)") < seen.index("Limit of tool calls reached (2)")
     assert_parses_alike(qwen_like_tokenizer, output)
 
     parallel = "\n".join(call("search", query=query) for query in "abc")
@@ -283,7 +284,7 @@ def test_a_tool_may_bring_its_limit_and_the_run_s_own_counts(qwen_like_tokenizer
     script = [call("search", query="a"), call("search", query="b"), "x"]
     output, model = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, script, settings=settings)
     assert [step["status"] for step in record_of(output)] == statuses
-    refused = "No more than 1 search call(s)" in qwen_like_tokenizer.decode(model.prompts[-1])
+    refused = "Limit of search calls reached (1)" in qwen_like_tokenizer.decode(model.prompts[-1])
     assert refused == ("over_limit" in statuses)
 
 
@@ -306,7 +307,7 @@ def test_malformed_calls_are_answered_counted_and_limited(qwen_like_tokenizer):
     output, model = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, [bad, call("search", query="a"), "done"])
     assert [step["status"] for step in record_of(output)] == ["malformed", "ok"]
     assert record_of(output)[0]["tool"] == MALFORMED
-    assert "[tool call not executed] The call could not be read" in qwen_like_tokenizer.decode(model.prompts[1])
+    assert "[tool call not executed] Malformed call: " in qwen_like_tokenizer.decode(model.prompts[1])
     assert_parses_alike(qwen_like_tokenizer, output)
 
     _, model = run_loop(TapoToolAgentLoop, qwen_like_tokenizer, [bad] * 9, settings={"max_malformed_turns": 2})
@@ -319,7 +320,7 @@ def test_malformed_calls_are_answered_counted_and_limited(qwen_like_tokenizer):
     )
     assert [step["status"] for step in record_of(output)] == ["malformed", "ok"]
     seen = qwen_like_tokenizer.decode(model.prompts[1])
-    assert seen.index("could not be read") < seen.index("found a")
+    assert seen.index("Malformed call") < seen.index("found a")
 
 
 @pytest.mark.parametrize(
@@ -328,8 +329,8 @@ def test_malformed_calls_are_answered_counted_and_limited(qwen_like_tokenizer):
         ("raise", "error", "Error executing tool 'search': the index is down"),
         ("hang", "timeout", "Error executing tool 'search': no answer within 0.2 s"),
         ("wrong type", "error", "Error executing tool 'search':"),
-        ("video", "error", "video answers are not supported"),
-        ("image", "error", "it returned an image, and the model takes none"),
+        ("video", "error", "video results are not supported"),
+        ("image", "error", "it returned an image, but the model takes no images"),
         ("release", "error", "Error executing tool 'search': the instance is stuck"),
         ("cancel", "error", "Error executing tool 'search': the tool was cancelled"),
         ("own error", "error", "Error executing tool 'search': of no known kind"),

@@ -99,13 +99,13 @@ def whole(text: str) -> str:
 def read_call(name: Any, arguments: Any, identity: str | None = None) -> RequestedCall:
     """A call whose arguments are an object, or JSON of one."""
     if not isinstance(name, str) or not name:
-        return RequestedCall("", {}, "it names no tool", identity)
+        return RequestedCall("", {}, "it has no tool name", identity)
     name = whole(name)
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError) as error:
-            return RequestedCall(name, {}, f"its arguments are not JSON ({error})", identity)
+            return RequestedCall(name, {}, f"its arguments are not valid JSON ({error})", identity)
     if not isinstance(arguments, dict):
         return RequestedCall(name, {}, "its arguments are not a JSON object", identity)
     return RequestedCall(name, arguments, None, identity)
@@ -127,7 +127,7 @@ def calls_in_text(text: str) -> tuple[RequestedCall, ...]:
         try:
             call = json.loads(match[1])
         except (ValueError, RecursionError) as error:
-            calls.append(RequestedCall("", {}, f"it is not JSON ({error})"))
+            calls.append(RequestedCall("", {}, f"it is not valid JSON ({error})"))
             continue
         if not isinstance(call, dict):
             calls.append(RequestedCall("", {}, "it is not a JSON object"))
@@ -140,9 +140,9 @@ def tools_in_text(schemas: Sequence[Mapping[str, Any]]) -> str:
     """What a system message says of the tools, to a model whose server does not."""
     lines = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in schemas)
     return (
-        "# Tools\n\nThese tools may be called; each line describes one:\n"
+        "# Tools\n\nYou may call these tools, described one per line:\n"
         f"<tools>\n{lines}\n</tools>\n\n"
-        "To call one, write a JSON object with its name and arguments between these tags:\n"
+        "To call a tool, write a JSON object with its name and arguments between these tags:\n"
         '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
     )
 

@@ -132,7 +132,7 @@ class SafeFetcher:
                         if isinstance(found, Fetched):
                             return found
                         url = found
-            raise ModelError("the address leads from one redirect to another; choose another page")
+            raise ModelError("too many redirects; choose another page")
         except TimeoutError:
             raise InfrastructureError(f"{host}: no answer within {limit_s:g} s") from None
         except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError) as error:
@@ -177,14 +177,14 @@ class SafeFetcher:
         try:
             target = url.join(location.decode("utf-8", "replace"))
         except (httpx.InvalidURL, ValueError):
-            raise ModelError("the page leads to an address that is not valid; choose another") from None
+            raise ModelError("the page redirects to an invalid address; choose another") from None
         if url.scheme == "https" and target.scheme == "http":
-            raise ModelError("the page leads from https to http, which is not followed; choose another")
+            raise ModelError("the page redirects from https to http, which is not followed; choose another")
         return check_url(target, self._ports)
 
     async def _body(self, response: httpcore.Response, encoding: str) -> bytes:
         if encoding not in ("", "identity", "gzip", "x-gzip"):
-            raise ModelError("the page is compressed in a way that cannot be read; choose another")
+            raise ModelError("the page's compression is not supported; choose another")
         unpack = zlib.decompressobj(16 + zlib.MAX_WBITS) if encoding.endswith("gzip") else None
         body, received = bytearray(), 0
         async for chunk in response.aiter_stream():

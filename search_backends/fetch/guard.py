@@ -63,13 +63,13 @@ def check_url(url: str | httpx.URL, allowed_ports: Collection[int]) -> httpx.URL
         parsed = httpx.URL(url)
         host, port = parsed.raw_host.decode("ascii"), parsed.port
     except (httpx.InvalidURL, TypeError, ValueError):
-        raise ModelError("this is not a valid address") from None
+        raise ModelError("url is not a valid address") from None
     if parsed.scheme not in _PORTS or not host:
         raise ModelError("url must be a full address that begins with http:// or https://")
     if parsed.userinfo:
         raise ModelError("url must not contain a user name or password")
     if (_PORTS[parsed.scheme] if port is None else port) not in allowed_ports:
-        raise ModelError(f"only the ports {', '.join(map(str, sorted(allowed_ports)))} may be read")
+        raise ModelError(f"only these ports are allowed: {', '.join(map(str, sorted(allowed_ports)))}")
     if not is_public(host) and not _is_public_name(host):
         raise ModelError(NOT_PUBLIC)
     return parsed

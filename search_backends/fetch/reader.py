@@ -32,7 +32,7 @@ _ROBOTS_S = 3600.0  # for which its rules are kept
 _ROBOTS_HOSTS = 4096
 _REFUSED_S = 3600.0  # for which a page that cannot be worked through is not tried again
 _REFUSED_PAGES = 4096
-_TOO_LARGE = "the page is too large or too complicated to be read; choose another"
+_TOO_LARGE = "the page is too large or too complex to read; choose another"
 
 
 class DirectSettings(Settings):
@@ -120,7 +120,7 @@ class DirectReader:
             with anyio.fail_after(settings.timeout_s):
                 async with places.take(address.host):
                     if settings.respect_robots and not await self._allowed(address):
-                        raise ModelError("the page's site does not want it to be read by programs; choose another")
+                        raise ModelError("the site does not let programs read this page; choose another")
                     found = await self._fetcher.fetch(url, accepts=is_readable)
         except TimeoutError:
             raise InfrastructureError(f"{address.host}: no answer within {settings.timeout_s:g} s") from None

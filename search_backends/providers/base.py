@@ -140,5 +140,5 @@ def require_key(key: str | None) -> str:
         ModelError
     """
     if key is None:
-        raise ModelError("only the images that came with the question can be searched, not ones made of them")
+        raise ModelError("only the images of the question can be searched, not those that tools returned")
     return key

@@ -269,8 +269,8 @@ def test_captions_say_which_image_is_theirs() -> None:
     assert text == "```results\n[1] (image 4) A\na\n\n[2] B\nb\n\n[3] (image 5) C\n```"
     assert images == [b"1", b"2"]
     text, _ = format_image_hits(found, first_image_number=None, limit_chars=1000)
-    assert "[1] (image 1 of this answer) A" in text
-    assert "[3] (image 2 of this answer) C" in text
+    assert "[1] (image 1 of this result) A" in text
+    assert "[3] (image 2 of this result) C" in text
 
 
 def test_limit_must_leave_room() -> None:

@@ -198,7 +198,7 @@ def test_redirects_into_the_network_at_the_last_hop() -> None:
 
 def test_redirects_in_a_circle_end() -> None:
     async def check(fetcher: SafeFetcher, server: RawServer, connector: Loopback) -> None:
-        with pytest.raises(ModelError, match="from one redirect to another"):
+        with pytest.raises(ModelError, match="too many redirects"):
             await fetcher.fetch("http://example.com/")
         assert len(server.requests) == 4
 
@@ -323,7 +323,7 @@ def test_gzip_is_unpacked(encoding: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "deflate", "gzip, gzip", "compress", "unknown"])
 def test_other_encodings_are_refused(encoding: str) -> None:
-    with pytest.raises(ModelError, match="compressed in a way that cannot be read"):
+    with pytest.raises(ModelError, match="compression is not supported"):
         fetch("http://example.com/", page(zlib.compress(b"hello"), Content_Encoding=encoding))
 
 

@@ -311,7 +311,7 @@ def test_pages_beyond_hope_are_refused_at_once_and_remembered() -> None:
         reader._extractors.put(extractor)
 
         async def refused(number: int) -> None:
-            with pytest.raises(ModelError, match="too large or too complicated to be read; choose another"):
+            with pytest.raises(ModelError, match="too large or too complex to read; choose another"):
                 await reader.read(f"http://example.com/{number}")
 
         await asyncio.gather(*map(refused, range(8)))
@@ -396,7 +396,7 @@ def test_robots_are_respected(rules: str, allowed: bool) -> None:
         if allowed:
             assert (await reader.read(url)).title == "The Eiffel Tower"
         else:
-            with pytest.raises(ModelError, match="does not want it to be read by programs"):
+            with pytest.raises(ModelError, match="does not let programs read this page"):
                 await reader.read(url)
         paths = [request.path for request in server.requests]
         assert paths == ["/robots.txt", "/page?a=b"][: 1 + allowed]

@@ -85,11 +85,11 @@ def test_texts_that_cannot_be_sent_are_the_models_fault(name: str, tmp_path: Pat
         return CachedText(provider, Cache(tmp_path / "cache"))
 
     for query in HALF_PAIRS:
-        with pytest.raises(ModelError, match="half of a surrogate pair"):
+        with pytest.raises(ModelError, match="an unpaired surrogate"):
             ask(
                 make_text_provider, {"provider": name}, lambda provider, query=query: provider.search(query, 3), healthy
             )
-        with pytest.raises(ModelError, match="half of a surrogate pair"):
+        with pytest.raises(ModelError, match="an unpaired surrogate"):
             ask(make_text_provider, {"provider": name}, lambda p, query=query: cached(p).search(query, 3), healthy)
 
 
@@ -207,7 +207,7 @@ def test_lenses_need_addresses(name: str, addresses: str, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="must hold a JSON object of addresses"):
         make_image_provider({"provider": name, "image_urls": str(tmp_path / "list")})
     config = {"provider": name, "image_urls": addresses}
-    with pytest.raises(ModelError, match="only the images that came with the question"):
+    with pytest.raises(ModelError, match="only the images of the question"):
         ask(make_image_provider, config, search_image(key=None))
     with pytest.raises(InfrastructureError, match="no address of the image 00ff"):
         ask(make_image_provider, config, search_image(key="00ff"))
@@ -398,7 +398,7 @@ def test_precomputed(tmp_path: Path) -> None:
         assert await provider.search(b"", 5, "00ff") == []
         with pytest.raises(InfrastructureError, match="no results for the image 1234"):
             await provider.search(b"", 5, "1234")
-        with pytest.raises(ModelError, match="only the images that came with the question"):
+        with pytest.raises(ModelError, match="only the images of the question"):
             await provider.search(b"", 5)
         lenient = make_image_provider({"provider": "precomputed", "path": str(file), "on_missing": "empty"})
         assert await lenient.search(b"", 5, "1234") == await lenient.search(b"", 5) == []

@@ -452,7 +452,7 @@ def test_verl_reads_the_rows(tmp_path):
     tools = [TextSearch({"type": "native"}), ImageSearch({"type": "native"}), zoom]
     told = system_prompt(tools, {"zoom": {"coordinates": "absolute"}})
     assert system == {"role": "system", "content": [{"type": "text", "text": told}]}
-    assert "its bbox counts pixels" in told
+    assert "bbox is in pixels" in told
     assert [block["type"] for block in question["content"]] == ["image", "text"]
     keys = [hashlib.sha256(picture(1)).hexdigest()]
     assert row["tools_kwargs"]["zoom"]["create_kwargs"] == {"image_keys": keys, "coordinates": "absolute"}

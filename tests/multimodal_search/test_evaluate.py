@@ -315,7 +315,7 @@ def test_half_a_surrogate_pair_is_the_model_s_fault_and_told_to_it(stand_ins, fo
     assert [(step["status"], step["metrics"]) for step in searches] == [("error", {"fault": "model"})] * 3
     assert entry["ending"] == "answered"
     told = [message for message in entry["messages"] if message["role"] in ("tool", "user")]
-    assert sum("half a surrogate pair" in json.dumps(message) for message in told) == 3
+    assert sum("an unpaired surrogate" in json.dumps(message) for message in told) == 3
     # What is sent back to the server can be read by it.
     sent = server.requests[2]["messages"][-3]["tool_calls"]
     assert [json.loads(each["function"]["arguments"]) for each in sent] == [{"query": "?"}, {"query": "?"}]
@@ -405,7 +405,7 @@ def test_limits_on_calls_are_those_of_training(stand_ins, folder, server):
     found = transcripts(folder)
     expected = ["ok", "ok", "over_limit", "not_executed"]
     assert [status for _, status in statuses(found["endless"])] == expected
-    assert "No more than 2 text_search call(s)" in json.dumps(found["endless"]["messages"])
+    assert "Limit of text_search calls reached (2)" in json.dumps(found["endless"]["messages"])
     assert (found["broken"]["turns"], found["broken"]["ending"]) == (1, "malformed")
 
 

@@ -89,7 +89,7 @@ def test_tapo_knows_every_tool_by_the_kernels_that_it_declares(monkeypatch, name
 
 def test_coordinates_are_the_policy_s():
     zoom = Zoom({"type": "native"})
-    for policy, what in {"qwen2_5_vl_7b": "counts pixels", "qwen3_vl_4b": "counts thousandths"}.items():
+    for policy, what in {"qwen2_5_vl_7b": "bbox is in pixels", "qwen3_vl_4b": "bbox is in thousandths"}.items():
         settings = composed(f"policy={policy}").data.tool_settings
         assert what in system_prompt([zoom], settings)
 

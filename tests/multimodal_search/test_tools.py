@@ -89,7 +89,7 @@ def test_text_search(make, stub):
     assert "title 1" in response.text
     assert metrics == {"results": 2, "chars": len(response.text)}
     assert stub.asked == [("Who?", 2, None)]
-    assert execute(make(TextSearch), {"query": "nothing"})[0].text == "Nothing was found."
+    assert execute(make(TextSearch), {"query": "nothing"})[0].text == "No results."
 
 
 def test_the_cache_answers_equal_calls(make, stub, tmp_path):
@@ -105,13 +105,13 @@ def test_the_cache_answers_equal_calls(make, stub, tmp_path):
 @pytest.mark.parametrize(
     ("query", "fault", "told"),
     [
-        (5, "model", "query must be a text"),
-        ("  ", "model", "query must be a text"),
-        ("x" * 5000, "model", "not be longer than 512 characters, it has 5000"),
-        (["a", "b"], "model", "query must be a text"),
-        ("down", "infrastructure", "not available at the moment"),
-        ("hang", "infrastructure", "not available at the moment"),
-        ("defect", "infrastructure", "not available at the moment"),
+        (5, "model", "query must be a non-empty string"),
+        ("  ", "model", "query must be a non-empty string"),
+        ("x" * 5000, "model", "query has 5000 characters; at most 512 are allowed"),
+        (["a", "b"], "model", "query must be a non-empty string"),
+        ("down", "infrastructure", "temporarily unavailable"),
+        ("hang", "infrastructure", "temporarily unavailable"),
+        ("defect", "infrastructure", "temporarily unavailable"),
     ],
 )
 def test_whose_fault_it_is(make, query, fault, told):
@@ -161,7 +161,7 @@ def test_zoom(make):
     absolute, _ = execute(make(Zoom), {"bbox": [100, 0, 200, 50]}, [image], {"coordinates": "absolute"})
     assert absolute.image[0].tobytes() == response.image[0].tobytes()
     beside, _ = execute(make(Zoom), {"image": 1, "bbox": [500, 0, 1000, 500]}, [image], calls=2)
-    assert beside.text.startswith("The next image")  # another call of the turn may return one first
+    assert beside.text.startswith("This image")  # another call of the turn may return one first
 
 
 def test_images_are_bounded(make):
@@ -275,7 +275,7 @@ def test_half_a_surrogate_pair_is_told_to_the_model(make, stub, half):
     for cls, name in ((TextSearch, "query"), (Visit, "url")):
         response, metrics = execute(make(cls), {name: half})
         assert metrics == {"fault": "model"}
-        assert f"{name} must be a text: it holds half of a surrogate pair" in response.text
+        assert f"{name} contains an unpaired surrogate" in response.text
     assert not stub.asked
     execute(make(TextSearch), {"query": "\ud83d\ude00"})  # both halves are a character
     assert stub.asked[0][0] == "😀"
@@ -293,7 +293,7 @@ def test_a_tools_own_failure_ends_nothing(make, does, caplog):
     for value in (10**5000, nested(50_000, lambda value: [value]), "\ud800"):
         response, metrics = execute(tool, {"query": value}, created={"does": does})
         assert metrics == {"fault": "infrastructure"}
-        assert response.text == "Error executing tool 'text_search': it is not available at the moment"
+        assert response.text == "Error executing tool 'text_search': the tool is temporarily unavailable"
     assert "text_search failed on dict (ValueError)" in caplog.text
 
 

@@ -94,12 +94,13 @@ class CallCount:
             tool: its name.
             number: of the turn's well-formed calls before it.
         """
-        if number >= self._limits.max_parallel_calls:
-            return f"A turn may make {self._limits.max_parallel_calls} call(s). Make this one in the next turn."
+        parallel = self._limits.max_parallel_calls
+        if number >= parallel:
+            return f"Limit of calls per turn reached ({parallel}). Make this call in the next turn."
         for name, made, what in ((tool, self._made[tool], tool), (ALL_TOOLS, self._made.total(), "tool")):
             limit = self._limits.max_calls.get(name)
             if limit is not None and made >= limit:
-                return f"No more than {limit} {what} call(s) may be made. Go on without."
+                return f"Limit of {what} calls reached ({limit}). Continue without further {what} calls."
         self._made[tool] += 1
         return None
 
@@ -120,7 +121,7 @@ def refused(why: str) -> str:
 
 def unreadable(problem: str) -> str:
     """The answer to a malformed call."""
-    return refused(f"The call could not be read: {problem}. Write it again, correctly.")
+    return refused(f"Malformed call: {problem}. Fix it and try again.")
 
 
 def unknown_tool(tool: str, tools: Iterable[str]) -> str:

@@ -441,10 +441,10 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         whole = response.text or ""
         images = [image for image in response.image or [] if image is not None]
         if response.video:
-            raise ToolFailed("video answers are not supported")
+            raise ToolFailed("video results are not supported")
         if images:
             if not getattr(self.processor, "image_processor", None):
-                raise ToolFailed("it returned an image, and the model takes none")
+                raise ToolFailed("it returned an image, but the model takes no images")
             self._assert_mm_supported(True)
         status = _status(whole, self.error_markers)
         if status == "error":

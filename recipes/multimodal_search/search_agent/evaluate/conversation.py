@@ -29,7 +29,7 @@ from verl_tapo.rule.values import content_hash
 Score = Callable[[str, str, Any, dict[str, Any]], Awaitable[dict[str, Any]]]
 """``(data_source, answer, ground_truth, extra_info)`` to a dict with ``acc``, 0 to 1."""
 Ending = Literal["answered", "turns", "malformed", "context", "length"]
-BROKEN = "the arguments hold half a surrogate pair (as \\ud83d alone is), which is no text"
+BROKEN = "the arguments contain an unpaired surrogate (such as \\ud83d alone), which is not valid text"
 
 
 @dataclass(frozen=True)

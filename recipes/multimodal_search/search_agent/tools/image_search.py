@@ -36,15 +36,15 @@ class ImageSearch(SearchTool):
     Settings = ImageSearchSettings
     schema: ClassVar[dict[str, Any]] = {
         "name": "image_search",
-        "description": "Searches for an image. Gives titles and texts of pages that show the same or a similar one.",
+        "description": "Search by image. Returns titles and texts of web pages that show the same or a similar image.",
         "parameters": {
             "type": "object",
-            "properties": {"image": {"type": "integer", "description": "Number of the image; the first is 1."}},
+            "properties": {"image": {"type": "integer", "description": "Image number, starting from 1."}},
             "required": ["image"],
         },
     }
     kernels: ClassVar[dict[str, Any] | None] = {"image": "exact"}
-    sentence = "image_search finds out what an image shows."
+    sentence = "Use image_search to identify what an image shows."
     make_provider = staticmethod(make_image_provider)
     remembered = CachedImages
 
@@ -55,7 +55,7 @@ class ImageSearch(SearchTool):
         picture = await asyncio.to_thread(encode, call.images[position])
         hits, metrics = await self.ask(picture, self.settings.topk, key)
         if not hits:
-            return Answer("Nothing was found.", metrics={**metrics, "results": 0})
+            return Answer("No results.", metrics={**metrics, "results": 0})
         images, hits = await asyncio.to_thread(self._thumbnails, hits, call)
         text, _ = format_image_hits(
             hits, first_image_number=call.next_image if images else None, limit_chars=self.settings.limit_chars

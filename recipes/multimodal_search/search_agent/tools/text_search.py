@@ -28,19 +28,19 @@ class TextSearch(SearchTool):
     Settings = TextSearchSettings
     schema: ClassVar[dict[str, Any]] = {
         "name": "text_search",
-        "description": "Searches for texts. Gives the passages that fit the query best.",
+        "description": "Search for text passages. Returns those that match the query best.",
         "parameters": {
             "type": "object",
-            "properties": {"query": {"type": "string", "description": "What to look for, in a few words."}},
+            "properties": {"query": {"type": "string", "description": "A short search query."}},
             "required": ["query"],
         },
     }
     kernels: ClassVar[dict[str, Any] | None] = {"query": "text"}
-    sentence = "text_search finds passages about what you name in the query."
+    sentence = "Use text_search to look up passages on a topic."
     make_provider = staticmethod(make_text_provider)
     remembered = CachedText
 
     async def answer(self, call: Call) -> Answer:
         passages, metrics = await self.ask(call.text("query", LONGEST_QUERY), self.settings.topk)
-        text = format_passages(passages, limit_chars=self.settings.limit_chars) if passages else "Nothing was found."
+        text = format_passages(passages, limit_chars=self.settings.limit_chars) if passages else "No results."
         return Answer(text, metrics={**metrics, "results": len(passages)})

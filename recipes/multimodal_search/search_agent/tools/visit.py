@@ -26,15 +26,15 @@ class Visit(SearchTool):
     Settings = VisitSettings
     schema: ClassVar[dict[str, Any]] = {
         "name": "visit",
-        "description": "Opens a page and gives its text.",
+        "description": "Open a web page and return its text.",
         "parameters": {
             "type": "object",
-            "properties": {"url": {"type": "string", "description": "The page's address."}},
+            "properties": {"url": {"type": "string", "description": "URL of the page."}},
             "required": ["url"],
         },
     }
     kernels: ClassVar[dict[str, Any] | None] = {"url": "exact"}
-    sentence = "visit opens a page that a search has found."
+    sentence = "Use visit to read a page that a search found."
     make_provider = staticmethod(make_page_provider)
     remembered = CachedPages
     method = "read"

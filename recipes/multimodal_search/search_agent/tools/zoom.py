@@ -29,8 +29,8 @@ class ZoomSettings(ImageSettings):
 
 
 _COUNTS: Mapping[Coordinates, str] = {
-    "absolute": "its bbox counts pixels of that image",
-    "thousandths": "its bbox counts thousandths of that image's width and height, from 0 to 1000",
+    "absolute": "bbox is in pixels of that image",
+    "thousandths": "bbox is in thousandths of that image's width and height, from 0 to 1000",
 }
 
 
@@ -40,15 +40,15 @@ class Zoom(SearchTool):
     Settings = ZoomSettings
     schema: ClassVar[dict[str, Any]] = {
         "name": "zoom",
-        "description": "Enlarges a region of an image, to see details. Gives a new image.",
+        "description": "Enlarge a region of an image to see its details. Returns a new image.",
         "parameters": {
             "type": "object",
             "properties": {
-                "image": {"type": "integer", "description": "Number of the image; the first is 1."},
+                "image": {"type": "integer", "description": "Image number, starting from 1."},
                 "bbox": {
                     "type": "array",
                     "items": {"type": "number"},
-                    "description": "The region: [left, top, right, bottom].",
+                    "description": "Region as [left, top, right, bottom].",
                 },
             },
             "required": ["image", "bbox"],
@@ -57,7 +57,7 @@ class Zoom(SearchTool):
     kernels: ClassVar[dict[str, Any] | None] = {"image": "exact", "bbox": "iou"}
 
     def prompt(self, created: Mapping[str, Any]) -> str:
-        return f"zoom enlarges a region of an image; {_COUNTS[self._coordinates(created)]}."
+        return f"Use zoom to enlarge a region of an image; {_COUNTS[self._coordinates(created)]}."
 
     def _coordinates(self, created: Mapping[str, Any]) -> Coordinates:
         chosen: Coordinates = created.get("coordinates", self.settings.coordinates)
@@ -81,5 +81,5 @@ class Zoom(SearchTool):
             return settings.fit(region, limit)
 
         image = await asyncio.to_thread(cut)
-        name = "The next image" if call.next_image is None else f"Image {call.next_image}"
-        return Answer(f"{name} is the region of image {position + 1}, {image.width} x {image.height} pixels:", [image])
+        name = "This image" if call.next_image is None else f"Image {call.next_image}"
+        return Answer(f"{name} is the region of image {position + 1}, {image.width} x {image.height} pixels.", [image])
