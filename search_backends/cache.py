@@ -63,7 +63,7 @@ T = TypeVar("T")
 
 
 def cache_key(tool: str, identity: str, arguments: Mapping[str, Any], images: Sequence[bytes] = ()) -> str:
-    """What a call is remembered under: 64 hexadecimal digits.
+    """Returns the key that a call is stored under: 64 hexadecimal digits.
 
     Calls that TAPO's exact kernel takes for equal have equal keys: strings are NFKC-normalised, stripped, white space
     folded; 2.0 is 2; the order of keys does not matter.
@@ -100,7 +100,7 @@ class _Found:
     text: str | bytes
     """JSON."""
     value: Any = None
-    """What was read from it, for the call that looked it up."""
+    """The parsed value, for the call that looked it up."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class _Failed:
 
 @dataclass(frozen=True)
 class _Lease:
-    """Of the call with this token: our own, or one to wait for."""
+    """The lease of the call with this token: our own, or one to wait for."""
 
     token: str
 
@@ -236,7 +236,8 @@ class Cache:
     async def _compute(
         self, key: str, token: str, compute: Callable[[], Awaitable[Any]], label: str, read: Callable[[Any], Any]
     ) -> _Found:
-        """Asks, and returns what is now under ``key``: an answer that came earlier stays."""
+        """Makes the call and returns what is stored under ``key`` afterwards; an earlier answer
+        stays."""
         renewal = asyncio.create_task(self._renew(key, token))
         try:
             text = json.dumps(await compute())
@@ -281,7 +282,8 @@ class Cache:
         return state
 
     def _state(self, key: str, seen: str, read: Callable[[Any], Any]) -> _Found | _Failed | _Lease | None:
-        """None where this call may be made; ``seen`` is the token of the call that was waited for."""
+        """Returns None if this call may be made; ``seen`` is the token of the call that was waited
+        for."""
         found = self._find(key, read)
         if found is not None:
             return found

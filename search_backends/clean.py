@@ -117,7 +117,8 @@ def format_passages(passages: Sequence[Passage], *, limit_chars: int) -> str:
 def format_image_hits(
     hits: Sequence[ImageHit], *, first_image_number: int | None, limit_chars: int
 ) -> tuple[str, list[bytes]]:
-    """What is said of the hits, numbered from 1, and the images to return with it: all that they have, in order.
+    """Returns the text about the hits, numbered from 1, and all their images to return with it, in
+    order.
 
     Args:
         hits: captions and images.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class ModelError(ValueError):
-    """The call makes no sense. The message is for the model: it says what was expected. May cost reward."""
+    """The call is invalid. The message is for the model and says what was expected. May cost
+    reward."""
 
 
 class InfrastructureError(RuntimeError):

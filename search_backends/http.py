@@ -93,9 +93,9 @@ class BackendError(InfrastructureError):
     ) -> None:
         super().__init__(message)
         self.status = status
-        """Of its answer; None where there is none."""
+        """The status of the answer; None without an answer."""
         self.transient = transient
-        """Whether it may work the next time."""
+        """True if another attempt may succeed."""
         self.retry_after_s = retry_after_s
         """Not before, says the back end."""
 
@@ -157,7 +157,7 @@ class JsonClient:
         self.name = checked_address(base_url).netloc.decode()
         """Host and port."""
         self.losses = 0
-        """How often there was no answer at all: the back end may have been another one since."""
+        """How often there was no answer at all; the back end may have been replaced since."""
         self._base_url, self._headers, self._key, self._query_fault = base_url, dict(headers or {}), key, query_fault
         self._timeout_s, self._attempts = timeout_s, attempts
         self._concurrency, self._max_bytes = concurrency, max_bytes
@@ -273,7 +273,7 @@ async def _read(response: httpx.Response, max_bytes: int, cut: bool = False) -> 
 
 
 def _message(text: str) -> str:
-    """What an error's body says, in a line."""
+    """Returns the message in an error's body, in one line."""
     try:
         value = json.loads(text)
         while isinstance(value, dict):
@@ -285,7 +285,8 @@ def _message(text: str) -> str:
 
 
 def _retry_after_s(value: str) -> float:
-    """Of a Retry-After header: seconds or a date; 0 where it is neither."""
+    """Returns the seconds of a Retry-After header, given as seconds or as a date; 0 if it is
+    neither."""
     try:
         return max(
             0.0, float(value) if value.strip().isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()

@@ -20,7 +20,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_ASPECT = 200
 """Longer side by shorter: the image processors of Qwen-VL refuse more."""
 _MAX_SCANS = 64
-"""Of a JPEG file. Progressive ones have ten or so, and each costs a pass over the whole image."""
+"""The maximal number of scans of a JPEG file. Progressive files have about ten, each a pass over
+the whole image."""
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd8]")  # of those that a length follows, and of the end
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?"
 _BBOX_CHARS = 200
@@ -32,7 +33,8 @@ def load_picture(
     max_pixels: int,
     error: Error = InfrastructureError,
 ) -> Image.Image:
-    """The image as RGB, upright, on white where it is transparent, without metadata; of an animation the first frame.
+    """Returns the image as RGB, upright, without metadata. Transparency becomes white; of an
+    animation the first frame is used.
 
     Args:
         data: a PNG, JPEG, WebP, GIF or BMP file's bytes or path, a row's ``{"bytes": ..., "path": ...}``, or an image.
@@ -75,7 +77,7 @@ def _open(data: Any) -> Image.Image:
 
 
 def _scans(image: Image.Image) -> int:
-    """How many scans a JPEG that is not decoded yet has, counted up to one too many; 0 for anything else."""
+    """Counts the scans of a JPEG that is not decoded yet, up to one too many; 0 for any other file."""
     file = getattr(image, "fp", None)
     if file is None or image.format not in ("JPEG", "MPO"):
         return 0

@@ -1,4 +1,4 @@
-"""What providers return, whatever they are: passages, images, pages. Plain data that a cache can hold."""
+"""What every provider returns: passages, images and pages, as plain data that a cache can hold."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Page:
 
 
 def read_list(kind: type[HitT], value: Any) -> list[HitT]:
-    """What `to_json` made of several.
+    """Reads a list that `to_json` wrote.
 
     Raises:
         TypeError, ValueError, KeyError: It is something else.
@@ -96,7 +96,8 @@ class TextProvider(Protocol):
     identity: str
 
     async def search(self, query: str, topk: int) -> list[Passage]:
-        """At most ``topk`` passages, best first; an empty list means that there are none.
+        """Returns at most ``topk`` passages, best first. An empty list means that nothing was
+        found.
 
         Raises:
             ModelError, InfrastructureError
@@ -112,8 +113,8 @@ class ImageProvider(Protocol):
     identity: str
 
     async def search(self, image: bytes, topk: int, key: str | None = None) -> list[ImageHit]:
-        """At most ``topk`` hits, best first. ``image`` is a PNG or JPEG; ``key``, of a prompt's image, is the name
-        under which its results may have been computed beforehand.
+        """Returns at most ``topk`` hits, best first. ``image`` is a PNG or JPEG. ``key`` names an
+        image of the prompt, whose results may have been precomputed under it.
 
         Raises:
             ModelError, InfrastructureError

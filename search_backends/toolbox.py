@@ -22,7 +22,7 @@ _NAME_CHARS = 100  # of a tool's name that does not exist are repeated
 
 @dataclass
 class ToolAnswer:
-    """What a call came to."""
+    """The outcome of a call."""
 
     text: str
     images: list[Image.Image] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Toolbox:
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
-        """In OpenAI's format."""
+        """The tools' schemas in OpenAI's format."""
         return [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in self.tools.values()]
 
     async def call(

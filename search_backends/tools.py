@@ -1,4 +1,5 @@
-"""What all search tools share, whatever runs them: settings, a provider behind a cache, limits, whose fault it is.
+"""The common base of search tools: settings, a cached provider, limits, and whose fault a failure
+is.
 
 A tool's answer depends on its arguments and the images at hand alone (TAPO's premise); the cache keeps it so within a
 run. A call never raises: what went wrong is told to the model, in words it can act on where it was the model's fault,
@@ -40,22 +41,24 @@ class ToolSettings(BaseModel):
     type: str = "native"
     """VeRL's."""
     timeout_s: float = Field(60.0, gt=0)
-    """Of a call, retries included; keep it below the agent loop's ``tool_timeout_s``, which cannot tell whose fault it
-    is."""
+    """Seconds for a call, including retries. Keep it below the agent loop's ``tool_timeout_s``,
+    which cannot tell whose fault a timeout is."""
     concurrency: int = Field(32, ge=1)
     """Concurrent calls, in one agent loop worker. Waiting counts against ``timeout_s``."""
     limit_chars: int = Field(4000, ge=100)
-    """Of an answer's text. Keep ``multi_turn.max_tool_response_length`` above, which cuts blindly."""
+    """The maximal length of an answer's text. Keep it below
+    ``multi_turn.max_tool_response_length``, which cuts anywhere."""
     max_calls: int | None = Field(None, ge=0)
     """Calls of the tool in a conversation; further ones are answered with a message. None: no limit."""
 
 
 class ProviderSettings(ToolSettings):
-    """Of a tool that asks a provider."""
+    """Settings of a tool that asks a provider."""
 
     timeout_s: float = Field(120.0, gt=0)
     provider: dict[str, Any] = Field(default_factory=lambda: {"provider": "service"})
-    """Who answers: ``provider`` and the provider's own settings (`search_backends.providers`)."""
+    """The provider: its name under ``provider``, and its own settings
+    (`search_backends.providers`)."""
     cache: str | None = None
     """A file that all processes of a machine share: equal calls get equal answers. None: each call is asked."""
     cache_max_age_s: float | None = Field(None, gt=0)
@@ -63,15 +66,17 @@ class ProviderSettings(ToolSettings):
 
 
 class ImageSettings(ToolSettings):
-    """Of tools that return images. Images are tokens, and a context is finite: a token of Qwen2.5-VL is 28 x 28 pixels,
-    of Qwen3-VL 32 x 32."""
+    """Settings of tools that return images. Images cost tokens: one covers 28 x 28 pixels in
+    Qwen2.5-VL, and 32 x 32 in Qwen3-VL."""
 
     max_pixels: int = Field(512 * 512, ge=SMALLEST)
-    """Of an image that is returned; a larger one is shrunk."""
+    """The maximal size of a returned image; a larger one is shrunk."""
     max_images: int = Field(12, ge=1)
-    """Of a conversation, the question's included; then no more are returned."""
+    """The maximal number of images in a conversation, including the question's; no more are
+    returned then."""
     total_pixels: int = Field(4 * 1024 * 1024, ge=SMALLEST)
-    """Of all images of a conversation together; the last ones are shrunk to fit."""
+    """The maximal size of all images of a conversation together; the last ones are shrunk to fit.
+    """
 
     def room(self, images: Sequence[Image.Image]) -> int:
         """Pixels that another image may have.
@@ -91,16 +96,17 @@ class ImageSettings(ToolSettings):
 
 @dataclass(frozen=True)
 class Call:
-    """What a tool is asked."""
+    """One call of a tool."""
 
     arguments: Mapping[str, Any]
-    """As the model wrote them: any JSON."""
+    """The arguments as the model wrote them: any JSON."""
     images: Sequence[Image.Image] = ()
-    """Of the conversation so far; the model counts them from 1."""
+    """The images of the conversation so far; the model counts them from 1."""
     created: Mapping[str, Any] = field(default_factory=dict)
-    """What the question and the run tell this tool: ``image_keys``, and whatever the run's settings add."""
+    """Values from the question and the run for this tool: ``image_keys``, and those in the run's
+    settings."""
     alone: bool = True
-    """Whether it is the turn's only call: then its first image has the next number."""
+    """True if it is the turn's only call; then its first image gets the next number."""
 
     def text(self, name: str, longest: int) -> str:
         """The argument ``name``, which must be a text of at most ``longest`` characters, or a list of one: something
@@ -126,8 +132,8 @@ class Call:
         return value.strip()
 
     def image(self, name: str = "image") -> int:
-        """The position in ``images`` of the one that the argument ``name`` counts from 1; where it is missing, of the
-        only one.
+        """Returns the position in ``images`` of the image that the argument ``name`` counts from 1.
+        Without the argument it is the only image.
 
         Raises:
             ModelError
@@ -152,7 +158,7 @@ class Call:
 
 @dataclass
 class Answer:
-    """What a tool found."""
+    """The answer of a tool."""
 
     text: str
     images: list[Image.Image] = field(default_factory=list)
@@ -177,9 +183,10 @@ class Tool(ABC):
     schema: ClassVar[dict[str, Any]]
     """Name, description and parameters, in OpenAI's format."""
     kernels: ClassVar[dict[str, Any] | None]
-    """How TAPO compares two calls, by parameter, as ``algorithm.tapo.tools`` has it; None: it takes no part."""
+    """The kernels by which TAPO compares two calls, by parameter, as in ``algorithm.tapo.tools``.
+    None: the tool takes no part."""
     sentence: ClassVar[str] = ""
-    """What the system prompt says of it."""
+    """The sentence about the tool in the system prompt."""
     make_provider: ClassVar[Any]
     remembered: ClassVar[Any]
     method: ClassVar[str] = "search"
@@ -222,11 +229,12 @@ class Tool(ABC):
         """
 
     def prompt(self, created: Mapping[str, Any]) -> str:
-        """What the system prompt says of the tool, in a run that tells it ``created``; empty where it says nothing."""
+        """Returns the sentence about the tool in the system prompt, for a run with the values
+        ``created``; empty for none."""
         return self.sentence
 
     async def ask(self, *arguments: Any) -> tuple[Any, dict[str, Any]]:
-        """What the provider says, and metrics.
+        """Returns the provider's answer, and metrics.
 
         Raises:
             ModelError, InfrastructureError
@@ -254,8 +262,8 @@ class Tool(ABC):
     async def run(
         self, arguments: Any, images: Sequence[Image.Image], created: Mapping[str, Any], alone: bool
     ) -> Answer:
-        """The answer to a call, whatever goes wrong. Its metrics hold ``fault`` where it failed: ``model`` or
-        ``infrastructure``."""
+        """Answers a call and never raises. The metrics of a failed call hold ``fault``: ``model``
+        or ``infrastructure``."""
         try:
             if not isinstance(arguments, Mapping):
                 raise ModelError("the arguments must be a JSON object")
@@ -282,9 +290,8 @@ class Tool(ABC):
 
 
 async def without_exit(call: Awaitable[T]) -> T:
-    """What ``call`` returns. Where code in it calls ``exit``, that is an error like any other: asyncio would end the
-    worker with all its rollouts.
-    """
+    """Awaits ``call`` and turns SystemExit into an ordinary error; asyncio would end the worker
+    with all its rollouts."""
     try:
         return await call
     except SystemExit as error:

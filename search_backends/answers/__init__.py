@@ -1,1 +1,2 @@
-"""Which answer a response gives, and a model that judges it. (Comparison by rules: `verl_tapo.answers`.)"""
+"""Extracts the answer of a response and judges it with a model. (`verl_tapo.answers` compares by
+rules.)"""

@@ -62,21 +62,24 @@ _REMINDER = "\n\nReply with nothing but one word: correct or incorrect."
 
 
 class JudgeSettings(HttpSettings):
-    """Of the model that compares answers, behind an OpenAI-compatible end point."""
+    """Settings of the model that compares answers, behind an OpenAI-compatible end point."""
 
     model: str = Field(min_length=1)
     base_url: Address | None = None
-    """Up to and with ``/v1``. None: veRL's own reward model (``reward.reward_model``)."""
+    """The address up to and including ``/v1``. None: veRL's own reward model
+    (``reward.reward_model``)."""
     key_variable: str | None = "OPENAI_API_KEY"
-    """The environment variable with the key; None where there is none."""
+    """The environment variable that holds the key; None if there is no key."""
     request: Mapping[str, Any] = Field(default={"max_tokens": 512})
-    """Further fields of a request; ``temperature`` is 0 unless it stands here, and a field that is null is left out."""
+    """Further fields of a request. ``temperature`` is 0 unless it is given here; a field that is
+    null is left out."""
     cache: str | None = None
     """A file, see `search_backends.cache`, in which verdicts are kept."""
     on_outage: Literal["stop", "count"] = "stop"
-    """What an outage does: no rewards at all, or rewards by rules alone, which are counted."""
+    """``stop``: wait for the judge, then raise. ``count``: rules decide; ``judge_failed`` counts
+    them."""
     patience_s: float = Field(600.0, gt=0, lt=float("inf"))
-    """With ``stop``: for so long rewards wait for the judge to come back."""
+    """With ``stop``: how long rewards wait for the judge to return."""
 
 
 class JudgeOutage(InfrastructureError):
@@ -88,7 +91,7 @@ class NoVerdict(InfrastructureError):
 
 
 def messages(question: str, accepted: Sequence[str], answer: str) -> list[dict[str, str]]:
-    """What the judge is asked. The order of the accepted answers makes no difference."""
+    """Returns the judge's prompt. The order of the accepted answers makes no difference."""
     lines = "\n".join(f"- {' '.join(clean_text(text).split())}" for text in sorted(accepted))
     asked = (
         f"Question: {' '.join(clean_text(question).split())}\n\nAccepted answers, each of them right:\n{lines}\n\n"
@@ -98,7 +101,8 @@ def messages(question: str, accepted: Sequence[str], answer: str) -> list[dict[s
 
 
 def read_verdict(reply: Any) -> bool | None:
-    """The verdict of a reply that is nothing else, but for a thought before it; None where there is none."""
+    """Returns the verdict if the reply is nothing else, apart from a thought before it; otherwise
+    None."""
     if not isinstance(reply, str):
         return None
     thought, _, verdict = reply.rpartition("</think>")
@@ -266,7 +270,7 @@ class Judge:
         raise NoVerdict(f"{self._client.name} {self._why_not(text, ending)}")
 
     def _why_not(self, text: Any, ending: Any) -> str:
-        """What was wrong with a reply that is no verdict."""
+        """Explains why a reply is not a verdict."""
         if ending == "length":
             limits = [name for name in ("max_tokens", "max_completion_tokens") if name in self._request]
             given = ", ".join(f"{name} {self._request[name]}" for name in limits)

@@ -18,7 +18,8 @@ class Reply:
     """The model's last turn."""
 
     answer: str | None
-    """Between the last answer tags, after any thought; None where there is none, or only white space."""
+    """Returns the text between the last answer tags after any thought; None if it is missing or
+    blank."""
     well_formed: bool
     """One answer, at the end; and a thought before it, where one is asked for."""
 
@@ -54,7 +55,7 @@ def read_reply(solution: str, calls: Sequence[Mapping[str, Any]] | None, *, thin
 
 
 def _last_answer(text: str) -> str:
-    """What stands between the last answer tags with no other ones in between."""
+    """Returns the text between the last answer tags that contain no other ones."""
     answer, opened = "", None
     for tag in _ANSWER_TAG.finditer(text):
         if tag[0] == "<answer>":
@@ -65,7 +66,7 @@ def _last_answer(text: str) -> str:
 
 
 def _one_answer(turn: str, rest: str) -> bool:
-    """Whether ``rest``, the turn after its thought, ends with the turn's only answer."""
+    """Returns whether ``rest``, the turn after its thought, ends with the turn's only answer."""
     if not turn.count("<answer>") == turn.count("</answer>") == 1:
         return False
     _, opened, answer = rest.partition("<answer>")

@@ -1,4 +1,4 @@
-"""What is said in a conversation, whichever way a server wants it written.
+"""Messages of a conversation, in the forms that different servers expect.
 
 A message's content is a list of parts, ``{"type": "text", "text": ...}`` or ``{"type": "image", "image": NAME}``, where
 the name is that of the image's content: so conversations can be kept without their images.
@@ -30,9 +30,9 @@ class RequestedCall:
     tool: str
     arguments: dict[str, Any]
     problem: str | None = None
-    """Why it cannot be read; then there is nothing to execute."""
+    """Why the call cannot be read, or None. An unreadable call is not executed."""
     id: str | None = None
-    """The server's, where it read the call; None where it was found in the text."""
+    """The server's id if the server read the call; None if the call was found in the text."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Reply:
     text: str
     calls: tuple[RequestedCall, ...]
     message: Message
-    """To be sent back as part of the conversation."""
+    """The message to send back as part of the conversation."""
     finish: str = "stop"
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -55,7 +55,7 @@ class Pictures:
     images: list[Image.Image] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
-    """By name, which is ``HASH.png`` or the like."""
+    """The image files by name, such as ``HASH.png``."""
 
     def add_file(self, content: bytes) -> dict[str, str]:
         """Adds an encoded image; returns it as a part of a message.
@@ -97,7 +97,7 @@ def whole(text: str) -> str:
 
 
 def read_call(name: Any, arguments: Any, identity: str | None = None) -> RequestedCall:
-    """A call whose arguments are an object, or JSON of one."""
+    """Reads a call whose arguments are an object, or JSON of one."""
     if not isinstance(name, str) or not name:
         return RequestedCall("", {}, "it has no tool name", identity)
     name = whole(name)
@@ -112,7 +112,8 @@ def read_call(name: Any, arguments: Any, identity: str | None = None) -> Request
 
 
 def is_broken(arguments: Mapping[str, Any]) -> bool:
-    """Whether a call's arguments hold half a surrogate pair, which JSON lets a model write."""
+    """Returns whether a call's arguments contain half a surrogate pair, which JSON lets a model
+    write."""
     try:
         json.dumps(arguments, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -137,7 +138,7 @@ def calls_in_text(text: str) -> tuple[RequestedCall, ...]:
 
 
 def tools_in_text(schemas: Sequence[Mapping[str, Any]]) -> str:
-    """What a system message says of the tools, to a model whose server does not."""
+    """Describes the tools in a system message, for a server that does not do so itself."""
     lines = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in schemas)
     return (
         "# Tools\n\nYou may call these tools, described one per line:\n"

@@ -21,7 +21,7 @@ _SAMPLE = 1 << 20  # bytes of a weights file's beginning and end
 
 
 class ServerFailed(Exception):
-    """It did not come up, or cannot be started at all."""
+    """The server did not come up, or cannot be started at all."""
 
 
 def find_vllm() -> str:

@@ -46,7 +46,7 @@ class _Careful(pickle.Unpickler):
 
 
 def read_results(file: Path) -> Mapping[str, Mapping[str, Any]]:
-    """What a pickle holds, by the question's id.
+    """Reads the results in a pickle, by the question's id.
 
     Raises:
         ValueError: It is none, or holds something else.

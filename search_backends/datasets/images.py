@@ -19,7 +19,7 @@ from search_backends.pictures import FORMATS, fit, load_picture
 MAX_READ_PIXELS = 100_000_000  # larger images are left out unread
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 OTHER_SUFFIXES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".ico", ".ppm", ".pgm", ".svg", ".jp2", ".jxl")
-"""Of images that are not read, which the reason for leaving a row out names."""
+"""Suffixes of image files that are not read; the reason for leaving a row out names them."""
 LONGEST_NAME = 255
 """Characters of a file's name: a longer text without a slash is none."""
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{1,20}://")
@@ -125,7 +125,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _from_base64(text: str) -> bytes | None:
-    """The bytes that a text encodes; None where it is no base64.
+    """Decodes base64; None if the text is not base64.
 
     Line ends, missing padding and the alphabet for URLs are accepted.
     """
@@ -137,7 +137,7 @@ def _from_base64(text: str) -> bytes | None:
 
 
 def kind_of(data: bytes) -> str | None:
-    """The kind of file that begins so: an image, or what is often found in its place."""
+    """Recognises a kind of file by its first bytes: an image, or what is often found in its place."""
     if data[4:8] == b"ftyp":
         return "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIC"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":

@@ -14,20 +14,20 @@ NEAR = 4
 
 
 class Mark(NamedTuple):
-    """What a question is recognised by."""
+    """The features that identify a question."""
 
     question: str
-    """Without case, accents, punctuation."""
+    """The question without case, accents and punctuation."""
     image: str
-    """Of the first image's original bytes; a sha256."""
+    """The sha256 of the first image's original bytes."""
     perceptual: int
-    """Of the first image; 64 bits."""
+    """A perceptual hash of the first image, 64 bits."""
     answer: str
     """The canonical one, like the question."""
 
 
 def mark_of(question: str, answer: str, key: str, image: Image.Image) -> Mark:
-    """Of a question.
+    """Returns the mark of a question.
 
     Args:
         question, answer: texts.

@@ -1,1 +1,1 @@
-"""What an evaluation keeps, so that it can be continued, and how sure its figures are."""
+"""Stores an evaluation so that it can be resumed, and computes how certain its figures are."""

@@ -24,7 +24,7 @@ from search_backends.evaluation.tables import order, percent, table
 FEW_QUESTIONS = 30
 
 Scores = dict[str, dict[str, float]]
-"""By benchmark, then by question."""
+"""Scores by benchmark, then by question."""
 
 
 def read_scores(folder: Path) -> tuple[str, dict[str, Any], Scores]:
@@ -50,7 +50,8 @@ def read_scores(folder: Path) -> tuple[str, dict[str, Any], Scores]:
 
 
 def common(all_scores: Sequence[Scores]) -> dict[str, npt.NDArray[np.float64]]:
-    """By benchmark: scores (evaluations, questions) of the questions that all evaluations have.
+    """Returns, by benchmark, scores (evaluations, questions) of the questions that all evaluations
+    share.
 
     Raises:
         ValueError: There are none.

@@ -28,14 +28,14 @@ class Undone(InfrastructureError):
 
 
 class Question(Protocol):
-    """What is done."""
+    """A question that an evaluation asks."""
 
     @property
     def id(self) -> str: ...
 
 
 class Task(Protocol):
-    """What is done with every question."""
+    """The work to do for every question."""
 
     async def do(self, question: Any) -> tuple[dict[str, Any], dict[str, bytes]]:
         """The entry that is kept, and its images by name.

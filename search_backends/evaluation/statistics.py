@@ -1,4 +1,4 @@
-"""How sure one can be of an accuracy, and of a difference between two."""
+"""Confidence intervals of an accuracy, and of the difference between two."""
 
 from __future__ import annotations
 

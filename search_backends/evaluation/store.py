@@ -1,4 +1,5 @@
-"""The output folder: what is done survives whatever ends the run, and only runs with the same settings go on in it."""
+"""The output folder. Finished work survives an interrupted run, and only runs with equal settings
+continue in it."""
 
 from __future__ import annotations
 
@@ -161,7 +162,7 @@ def read_lines(file: Path, kinds: Mapping[str, Any] = {"id": str}) -> Iterator[d
 
 
 def _problem(entry: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
-    """What is wrong with an entry; empty where nothing is."""
+    """Returns what is wrong with an entry, or an empty text."""
     wrong = next((name for name, kind in kinds.items() if not isinstance(entry.get(name), kind)), None)
     if wrong is not None:
         return f"has {entry[wrong]!r:.60} as {wrong}" if wrong in entry else f"has no {wrong}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 BENCHMARKS = ("MMSearch", "HR-MMSearch", "FVQA-test", "InfoSeek", "SimpleVQA", "LiveVQA", "MAT-Search")
-"""In the paper's order; others follow by name."""
+"""The benchmarks in the paper's order; others follow by name."""
 
 
 def order(benchmarks: Iterable[str]) -> list[str]:

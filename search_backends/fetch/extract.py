@@ -40,7 +40,7 @@ class ExtractionFailed(Exception):
 
 
 class PageAtFault(ExtractionFailed):
-    """And any other process would fail at this page as well."""
+    """Extraction failed because of the page, and would fail in any other process too."""
 
 
 def _failure(exit_code: int | None, timeout_s: float) -> ExtractionFailed:
@@ -60,7 +60,7 @@ class Extractor:
     def extract(
         self, body: bytes, content_type: str, *, max_chars: int, timeout_s: float, cpu_s: float = 2.0
     ) -> tuple[str, str]:
-        """Title and text of a page, both empty where there is nothing to read.
+        """Returns title and text of a page; both are empty if there is nothing to read.
 
         Args:
             body: HTML or any text.
@@ -112,12 +112,13 @@ class Extractor:
 
 
 def is_html(kind: str) -> bool:
-    """Whether a content type is a web page's; a server that names none sends one, most likely."""
+    """Returns whether a content type is a web page's. A server that names none most likely sends
+    one."""
     return kind in ("", "text/html", "application/xhtml+xml")
 
 
 def is_readable(kind: str) -> bool:
-    """Whether texts of a content type can be read."""
+    """Returns whether texts of a content type can be read."""
     return is_html(kind) or kind.startswith("text/") or kind == "application/json" or kind.endswith("+json")
 
 
@@ -142,7 +143,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def _limited_cpu(seconds: float) -> Iterator[None]:
-    """Ends this process where what is done inside takes more of a core: waiting for one does not count."""
+    """Ends this process if the block uses more time of a core. Waiting for a core does not count."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
@@ -219,7 +220,7 @@ def _end(pattern: re.Pattern[str], text: str, position: int) -> int:
 
 
 def _decode(body: bytes, parameters: str) -> str:
-    """By the charset that the header names; empty where it names none or a wrong one."""
+    """Decodes by the charset that the header names; empty if it names none or a wrong one."""
     for parameter in parameters.split(";"):
         name, _, value = parameter.partition("=")
         if name.strip().lower() == "charset":

@@ -33,10 +33,10 @@ _KIND = re.compile(r"[\w.+-]{1,40}/[\w.+-]{1,60}", re.ASCII)
 
 @dataclass(frozen=True)
 class Fetched:
-    """What an address holds."""
+    """The content of an address."""
 
     url: str
-    """After redirects."""
+    """The address after redirects."""
     status: int
     content_type: str
     """The header, as sent."""
@@ -98,7 +98,7 @@ class SafeFetcher:
             logger.warning("pages are fetched through %s: it must keep requests out of private networks", proxy)
 
     async def fetch(self, url: str, *, accepts: Callable[[str], bool] | None = None) -> Fetched:
-        """What ``url`` holds.
+        """Fetches the content of ``url``.
 
         Args:
             url: http or https.
@@ -152,7 +152,7 @@ class SafeFetcher:
         limit_s: float,
         accepts: Callable[[str], bool] | None,
     ) -> Fetched | httpx.URL:
-        """What is there, or where it leads."""
+        """Returns the content of an address, or the address it redirects to."""
         # In parts, as it was checked: httpcore would parse a text again, and otherwise.
         address = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         timeouts = dict.fromkeys(("connect", "read", "write", "pool"), limit_s)

@@ -1,4 +1,5 @@
-"""Which addresses may be read: those of the public web, nothing of the machine, its network or its cloud."""
+"""Decides which addresses may be read: those of the public web, and none of the machine, its
+network or its cloud."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ import httpx
 from search_backends.errors import InfrastructureError, ModelError
 
 Resolver: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
-"""The addresses of a host, none where there is no such host. Raises InfrastructureError where it cannot tell."""
+"""Returns the addresses of a host, none if it does not exist. Raises InfrastructureError if the
+lookup fails."""
 
 NOT_PUBLIC = "this address cannot be read: its host is unknown or not part of the public web"
 """One message for both, which does not say which names a private network knows."""
@@ -43,7 +45,8 @@ _PRIVATE_NAMES = "localhost localdomain local internal intranet private corp lan
 
 
 def is_public(address: str) -> bool:
-    """Whether the IP address, as text, is one of the public internet. False for what is no address."""
+    """Returns whether the text is an IP address of the public internet; False if it is not an
+    address."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -76,7 +79,7 @@ def check_url(url: str | httpx.URL, allowed_ports: Collection[int]) -> httpx.URL
 
 
 def _is_public_name(host: str) -> bool:
-    """Whether the host is a name with a domain, in its plain form, that is not set aside for private networks."""
+    """Returns whether the host is a plain domain name that is not reserved for private networks."""
     if not _NAME.fullmatch(host) or _NUMERIC.fullmatch(host.rpartition(".")[2]):
         return False
     return not any(host.endswith(f".{name}") for name in _PRIVATE_NAMES)

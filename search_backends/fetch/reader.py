@@ -36,19 +36,19 @@ _TOO_LARGE = "the page is too large or too complex to read; choose another"
 
 
 class DirectSettings(Settings):
-    """Of ``provider: direct``."""
+    """Settings of ``provider: direct``."""
 
     timeout_s: float = Field(40.0, gt=0)
-    """Of a page, from the wait for a place to its last byte."""
+    """Seconds for a page, from the wait for a place to its last byte."""
     attempts: int = Field(3, ge=1)
     max_bytes: int = Field(5 << 20, ge=1024)
-    """Of a page; longer ones are refused."""
+    """The maximal size of a page; longer ones are refused."""
     max_redirects: int = Field(5, ge=0)
     allowed_ports: tuple[int, ...] = (80, 443)
     user_agent: str = "search-agent/1.0"
     """Put an address there under which you can be reached."""
     respect_robots: bool = True
-    """Whether pages that the site's robots.txt forbids are left alone."""
+    """If true, pages that the site's robots.txt forbids are not read."""
     proxy: str | None = None
     """Fetch through this; then it, and not this package, must keep requests out of private networks."""
     concurrency: int = Field(32, ge=1)
@@ -58,11 +58,11 @@ class DirectSettings(Settings):
     extractors: int = Field(2, ge=1)
     """Processes that turn pages into text."""
     extraction_timeout_s: float = Field(20.0, gt=0)
-    """Of a page, waiting for a core included."""
+    """Seconds for extracting a page's text, including the wait for a core."""
     extraction_cpu_s: float = Field(2.0, gt=0)
-    """Of a core, that a page may cost; then it is to blame."""
+    """Seconds of a core that a page may use; beyond them the page is at fault."""
     max_chars: int = Field(200_000, ge=1000)
-    """Of a page's text that are kept."""
+    """The number of characters of a page's text that are kept."""
 
 
 class DirectReader:
@@ -135,7 +135,8 @@ class DirectReader:
             await asyncio.get_running_loop().run_in_executor(self._threads, self._close_one)
 
     async def _allowed(self, address: httpx.URL) -> bool:
-        """Whether robots.txt allows it: the address that was asked for, not where it leads."""
+        """Returns whether robots.txt allows the requested address; the target of a redirect is not
+        checked."""
         site = address.copy_with(path="/robots.txt", query=None, fragment=None)
         rules: RobotFileParser | None = self._robots.get(str(site))
         if rules is None:
@@ -174,7 +175,7 @@ class DirectReader:
             self._extractors.put(extractor)
 
     def _is_hopeless(self, page: str) -> bool:
-        """Whether a page, by its address or hash, could not be worked through a while ago."""
+        """Returns whether a page, given by address or hash, recently failed to be processed."""
         with self._lock:
             return page in self._refused
 
@@ -185,7 +186,7 @@ class DirectReader:
 
 
 class _Places:
-    """How many pages are read at a time, in one event loop."""
+    """Limits how many pages are read at a time, in one event loop."""
 
     def __init__(self, total: int, per_host: int) -> None:
         self._total, self._per_host = asyncio.Semaphore(total), per_host

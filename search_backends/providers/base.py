@@ -1,4 +1,4 @@
-"""What providers share: checked settings, checked answers."""
+"""The common base of providers: checked settings and checked answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from search_backends.http import ApiKey, JsonClient, checked_address
 
 
 class Settings(BaseModel):
-    """Of a provider: what stands beside ``provider`` in its configuration."""
+    """A provider's settings, given beside ``provider`` in its configuration."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,19 +26,19 @@ def _checked(url: str) -> str:
 
 
 Address: TypeAlias = Annotated[str, AfterValidator(_checked)]
-"""Of a service: http or https."""
+"""The address of a service, http or https."""
 
 
 class HttpSettings(Settings):
-    """Of a provider behind HTTP."""
+    """Settings of a provider behind HTTP."""
 
     timeout_s: float = Field(40.0, gt=0)
-    """Of a call, attempts and pauses included."""
+    """Seconds for a call, including attempts and pauses."""
     attempts: int = Field(6, ge=1)
     concurrency: int = Field(32, ge=1)
     """Requests at a time, in one event loop."""
     max_bytes: int = Field(8 << 20, ge=1024)
-    """Of an answer."""
+    """The maximal size of an answer."""
 
     def client(
         self,
@@ -48,7 +48,8 @@ class HttpSettings(Settings):
         key: ApiKey | None = None,
         query_fault: str | None = None,
     ) -> JsonClient:
-        """Of the service at ``address``, see `JsonClient`; ``query_fault`` is a pattern, case ignored."""
+        """Returns a client of the service at ``address``, see `JsonClient`. ``query_fault`` is a
+        pattern; case is ignored."""
         return JsonClient(
             address,
             timeout_s=self.timeout_s,
@@ -101,7 +102,7 @@ def answer_of(kind: type[AnswerT], provider: str, value: Any) -> AnswerT:
 
 
 class ImageAddresses:
-    """Where the prompts' images stand on the web, for services that search by address only.
+    """The web addresses of the prompts' images, for services that search only by address.
 
     Args:
         provider: for messages.

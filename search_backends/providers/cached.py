@@ -20,7 +20,7 @@ class _Provider(Protocol):
 
 
 async def current_identity(provider: _Provider) -> str:
-    """Its identity; some must be asked for it (``identify``).
+    """Returns the provider's identity; some must be asked for it (``identify``).
 
     Raises:
         InfrastructureError

@@ -13,7 +13,7 @@ from search_backends.results import Page
 
 
 class JinaSettings(HttpSettings):
-    """Of ``provider: jina``."""
+    """Settings of ``provider: jina``."""
 
     base_url: Address = "https://r.jina.ai"
 

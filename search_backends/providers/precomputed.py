@@ -20,11 +20,12 @@ from search_backends.results import ImageHit, read_list
 
 
 class PrecomputedSettings(Settings):
-    """Of ``provider: precomputed``."""
+    """Settings of ``provider: precomputed``."""
 
     path: str
     on_missing: Literal["error", "empty"] = "error"
-    """What an image without results is: a fault of the data, or one that nothing was found for."""
+    """``error``: an image without results is a fault of the data. ``empty``: nothing was found for
+    it."""
 
 
 def write(path: str | Path, results: Iterable[tuple[str, list[ImageHit]]]) -> int:

@@ -1,4 +1,4 @@
-"""serpapi.com: Google Lens, for images that have an address on the web."""
+"""serpapi.com: Google Lens, for images with an address on the web."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NOTHING = "hasn't returned any results"  # of its `error` where the search went
 
 
 class SerpApiSettings(HttpSettings):
-    """Of ``provider: serpapi``."""
+    """Settings of ``provider: serpapi``."""
 
     base_url: Address = "https://serpapi.com"
     hl: str = "en"

@@ -1,4 +1,4 @@
-"""serper.dev: Google's results. Text, and Google Lens for images that have an address on the web."""
+"""serper.dev: Google's results for text, and Google Lens for images with an address on the web."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from search_backends.results import ImageHit, Passage
 
 
 class SerperSettings(HttpSettings):
-    """Of ``provider: serper``."""
+    """Settings of ``provider: serper``."""
 
     base_url: Address = "https://google.serper.dev"
     gl: str = "us"
@@ -21,7 +21,7 @@ class SerperSettings(HttpSettings):
 
 
 class SerperImageSettings(SerperSettings):
-    """Of ``provider: serper`` for images."""
+    """Settings of ``provider: serper`` for images."""
 
     image_urls: str
     """A JSON file: prompt images' addresses on the web, by key."""

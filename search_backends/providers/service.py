@@ -22,16 +22,16 @@ _RECHECK_S = 5.0  # after which an answer has its service's index asked for agai
 
 
 class ServiceSettings(HttpSettings):
-    """Of ``provider: service``."""
+    """Settings of ``provider: service``."""
 
     url: Address = "http://127.0.0.1:8080"
 
 
 class ImageServiceSettings(ServiceSettings):
-    """Of ``provider: service`` for images."""
+    """Settings of ``provider: service`` for images."""
 
     return_images: bool = True
-    """Whether hits come with their thumbnails."""
+    """If true, hits come with their thumbnails."""
 
 
 class _Document(Answer):
@@ -74,7 +74,7 @@ class _Service:
         self._asked_at = float("-inf")
         self._losses = 0
         self.identity = self._name
-        """Of the index; complete once `identify` was called."""
+        """The identity of the index; it is complete after `identify` was called."""
 
     async def identify(self) -> str:
         """The identity of the index that is served, as it was last seen.

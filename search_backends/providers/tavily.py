@@ -13,7 +13,7 @@ _MOST = 20  # results that it gives
 
 
 class TavilySettings(HttpSettings):
-    """Of ``provider: tavily``."""
+    """Settings of ``provider: tavily``."""
 
     base_url: Address = "https://api.tavily.com"
     search_depth: Literal["basic", "advanced"] = "basic"

@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 
 class Full(RuntimeError):
-    """As many items wait as may wait."""
+    """The queue is full."""
 
 
 class SearchFailed(RuntimeError):
@@ -26,7 +26,7 @@ class SearchFailed(RuntimeError):
 
 
 class Room:
-    """How many items are being worked on or wait; shared by all batchers of a service."""
+    """Counts the items that are being processed or wait; all batchers of a service share it."""
 
     def __init__(self, limit: int):
         self.limit, self.taken = limit, 0
@@ -74,7 +74,7 @@ class Batcher(Generic[Item]):
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio itself keeps none alive
 
     async def answer(self, items: Sequence[Item], topk: int, render: Callable[[list[Hits]], bytes]) -> bytes:
-        """What ``render`` makes of the hits of the items; it runs in a thread too.
+        """Returns what ``render`` makes of the items' hits; it runs in a thread too.
 
         Raises:
             SearchFailed

@@ -51,7 +51,7 @@ _CHUNK = 50_000  # passages
 
 
 def words(text: str) -> list[str]:
-    """What a text is searched by."""
+    """Returns the words by which a text is searched."""
     text, pattern = text.lower(), _ASCII_WORD
     if not text.isascii():
         text, pattern = unicodedata.normalize("NFKC", _LEFT_OUT.sub("", unicodedata.normalize("NFKD", text))), _WORD
@@ -128,7 +128,7 @@ def _flush(file: BinaryIO, tokens: array[int], counts: array[int]) -> None:
 def _chunks(
     file: BinaryIO, distinct: npt.NDArray[np.int32]
 ) -> Iterator[tuple[int, npt.NDArray[np.int32], npt.NDArray[np.int32]]]:
-    """What `_count` wrote: the first passage's position, words, how often."""
+    """Reads what `_count` wrote: the first passage's position, words, and their counts."""
     file.seek(0)
     for first in range(0, len(distinct), _CHUNK):
         size = int(distinct[first : first + _CHUNK].sum())
@@ -149,7 +149,8 @@ def _sort_in(
     data: Any,
     indices: Any,
 ) -> None:
-    """Puts a chunk's scores where their words' postings stand; ``heads`` has the next free place of each word."""
+    """Writes a chunk's scores into their words' postings; ``heads`` holds the next free place of
+    each word."""
     entry = 0
     for passage in range(len(distinct)):
         norm = K1 * (1 - B + B * lengths[passage] / average)
@@ -165,7 +166,7 @@ def _sort_in(
 def _search(
     data: Any, indices: Any, starts: Any, tokens: Any, ends: Any, topk: int, scores: Any, touched: Any
 ) -> tuple[Any, Any, Any]:
-    """The best ``topk`` of each query, whose words are ``tokens[ends[q]:ends[q + 1]]``.
+    """Returns the best ``topk`` of each query, whose words are ``tokens[ends[q]:ends[q + 1]]``.
 
     ``scores`` (all 0, and so again afterwards) and ``touched`` are as long as there are passages.
     """

@@ -44,21 +44,21 @@ BEGUN = "building.json"
 
 LOCK = "lock"
 NOTHING_YET = {LOCK, f"{BEGUN}.partial"}
-"""What a build leaves that ended before it had begun."""
+"""The files left by a build that ended before it had begun."""
 
 TEXT_SEARCHES = ("bm25", "dense")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to build; ``corpus`` and ``images`` may each be left out."""
+    """The parts to build; ``corpus`` and ``images`` are each optional."""
 
     out: Path
     corpus: tuple[Path, ...] = ()
     text: tuple[str, ...] = ("bm25",)
     encoder: str | None = None
     query_prompt: str | None = None
-    """None: the encoder's own."""
+    """None: the encoder's own prompt."""
     passage_prompt: str | None = None
     faiss: str | None = None
     """A FAISS factory string for dense search; None chooses by size."""
@@ -196,7 +196,7 @@ class _Build:
             return corpus.fingerprint(files, advance)
 
     def _once(self, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What a stage found; the stage is run only if it was not finished before."""
+        """Returns a stage's result; the stage runs only if it was not finished before."""
         file = self.out / f"{stage}.done.json"
         if not file.exists():
             write_json(file, work())

@@ -32,7 +32,7 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One row and where it stands: ``FILE:LINE``, or ``FILE row N`` for parquet, both from 1."""
+    """One row and its place: ``FILE:LINE``, or ``FILE row N`` for parquet, both counted from 1."""
 
     place: str
     values: Mapping[str, Any] | BadRow
@@ -84,7 +84,7 @@ class SeenIds:
 
 
 def fingerprint(files: Sequence[Path], advance: Callable[[int], None]) -> str:
-    """Of the content of files; ``advance`` is told the bytes read."""
+    """Returns a fingerprint of the files' content; ``advance`` is given the number of bytes read."""
     whole = hashlib.blake2b(digest_size=16)
     for file in files:
         own = hashlib.blake2b(digest_size=16)
@@ -106,7 +106,7 @@ def check_corpus(files: Sequence[Path]) -> None:
 
 
 def image_files(source: Path) -> list[Path]:
-    """What an image source is made of: the parquet file, or the images of a folder by name.
+    """Returns the files of an image source: the parquet file, or the images of a folder by name.
 
     Raises:
         IndexProblem: There is nothing to read.
@@ -122,7 +122,7 @@ def image_files(source: Path) -> list[Path]:
 
 
 def corpus_rows(files: Sequence[Path], advance: Callable[[int], None]) -> Iterator[Row]:
-    """All rows of all files; ``advance`` is told how many bytes of the files are done."""
+    """Yields all rows of all files; ``advance`` is given the number of bytes done."""
     for file in files:
         if file.suffix == ".parquet":
             size, done = file.stat().st_size, 0
@@ -217,7 +217,7 @@ def picture(row: Row) -> tuple[str, bytes, bytes]:
 
 
 def count_images(source: Path, files: Sequence[Path]) -> int:
-    """Of a source as `image_files` knows it."""
+    """Counts the images of a source whose files `image_files` found."""
     return len(files) if source.is_dir() else _open_parquet(source).metadata.num_rows
 
 

@@ -40,7 +40,7 @@ class RecordWriter:
 
     @property
     def digest(self) -> str:
-        """Of all records so far."""
+        """The digest of all records so far."""
         return self._hash.hexdigest()
 
     def __enter__(self) -> RecordWriter:
@@ -109,7 +109,7 @@ def encode_document(identifier: str, title: str, contents: str, url: str) -> byt
 
 
 def text_of(document: bytes) -> str:
-    """What is searched: the title, then the contents."""
+    """Returns the text that is searched: the title, then the contents."""
     fields: dict[str, Any] = json.loads(document)
     return f"{fields['title']}\n{fields['contents']}" if fields["title"] else str(fields["contents"])
 

@@ -1,4 +1,4 @@
-"""What turns texts and images into vectors: perceptual hashes, or models that sentence-transformers loads."""
+"""Encoders of texts and images: perceptual hashes, or models that sentence-transformers loads."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ FUSED = 100
 
 
 def choose_text_search(folder: Path, wanted: TextSearch | None) -> TextSearch | None:
-    """The text search to load: what is wanted, else BM25 if the index has it, else dense; None where it has no texts.
+    """Returns the text search to load: the requested one, else BM25 if the index has it, else
+    dense. None without texts.
 
     Raises:
         IndexProblem: There is no such index, or it has no such search.
@@ -93,14 +94,14 @@ class Index:
         return [*([self.text] if self.text else []), *(["image"] if self.images is not None else [])]
 
     def search_texts(self, queries: Sequence[str], topk: int) -> list[Hits]:
-        """For each query the positions and scores of the best passages."""
+        """Returns for each query the positions and scores of the best passages."""
         if len(self._searches) == 1:
             return self._searches[0](queries, topk)
         rankings = [search(queries, max(topk, FUSED)) for search in self._searches]
         return [fuse(hits, topk) for hits in zip(*rankings, strict=True)]
 
     def search_images(self, images: Sequence[Image.Image], topk: int) -> list[Hits]:
-        """For each thumbnail the positions and scores of the images most like it."""
+        """Returns for each thumbnail the positions and scores of the most similar images."""
         return self._looked.search(images, topk)
 
     def thumbnail(self, position: int) -> bytes:

@@ -170,7 +170,7 @@ def measure(index: Path, concurrencies: Sequence[int], requests: int, options: S
 
 
 def _own_seconds(url: str) -> tuple[float, float]:
-    """What the service counted for /retrieve: seconds and requests."""
+    """Returns the service's own count for /retrieve: seconds and requests."""
     stats = httpx.get(f"{url}/stats", trust_env=False).text
     sums = dict(re.findall(r'retrieval_request_seconds_(sum|count)\{endpoint="/retrieve"\} (\S+)', stats))
     return float(sums["sum"]), float(sums["count"])

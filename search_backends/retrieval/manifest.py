@@ -1,4 +1,4 @@
-"""What an index is made of: its settings, its counts and the identity that caches go by."""
+"""The manifest of an index: its settings, its counts and the identity that caches use."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 VERSION = 1
-"""Of the files of an index; raised when older ones can no longer be read."""
+"""The version of an index's files. It is raised when older files can no longer be read."""
 
 MANIFEST = "manifest.json"
 """Written last: a folder without it is no index."""
 
 
 class IndexProblem(ValueError):
-    """What is wrong with an index, with what it is made of, or with the settings; one sentence for the user."""
+    """An index, its sources or its settings are wrong; the message is one sentence for the user."""
 
 
 def identity(settings: Mapping[str, Any], digests: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from search_backends.errors import ModelError
 from search_backends.pictures import FORMATS, load_picture
 
 MAX_PIXELS = 50_000_000
-"""Of an image that is read: 150 MB in memory."""
+"""The maximal number of pixels of an image that is read: 150 MB in memory."""
 THUMBNAIL_SIDE = 320
 """Pixels of a thumbnail's longer side. What is searched is the thumbnail, for queries too."""
 
@@ -25,7 +25,7 @@ def read_image(data: bytes) -> Image.Image:
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """The image, made small where it is larger."""
+    """Returns the image, shrunk if it is larger than a thumbnail."""
     small = image.copy()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return small

@@ -55,7 +55,7 @@ RETRY_AFTER = {"Retry-After": "1"}
 
 
 class TextRequest(BaseModel):
-    """What ``/retrieve`` takes."""
+    """The request body of ``/retrieve``."""
 
     queries: list[str] = Field(min_length=1, max_length=MAX_QUERIES)
     topk: int | None = Field(None, ge=1, le=MAX_TOPK)
@@ -63,7 +63,7 @@ class TextRequest(BaseModel):
 
 
 class ImageRequest(BaseModel):
-    """What ``/retrieve_images`` takes."""
+    """The request body of ``/retrieve_images``."""
 
     images: list[str] = Field(min_length=1, max_length=MAX_IMAGES)
     topk: int | None = Field(None, ge=1, le=MAX_TOPK)
@@ -76,7 +76,7 @@ AnyRequest = TypeVar("AnyRequest", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve.
+    """Settings of the service.
 
     Args:
         text: None for BM25 if the index has it, else dense.
@@ -101,7 +101,7 @@ class Settings:
 
 
 class Metrics:
-    """Of one service."""
+    """Metrics of one service."""
 
     def __init__(self, room: Room):
         self.registry = registry = CollectorRegistry()
@@ -156,7 +156,7 @@ class Service:
 
     @property
     def identity(self) -> str:
-        """Of the index and of the settings that change answers."""
+        """The identity of the index and of the settings that change answers."""
         assert self.index is not None
         least = self.settings.min_image_score
         return self.index.identity + (f"-{least:g}" if least else "")

@@ -1,4 +1,4 @@
-"""Encoding that survives an interruption, and FAISS indexes over what was encoded."""
+"""Encoding that survives an interruption, and FAISS indexes of the encoded vectors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def encode(
 
 
 def build(folder: Path, count: int, shard: int, kind: str | None, out: Path) -> str:
-    """Makes the FAISS index of what `encode` wrote, and says of which kind it is.
+    """Makes the FAISS index of what `encode` wrote, and returns its kind.
 
     Args:
         kind: a FAISS factory string; None chooses by size. Hashes are always compared one by one.
