@@ -24,7 +24,7 @@ COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what is wrong; returns the exit code."""
+    """Prints the problems and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-dir", type=Path, required=True)
     parser.add_argument("--config-name", required=True)
@@ -60,7 +60,7 @@ def compose(folder: Path, name: str, overrides: Sequence[str]) -> Any:
 
 
 def find_problems(config: Any) -> Iterator[str]:
-    """What is wrong with TAPO's settings, data, tools and reward."""
+    """Yields the problems of TAPO's settings, the data, the tools and the reward."""
     from verl_tapo.trainer.check import check_run
 
     told = ""
@@ -131,7 +131,8 @@ def _is_system(message: Any) -> bool:
 
 
 def _reward_problems(config: Any, file: Path) -> Iterator[str]:
-    """Whether the reward function takes its settings and the data, and a right answer for right."""
+    """Checks that the reward function takes its settings and the data, and scores a right answer as
+    right."""
     import pyarrow.parquet as parquet
     from verl.trainer.ppo.reward import get_custom_reward_fn
     from verl.utils.import_utils import load_extern_object
@@ -208,7 +209,7 @@ async def _awaited(result: Any) -> Any:
 
 
 async def _judge_problems(function: Any) -> list[str]:
-    """Whether the judge answers, where this recipe's reward has one."""
+    """Checks that the judge answers, if this recipe's reward has one."""
     from search_agent.rewards import Reward, read_settings
     from search_backends.errors import InfrastructureError
 
@@ -265,7 +266,8 @@ def _tool_problems(config: Any, tools: Sequence[Any]) -> Iterator[str]:
 
 
 def _credit_problems(algorithm: Any, tools: Sequence[Any]) -> Iterator[str]:
-    """What ``algorithm.tapo.tools`` names and is not there. Says which tools take part in credit transfer."""
+    """Yields names in ``algorithm.tapo.tools`` that do not exist. Prints which tools take part in
+    credit transfer."""
     from verl_tapo.settings import load_settings
     from verl_tapo.trainer.tools_check import participation, rule_problems
 
@@ -281,7 +283,7 @@ def _say(text: str) -> None:
 
 
 def _template_problems(model: Any, tools: Sequence[Any]) -> Iterator[str]:
-    """Whether the chat template tells the model of the tools: that of Qwen2.5-VL, for one, does not."""
+    """Checks that the chat template tells the model about the tools. Qwen2.5-VL's own does not."""
     from transformers import AutoProcessor, AutoTokenizer
 
     template = model.custom_chat_template
@@ -314,7 +316,7 @@ def _template_problems(model: Any, tools: Sequence[Any]) -> Iterator[str]:
 
 
 def _loop_settings(agent: Any) -> dict[str, Any]:
-    """Of the agent loop that is the default, out of its YAML."""
+    """Returns the settings of the default agent loop, from its YAML."""
     if not agent.agent_loop_config_path:
         return {}
     if not Path(agent.agent_loop_config_path).is_file():
@@ -326,7 +328,7 @@ def _loop_settings(agent: Any) -> dict[str, Any]:
 
 
 async def _unreachable(tools: Sequence[Any]) -> list[str]:
-    """Which tools' back ends do not answer."""
+    """Returns the tools whose back ends do not answer."""
     from search_backends.errors import InfrastructureError
     from search_backends.tools import Tool
 

@@ -1,4 +1,4 @@
-"""VeRL's data set, with the system prompt and what the tools are told added as rows are loaded."""
+"""VeRL's data set, which adds the system prompt and the tools' values as rows are loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from search_agent.tools.toolbox import load_tools
 
 
 class SearchDataset(RLHFDataset):  # type: ignore[misc]
-    """For ``data.custom_cls``. Reads ``data.tool_config_path`` and ``data.tool_settings``, ``{tool: {name: value}}``.
+    """A data set for ``data.custom_cls``. It reads ``data.tool_config_path`` and
+    ``data.tool_settings``, ``{tool: {name: value}}``.
 
     Raises:
         ValueError, FileNotFoundError: The tools cannot be loaded, or a setting is wrong.

@@ -1,4 +1,5 @@
-"""What the model is told: how to use the tools, and how to answer. (Their signatures come from the chat template.)
+"""The system prompt: how to use the tools, and how to answer. (The tools' signatures come from the
+chat template.)
 
 It is put together when questions are loaded, in training (`search_agent.dataset`) and evaluation alike: another tool or
 another word here needs no data to be prepared again.
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 Settings = Mapping[str, Mapping[str, Any]]
-"""What a run tells each tool, by its name: ``data.tool_settings``."""
+"""The values that a run gives each tool, by the tool's name (``data.tool_settings``)."""
 
 
 def system_prompt(tools: Iterable[Any], settings: Settings | None = None) -> str:
@@ -40,8 +41,8 @@ def with_system(messages: Iterable[Mapping[str, Any]], prompt: str) -> list[dict
 
 
 def create_kwargs(extra_info: Mapping[str, Any], tool: str, settings: Settings | None = None) -> dict[str, Any]:
-    """What a tool is told about a question: its images' keys, the run's settings, and over them the question's own
-    ``tools_kwargs``."""
+    """Returns a tool's values for a question: the images' keys, the run's settings, and, overriding
+    both, the question's own ``tools_kwargs``."""
     keys = extra_info.get("image_keys")
     of_tool = (extra_info.get("tools_kwargs") or {}).get(tool) or {}
     own = {name: value for name, value in (of_tool.get("create_kwargs") or {}).items() if value is not None}

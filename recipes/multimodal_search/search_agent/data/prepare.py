@@ -66,7 +66,7 @@ SCHEMA = arrow.schema(
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for all sources."""
+    """Options that apply to all sources."""
 
     images: Path | None = None
     """The folder of images that rows name."""
@@ -77,7 +77,7 @@ class Options:
 
 @dataclass
 class Summary:
-    """What became of a source."""
+    """The outcome of a source."""
 
     name: str
     rows_in: int = 0
@@ -182,7 +182,7 @@ def _convert(
 
 
 def marks_of(file: Path) -> Iterator[tuple[str, Mark]]:
-    """What the questions of a file made earlier are recognised by.
+    """Yields the marks by which the questions of an earlier file are recognised.
 
     Raises:
         ValueError: It is none of ours.
@@ -250,7 +250,7 @@ def write(
 
 @contextmanager
 def _written_whole(file: Path) -> Iterator[Path]:
-    """Where to write; it gets the file's name if all goes well, and is removed if not."""
+    """Yields a path to write to. The file gets its name if all goes well, and is removed if not."""
     partial = file.with_name(f"{file.name}.part")
     try:
         yield partial

@@ -28,12 +28,12 @@ class Source:
     id: tuple[str, ...] = ("data_id", "id")
     category: tuple[str, ...] = ("category",)
     hub: str = ""
-    """Where it is on the Hugging Face hub."""
+    """The data set's name on the Hugging Face hub."""
     seen: str = ""
-    """Where the columns were read."""
+    """The place where the columns were read."""
 
     def mapped(self, changes: Mapping[str, str]) -> Source:
-        """With other columns.
+        """Returns the source with other columns.
 
         Raises:
             ValueError: A name is not known.
@@ -117,7 +117,7 @@ def source_of(name: str) -> Source:
 
 
 def find(row: Mapping[str, Any], columns: Iterable[str]) -> Any:
-    """The value of the first of ``columns`` that the row has, and that is not empty; None where there is none."""
+    """Returns the first value that is not empty among ``columns`` of the row, or None."""
     for column in columns:
         value: Any = row
         for key in column.split("."):
@@ -128,7 +128,7 @@ def find(row: Mapping[str, Any], columns: Iterable[str]) -> Any:
 
 
 def question_of(row: Mapping[str, Any], source: Source) -> str | None:
-    """The question's text, as it stands there."""
+    """Returns the question's text without changes."""
     value = find(row, source.question)
     if isinstance(value, list):  # messages
         texts = [message.get("content") for message in value if isinstance(message, Mapping)]

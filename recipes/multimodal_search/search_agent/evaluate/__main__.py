@@ -111,7 +111,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def tool_settings(policy: str | None) -> dict[str, Any]:
-    """What a policy's file tells the tools.
+    """Returns the tools' values in a policy's file.
 
     Raises:
         ValueError: There is no such file, or it cannot be read.
@@ -126,7 +126,7 @@ def tool_settings(policy: str | None) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what may matter, where it is installed."""
+    """Returns the installed versions of the packages that may matter."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -186,7 +186,8 @@ async def _evaluate(
 
 
 def _settings(args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
-    """What makes results comparable; what must not change when an evaluation is continued."""
+    """Returns the settings that make results comparable, and must not change when an evaluation is
+    resumed."""
     names = [file.name for file in args.data]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -209,7 +210,8 @@ def _settings(args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
 
 
 def _interrupt(*_: object) -> None:
-    """Termination is an interruption: what was started is stopped, what is done is in the results."""
+    """Treats termination as an interruption: running work is stopped, and finished work is in the
+    results."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
         raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)  # asyncio waits for it, where it can

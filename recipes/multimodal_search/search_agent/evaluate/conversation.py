@@ -34,11 +34,11 @@ BROKEN = "the arguments contain an unpaired surrogate (such as \\ud83d alone), w
 
 @dataclass(frozen=True)
 class Limits(CallLimits):
-    """Of a conversation, as the agent loop of training has them."""
+    """Limits of a conversation, as in training's agent loop."""
 
     tool_timeout_s: float = 150.0
     max_turns: int = 10
-    """Of the model; calls in the last are not executed."""
+    """The maximal number of the model's turns; calls in the last turn are not executed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +47,7 @@ class Limits(CallLimits):
 
     @classmethod
     def from_agent_loop(cls, file: Path, **others: Any) -> Limits:
-        """Those that the agent loop's YAML sets, and others.
+        """Returns the limits that the agent loop's YAML sets, and others.
 
         Raises:
             ValueError: for a file that is no such YAML, or a limit that is none.
@@ -63,7 +63,7 @@ class Limits(CallLimits):
 
 @dataclass(frozen=True)
 class Agent:
-    """Who is asked, and with what."""
+    """The model to ask, its tools, limits and prompt."""
 
     model: ChatModel
     toolbox: Toolbox
@@ -71,12 +71,12 @@ class Agent:
     prompt: str
     """The system prompt of questions that have none."""
     tool_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """As training's ``data.tool_settings``."""
+    """The values for each tool, as in training's ``data.tool_settings``."""
 
 
 @dataclass
 class Conversation:
-    """What happened."""
+    """The course of one question."""
 
     messages: list[Message]
     pictures: Pictures
@@ -85,7 +85,7 @@ class Conversation:
     ending: Ending = "answered"
     turns: int = 0
     prompt_tokens: int = 0
-    """Of all requests together."""
+    """The prompt tokens of all requests together."""
     completion_tokens: int = 0
     answer: str = ""
     """The model's last message."""
@@ -149,7 +149,7 @@ async def converse(question: Question, agent: Agent) -> Conversation:
 
 
 async def _turn(talk: Conversation, agent: Agent) -> tuple[RequestedCall, ...] | None:
-    """The calls of the model's next turn; None where it was the last."""
+    """Returns the calls of the model's next turn; None if it was the last."""
     try:
         reply = await agent.model.reply(talk.messages, talk.pictures, agent.toolbox.schemas)
     except ModelError:
@@ -213,7 +213,7 @@ async def _run(
 
 @dataclass(frozen=True)
 class Task:
-    """What is done with every question."""
+    """The work to do for every question."""
 
     agent: Agent
     score: Score

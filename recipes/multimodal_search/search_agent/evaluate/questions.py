@@ -30,9 +30,10 @@ class Question:
     data_source: str
     """The benchmark."""
     prompt: tuple[Mapping[str, str], ...]
-    """Its messages, role and content; a text says with ``<image>`` where the next image goes."""
+    """The question's messages, with role and content. ``<image>`` in a text marks the place of the
+    next image."""
     images: tuple[bytes, ...]
-    """As they are in the file: PNG, JPEG or WebP."""
+    """The images as in the file: PNG, JPEG or WebP."""
     ground_truth: Any
     """Accepted answers."""
     extra_info: Mapping[str, Any]

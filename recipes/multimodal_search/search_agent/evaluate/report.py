@@ -32,7 +32,7 @@ def _steps(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _summary(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of some questions."""
+    """Returns a summary of some questions."""
     accuracy = _mean(entry["acc"] for entry in entries)
     executed = Counter(step["tool"] for entry in entries for step in _steps(entry) if step["status"] in _EXECUTED)
     return {
@@ -60,7 +60,7 @@ def _grounding(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _of_tool(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of the calls of a tool, those of attempts that failed included."""
+    """Returns a summary of the calls of a tool, including those of failed attempts."""
     executed = [step for step in steps if step["status"] in _EXECUTED]
     faults = Counter(fault_of(step) for step in executed)
     fetched = sum(step["status"] == "ok" for step in executed)

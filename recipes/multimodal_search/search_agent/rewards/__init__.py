@@ -69,5 +69,6 @@ def _plain(value: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def _reward(settings: str, router_address: str | None) -> Reward:
-    """One for a process: connections, cache and what is known of the judge are shared by its trajectories."""
+    """Returns the reward of this process. Its trajectories share connections, cache and the state
+    of the judge."""
     return Reward(read_settings(json.loads(settings)), router_address)

@@ -73,7 +73,7 @@ class Reward:
         }
 
     async def check_judge(self) -> str | None:
-        """Who judges, having answered a question; None where nobody does.
+        """Asks the judge a question and returns its identity; None without a judge.
 
         Raises:
             InfrastructureError: The judge does not answer, or not as it should.
@@ -127,13 +127,13 @@ class Reward:
         return float(self._settings.penalty_factor**uses)
 
     def _used_a_tool(self, calls: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether one was called that answered, or would have but for its back end."""
+        """Returns whether a counted tool answered, or failed only because of its back end."""
         return any(
             self._counts(call) and (call["status"] == "ok" or fault_of(call) == "infrastructure") for call in calls
         )
 
     def _is_spoilt(self, calls: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether calls cost the format."""
+        """Returns whether calls cost the format score."""
         if self._settings.tool_errors_cost_format:
             return any(fault_of(call) == "model" for call in calls)
         return any(call["status"] in ("malformed", "unknown_tool") for call in calls)

@@ -1,4 +1,4 @@
-"""What ``reward.custom_reward_function.reward_kwargs`` may hold."""
+"""The settings in ``reward.custom_reward_function.reward_kwargs``."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 class Weights(Settings):
-    """Of the parts of the score; at least one is not 0."""
+    """Weights of the parts of the score; at least one is not 0."""
 
     accuracy: float = Field(default=1.0, ge=0, le=100)
-    """Of ``acc``, times the penalty."""
+    """The weight of ``acc``, times the penalty."""
     format: float = Field(default=0.0, ge=0, le=100)
     tool_bonus: float = Field(default=0.0, ge=0, le=100)
-    """Where the answer is right and a tool was used."""
+    """Added if the answer is right and a tool was used."""
 
 
 class RewardSettings(Settings):
-    """Of the reward."""
+    """Settings of the reward."""
 
     match: Annotated[
         tuple[Match, ...],
@@ -42,17 +42,18 @@ class RewardSettings(Settings):
     """Each alone makes an answer right; the judge is only asked about answers that the rules do not find right."""
     f1_threshold: float = Field(0.8, gt=0, le=1)
     substring_ratio: float = Field(3.0, ge=1, le=100)
-    """How many times longer than an accepted answer, in words, an answer may be that contains it."""
+    """An answer that contains an accepted answer may have at most this many times its words."""
     weights: Weights = Weights()
     penalty: Literal["none", "once", "per_call"] = "none"
-    """Whether calls of tools make a right answer worth less, and whether each does."""
+    """``once``: tool calls make a right answer worth less. ``per_call``: each call does."""
     penalty_factor: float = Field(0.9, gt=0, le=1)
     counted_tools: tuple[str, ...] | None = ("text_search", "image_search")
     """Tools that penalty and bonus are about. None: all."""
     think: bool = False
-    """Whether the format asks for a thought before the answer."""
+    """If true, the format asks for a thought before the answer."""
     tool_errors_cost_format: bool = False
-    """Whether calls that failed through the model's fault, or were over a limit, do; unreadable ones always do."""
+    """If true, calls over a limit, and those that fail through the model's fault, cost the format
+    score. Unreadable calls always do."""
     judge: JudgeSettings | None = None
 
 

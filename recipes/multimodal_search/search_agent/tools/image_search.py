@@ -20,12 +20,12 @@ MAX_THUMBNAIL_PIXELS = 25_000_000  # of a provider's; larger ones are left out u
 
 
 class ImageSearchSettings(ProviderSettings, ImageSettings):
-    """Of `ImageSearch`."""
+    """Settings of `ImageSearch`."""
 
     topk: int = Field(3, ge=1, le=20)
     """Hits that are returned."""
     thumbnails: int = Field(0, ge=0, le=20)
-    """Of the first hits, how many images are shown with their captions."""
+    """The number of first hits whose images are shown with their captions."""
     limit_chars: int = Field(3000, ge=100)
     max_calls: int | None = Field(3, ge=0)
 

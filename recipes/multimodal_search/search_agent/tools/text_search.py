@@ -15,7 +15,7 @@ LONGEST_QUERY = 512
 
 
 class TextSearchSettings(ProviderSettings):
-    """Of `TextSearch`."""
+    """Settings of `TextSearch`."""
 
     topk: int = Field(3, ge=1, le=50)
     """Passages that are returned."""

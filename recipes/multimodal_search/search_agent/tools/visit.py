@@ -15,7 +15,7 @@ LONGEST_URL = 2048
 
 
 class VisitSettings(ProviderSettings):
-    """Of `Visit`."""
+    """Settings of `Visit`."""
 
     provider: dict[str, Any] = Field(default_factory=lambda: {"provider": "direct"})
 

@@ -15,11 +15,12 @@ from search_backends.tools import Answer, Call, ImageSettings
 
 
 class ZoomSettings(ImageSettings):
-    """Of `Zoom`."""
+    """Settings of `Zoom`."""
 
     coordinates: Coordinates = "thousandths"
-    """What ``bbox`` counts, where neither the run's ``data.tool_settings`` nor the question says it: pixels of the
-    image as the model sees it (Qwen2.5-VL), or thousandths (Qwen3-VL)."""
+    """The unit of ``bbox`` unless the run's ``data.tool_settings`` or the question gives it:
+    ``absolute`` for pixels of the image as the model sees it (Qwen2.5-VL), ``thousandths`` for
+    Qwen3-VL."""
     min_side: int = Field(28, ge=1)
     """Pixels that a region must have in width and height; a smaller one is grown."""
     scale_to_pixels: int = Field(512 * 512, ge=28 * 28)
