@@ -1,4 +1,4 @@
-"""What a part measures, and how times are taken."""
+"""The results of a benchmark part, and the timing functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Fact:
-    """A single figure, with the bound we set ourselves; "" where there is none."""
+    """A single figure, with the bound that we set ourselves ("" without one)."""
 
     name: str
     figure: str
@@ -20,16 +20,16 @@ class Fact:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What growing work costs. The first of ``costs`` is ours, the second what it is compared with."""
+    """Costs of growing work. The first of ``costs`` is ours, the second is the alternative's."""
 
     grows: str
-    """What of the work grows."""
+    """The quantity that grows."""
     fixed: str
-    """What stays."""
+    """The quantities that stay fixed."""
     unit: str
     sizes: list[int]
     costs: dict[str, list[float]]
-    """By what was measured: the cost at each size, in ``unit``; less is better."""
+    """The cost at each size in ``unit``, by what was measured; less is better."""
 
     def ratios(self) -> list[float]:
         """Our cost in that of the alternative."""
@@ -43,7 +43,7 @@ class Part:
 
     title: str
     text: str
-    """What is compared with what, in Markdown."""
+    """A description of what is compared, in Markdown."""
     sweeps: list[Sweep] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
 

@@ -49,7 +49,7 @@ def markdown(name: str, part: Part) -> str:
 
 
 def plot(part: Part, file: Path) -> None:
-    """How cost grows: a panel a sweep, both axes logarithmic."""
+    """Plots how costs grow: one panel per sweep, both axes logarithmic."""
     grid, axes = plt.subplots(1, len(part.sweeps), figsize=(4.2 * len(part.sweeps), 3.4), squeeze=False)
     for axis, sweep in zip(axes[0], part.sweeps, strict=True):
         for name, costs in sweep.costs.items():

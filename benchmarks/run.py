@@ -1,4 +1,5 @@
-"""What every part of verl-tapo costs, against its alternative in the same run, on growing work.
+"""Measures the cost of each part of verl-tapo against its alternative in the same run, on growing
+work.
 
 python benchmarks/run.py                         # all parts; writes results/ and the tables of README.md
 python benchmarks/run.py --only credit parsing   # these parts; the others' results stay
@@ -34,7 +35,7 @@ PARTS = ("credit", "parsing", "auditing", "tool_path", "retrieval", "importing")
 
 
 def machine() -> str:
-    """Where and when, with the load that others put on it."""
+    """Returns the place, the time and the load from other processes."""
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, verl {version('verl')}"
     return (
@@ -44,7 +45,7 @@ def machine() -> str:
 
 
 def load(file: Path) -> dict[str, Part]:
-    """What was measured before, by part."""
+    """Returns earlier measurements, by part."""
     if not file.exists():
         return {}
     parts = json.loads(file.read_text(encoding="utf-8"))["parts"]

@@ -1,4 +1,4 @@
-"""What is worked on: batches of rollouts with tool calls, and an index of passages."""
+"""The workload: batches of rollouts with tool calls, and an index of passages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(trajectories: int, length: int = 8192, group_size: int = 8, calls: int = 5, seed: int = 0) -> Batch:
-    """A batch of which 40 % succeed; a third of the tokens at most are the policy's."""
+    """Returns a batch in which 40 % succeed and at most a third of the tokens are the policy's."""
     rng = np.random.default_rng(seed)
     mask = torch.zeros(trajectories, length, dtype=torch.int64)
     rewards = torch.zeros(trajectories, length)

@@ -40,7 +40,8 @@ print(json.dumps([seconds, int(peak[1]) / 1024 if peak else None]))
 
 
 def write_dump(folder: Path, trajectories: int) -> None:
-    """What veRL's ``trainer.rollout_data_dir`` gets: a file a step, 5 calls and 8,000 characters a rollout."""
+    """Writes files as veRL's ``trainer.rollout_data_dir`` gets them: one per step, 5 calls and
+    8,000 characters per rollout."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     words = np.array([f"word{number}" for number in range(5000)])

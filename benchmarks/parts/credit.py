@@ -24,7 +24,7 @@ def functions(batch: Batch) -> Mapping[str, Callable[[], Any]]:
 
 
 def peak_memory(batch: Batch) -> float:
-    """Of what the transfer allocates, in (B, L) tensors."""
+    """Returns the peak memory that the transfer allocates, in (B, L) tensors."""
     base, _ = compute_grpo_outcome_advantage(batch.rewards, batch.mask, batch.index)
     tracemalloc.start()
     transfer_credit(base, batch.mask, batch.index, batch.success, batch.steps, CONFIG)

@@ -1,4 +1,4 @@
-"""What the plug-in adds to `import verl`, in every process of a run."""
+"""The time that the plug-in adds to `import verl`, in every process of a run."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ def tokens_of(batch: Batch, tokenizer: Any) -> torch.Tensor:
 
 
 def by_decoding(parser: ToolParser, tokens: np.ndarray, mask: np.ndarray) -> int:
-    """What one would write without us; finds calls, but neither their tokens nor their answers."""
+    """The obvious alternative to our parser. It finds calls, but neither their tokens nor their
+    answers."""
 
     async def run() -> int:
         found = 0

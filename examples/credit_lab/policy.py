@@ -66,7 +66,7 @@ class Policy(nn.Module):
 
 @dataclass(frozen=True)
 class Rollouts:
-    """B rollouts of L response tokens; those of a prompt stand together."""
+    """B rollouts of L response tokens; rollouts of one prompt are adjacent."""
 
     tokens: torch.Tensor
     """(B, prompt_length + L)"""

@@ -201,7 +201,7 @@ def plot_curves(results: pd.DataFrame, worlds: Sequence[str], figure: str, file:
 
 
 def plot_rules(summary: pd.DataFrame, worlds: Sequence[str], file: Path) -> None:
-    """What each rule adds to GRPO's early success, with its 95 % interval."""
+    """Plots what each rule adds to GRPO's early success, with its 95 % interval."""
     grid, axes = plt.subplots(1, len(worlds), figsize=(4 * len(worlds), 5), squeeze=False, sharey=True)
     vanilla = summary[summary["loss"] == "vanilla"]
     shown = vanilla[vanilla["world"].isin(worlds) & (vanilla["rule"] != "grpo")]["rule"]

@@ -24,12 +24,13 @@ TOOLS: dict[str, dict[str, KernelSpec]] = {
 
 
 class Rule(Protocol):
-    """What every rule does."""
+    """The interface of every rule."""
 
     def __call__(
         self, base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]
     ) -> tuple[torch.Tensor, CreditReport | None]:
-        """From (B, L) base advantages and B prompt groups: (B, L) advantages, and TAPO's report where it took part."""
+        """Returns (B, L) advantages from (B, L) base advantages and B prompt groups, and TAPO's
+        report if it took part."""
         ...
 
 

@@ -38,7 +38,8 @@ KEYS = [field.name for field in fields(Run)]
 LOSSES = ("vanilla", "gspo", "sapo")
 SEEDS = range(10)
 MANY_SEEDS = range(100, 140)
-"""Where a rule is to be told from another; of their own, so that all of them are of one machine."""
+"""Seeds for telling one rule from another. They are separate, so that all of them ran on one
+machine."""
 TUNING_SEEDS = (1000,)
 TUNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 LEARNING_RATES = {"vanilla": 4e-3, "gspo": 4e-3, "sapo": 4e-3}
@@ -150,7 +151,8 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 
 def run_all(wanted: dict[str, list[Run]], results: Path, warm_starts: Path, workers: int) -> None:
-    """Runs what is left of ``wanted``, and appends each run to its sweep's file as it ends."""
+    """Does the runs of ``wanted`` that are missing, and appends each to its sweep's file as it
+    ends."""
     with _only_one(results):
         known = done(load(results))
         left: dict[Run, str] = {}

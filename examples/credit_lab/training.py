@@ -32,7 +32,7 @@ WATCHED = ("misassigned_steps", "corrected_steps", "token_share", "support", "li
 
 
 def actor_config(loss: str) -> ActorConfig:
-    """The configuration veRL takes a policy loss from: veRL's defaults but for GSPO's clip.
+    """Returns the configuration of a policy loss: veRL's defaults, except GSPO's clip.
 
     That one is veRL's recommendation (3e-4, 4e-4) times 50: so small a model moves further in a step, and the
     recommendation would clip much of every batch [ours].
@@ -178,15 +178,15 @@ def _outcomes(rollouts: Rollouts) -> dict[str, float]:
 
 
 def _held_out(policy: Policy, world: World, seed: int) -> dict[str, float]:
-    """On prompts that are the same in all runs of a world, and that no run trains on."""
+    """Evaluates on prompts that all runs of a world share and no run trains on."""
     prompts = draw_prompts(world, HELD_OUT, np.random.default_rng(0))
     return _outcomes(sample(policy, world, prompts, HELD_OUT_EACH, torch.Generator().manual_seed(seed)))
 
 
 def _pushes(advantages: torch.Tensor, rollouts: Rollouts, index: np.ndarray) -> dict[str, float]:
-    """Where the advantages push calls. ``agreement``: of equal calls of a prompt group, how much of their advantages
-    is left once they are added up, 1 where all push the same way; the gradients of equal tokens after an equal context
-    add up just so."""
+    """Returns where the advantages push calls. ``agreement`` is the share of the advantages of
+    equal calls in a prompt group that remains after adding them up, 1 if all push the same way.
+    Gradients of equal tokens after an equal context add up in the same way."""
     values = advantages.numpy()
     places = [np.array(calls).T for calls in identical_calls(rollouts, index)]
     net = sum(abs(values[rows, ends].sum()) for rows, ends in places)

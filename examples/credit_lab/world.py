@@ -30,7 +30,7 @@ THOUGHTS = ["look", "read", "know"]
 TOOLS = ["image_search", "text_search", "answer"]
 REGIONS = 8
 DAYS = [7, 8, 9, 10]
-"""How far back a text search looks; any will do."""
+"""The possible time spans of a text search; their values do not matter."""
 PAD, BEGIN, END, ERROR = range(4)
 THOUGHT = 4
 TOOL = THOUGHT + len(THOUGHTS)
@@ -57,11 +57,13 @@ class World:
     image: bool = True
     """False: the prompt names the first entity, and there is no image search."""
     flaky: float = 0.0
-    """How often a right answer is counted as wrong, whatever the agent does: misassignment that stays."""
+    """The probability that a right answer is counted as wrong, whatever the agent does:
+    misassignment that stays."""
     popular: float = 0.0
-    """How often the answer is the relation's popular entity, which can be guessed without a search."""
+    """The probability that the answer is the relation's popular entity, which can be guessed
+    without a search."""
     twins: float = 0.5
-    """How often a distractor is spelt like the right entity."""
+    """The probability that a distractor is spelt like the right entity."""
     strict: bool = False
     """An answer after fewer calls than the right chain makes is a failure: guessing does not save the calls."""
     group: int = 8
@@ -211,7 +213,7 @@ class Episode:
     found: list[tuple[int, ...]] = field(default_factory=list)
     """The entities that each step's tool answered."""
     right: list[bool] = field(default_factory=list)
-    """Whether each step is the next call of the right chain, with right parameters."""
+    """For each step, True if it is the next call of the right chain, with the right parameters."""
     turns: list[Turn] = field(default_factory=list)
     answer: int | None = None
     done: bool = False
@@ -278,7 +280,8 @@ class Episode:
         return [ERROR, ERROR]
 
     def _sight(self, entities: tuple[int, ...]) -> bool:
-        """Whether these are taken to hold the answer; the same for the same answer of a prompt's tool."""
+        """Returns whether these entities are taken to hold the answer; equal answers of a prompt's
+        tool give equal results."""
         held = self.prompt.chain[-1] in entities
         if not self.world.chance and not self.world.reworded:
             return held
@@ -289,7 +292,8 @@ class Episode:
         return [ENTITY + self.prompt.chain[hop], ENTITY + self.prompt.distractors[hop]]
 
     def _noise(self, key: int) -> list[int]:
-        """What a wrong call finds: the same for the same call of a prompt, and never the answer."""
+        """Returns the results of a wrong call: equal for equal calls of a prompt, and never the
+        answer."""
         draws = np.random.default_rng([self.prompt.number, key]).integers(ENTITY_COUNT, size=2).tolist()
         return [ENTITY + _other(self.prompt.chain[-1], entity) for entity in draws]
 

@@ -37,13 +37,13 @@ MIN_DIFFERENCE = 8.0  # root mean square over the pixels' three channels, 0 to 2
 
 
 def plain(text: str) -> str:
-    """For comparing names: no accents, no case, no blanks at the ends."""
+    """Normalizes a name for comparison: no accents, no case, no blanks at the ends."""
     decomposed = unicodedata.normalize("NFKD", text.strip())
     return "".join(letter for letter in decomposed if not unicodedata.combining(letter)).casefold()
 
 
 def spelled(text: str) -> str:
-    """With plain apostrophes, and without a second name in brackets."""
+    """Returns the name with plain apostrophes, and without a second name in brackets."""
     return text.strip().replace("’", "'").split(" (")[0]
 
 

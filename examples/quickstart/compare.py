@@ -37,7 +37,8 @@ MORE = {
 
 
 def frame(runs: dict[str, list[Run]]) -> pd.DataFrame:
-    """One row a step of a run: what is plotted, and a few of veRL's metrics beside it; NaN where a step has none."""
+    """Returns one row for each step of a run: the plotted values and some of veRL's metrics; NaN
+    for missing ones."""
     rows = [
         {
             "advantage": advantage,
@@ -114,7 +115,7 @@ def _variant(entry: str) -> str:
 
 
 def _file_name(arm: str) -> str:
-    """Without the characters that Hydra or a file system reads otherwise."""
+    """Removes the characters that have a meaning to Hydra or a file system."""
     return re.sub("[/=]", "-", arm)
 
 

@@ -1,4 +1,4 @@
-"""Which text searches of a run name a country at all, and what TAPO makes of those that do not.
+"""Counts the text searches of a run that name no country, and shows what TAPO makes of them.
 
     python examples/quickstart/misspelt.py out/quickstart/rollouts                   # the rollouts of one or more runs
 

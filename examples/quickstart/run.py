@@ -77,7 +77,7 @@ class Run:
         return self.folder / "train.log"
 
     def setting(self, key: str) -> str | None:
-        """What the overrides set it to."""
+        """Returns the value that the overrides give to a setting."""
         values = [value.split("=", 1)[1] for value in self.overrides if value.lstrip("+").split("=", 1)[0] == key]
         return values[-1] if values else None
 
@@ -119,7 +119,7 @@ class Run:
 
 
 def check(run: Run) -> None:
-    """Makes the data where it is missing, and says what would go wrong before minutes are spent.
+    """Makes the data if it is missing, and reports problems before minutes are spent.
 
     Raises:
         Failure: With what to do.
@@ -183,7 +183,7 @@ def _tail(log: str, lines: int = 15) -> str:
 
 
 def _progress(run: Run, process: subprocess.Popen[bytes], start: float) -> Iterator[str]:
-    """What to tell, until the process ends."""
+    """Yields progress messages until the process ends."""
     yield f"{run.name}: {run.advantage}, {run.loss} loss, {run.steps} steps; log: {run.log_file}"
     shown, quiet_since, warned = 0, start, False
     while True:

@@ -41,7 +41,7 @@ CONTEXT_WEIGHT = 0.3  # of the loss on what the model does not say itself: answe
 class Example:
     ids: list[int]
     said: list[bool]
-    """Which tokens are the model's."""
+    """For each token, True if the model wrote it."""
     images: list[Image.Image]
 
 
@@ -145,7 +145,7 @@ def loss_of(model: Any, batch: list[Example], renderer: Renderer, pad: int) -> t
 
 
 def answer_call(said: str, images: list[Image.Image], index: Index) -> tuple[str, Image.Image | None] | None:
-    """What the tool that is called answers; nothing where no call is made."""
+    """Returns the answer of the tool that is called; nothing if there is no call."""
     if "<tool_call>" not in said:
         return None
     try:

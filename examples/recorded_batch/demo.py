@@ -56,7 +56,8 @@ def main() -> None:
 
 
 def rollout_arguments(rollouts: list[dict], row: int, call: tuple[int, int]) -> dict:
-    """The arguments as the model wrote them (the rule sees identities in place of image indices)."""
+    """Returns the arguments as the model wrote them; the rule sees identities instead of image
+    indices."""
     for step in rollouts[row]["tapo_steps"]["steps"]:
         if tuple(step["call"]) == call:
             return step["arguments"]

@@ -9,7 +9,8 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 
 
 class FlagsDataset(RLHFDataset):  # type: ignore[misc]
-    """For ``data.custom_cls``. Tools get the images at full size; the processor makes them small for the model."""
+    """A data set for ``data.custom_cls``. Tools get the images at full size; the processor shrinks
+    them for the model."""
 
     @classmethod
     async def process_multi_modal_info(

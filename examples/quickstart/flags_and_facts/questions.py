@@ -28,7 +28,7 @@ class Question:
     cells: tuple[str, ...]
     """Codes of the flags in the image: one, or the cells of a sheet, row by row."""
     cell: int
-    """Which of them is asked about."""
+    """The cell that is asked about."""
     attribute: str | None
     answers: tuple[str, ...]
     """The first is the one the passages give."""
@@ -93,7 +93,8 @@ def ask(world: World, rng: random.Random, kind: Kind) -> Question:
 
 
 def answerable(question: Question, world: World, index: Index) -> bool:
-    """Whether the straight way leads to the answer: search engines have blind spots, this one too."""
+    """Returns whether the direct way leads to the answer; search engines have blind spots, and so
+    has this one."""
     image = question.image(world)
     if question.is_sheet:
         image = zoom(image, cell_box(question.cell))

@@ -18,7 +18,7 @@ from flags_and_facts.world import ATTRIBUTES, NEIGHBOUR, Country, World
 
 @dataclass(frozen=True)
 class Turn:
-    """What the model says, and what the tool it calls answers (nothing after the last turn)."""
+    """The model's text, and the answer of the tool it calls (nothing after the last turn)."""
 
     said: str
     answer: str | None = None
@@ -27,7 +27,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Slips:
-    """How often the script errs, each a probability per occasion."""
+    """The script's error rates, each a probability per occasion."""
 
     malformed: float = 0.02
     wrong_cell: float = 0.2
@@ -117,7 +117,7 @@ class Script:
 
 
 def _after(text: str, start: str) -> str | None:
-    """What follows ``start`` up to the full stop that ends the line."""
+    """Returns the text after ``start``, up to the full stop that ends the line."""
     for line in text.split("\n"):
         if start in line:
             return line.split(start, 1)[1].removesuffix(".")

@@ -1,4 +1,5 @@
-"""What the three tools do, as functions of an index: the same parameters give the same answer, no state, no veRL."""
+"""The three tools as functions of an index: equal parameters give equal answers; there is no state
+and no veRL."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ class Index:
         self._bm25.index(_words(self._texts), show_progress=False)
 
     def image_search(self, image: Image.Image) -> str:
-        """The country whose flag looks most like the image."""
+        """Returns the country whose flag is most like the image."""
         distances = np.sqrt(((self._flags - _embedding(image)) ** 2).mean(axis=1))
         best = int(distances.argmin())
         if distances[best] > MAX_DISTANCE:

@@ -1,4 +1,4 @@
-"""The countries, what is known of them, and the passages that say so."""
+"""The countries, their facts, and the passages that state them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ DATA = Path(__file__).parent / "data"
 Split = Literal["train", "heldout"]
 
 ATTRIBUTES = ("capital", "currency", "language", "continent", "calling code", "internet domain")
-"""What questions ask for."""
+"""The attributes that questions ask for."""
 NEIGHBOUR = "largest neighbour"
 OTHERS = (NEIGHBOUR, "largest city")
-"""What the passages say besides: a step on the way, and something easily taken for the capital."""
+"""Further attributes in the passages: a step on the way, and one that is easily taken for the
+capital."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Country:
     code: str
     name: str
     facts: dict[str, str]
-    """By attribute; "largest neighbour" is a name too, and missing on islands."""
+    """The country's facts by attribute. "largest neighbour" is one of them, and missing on islands.
+    """
     neighbour: str | None
     """Code of the largest neighbour, by area."""
     accepted: dict[str, tuple[str, ...]]
