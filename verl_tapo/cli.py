@@ -41,7 +41,7 @@ _POLICY_VARIABLES = ("VERL_USE_EXTERNAL_PLUGINS", "VERL_USE_EXTERNAL_MODULES")
 
 @dataclass
 class Findings:
-    """What the doctor saw. A problem keeps TAPO from running, a warning may."""
+    """The doctor's findings. A problem keeps TAPO from running; a warning may do so."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _config_of(name: str, folder: Path | None) -> str:
-    """The configuration that main_ppo's options name: its file, where it is in the folder, else its name."""
+    """Returns the configuration that main_ppo's options name: the file if it is in the folder, else
+    the name."""
     file = Path(f"{name.removesuffix('.yaml')}.yaml")
     return str(folder / file) if folder is not None and (folder / file).is_file() else name
 
@@ -167,7 +168,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _examine_plugin(findings: Findings) -> tuple[list[tuple[str, str]], bool]:
-    """Whether veRL loads the plug-in by itself."""
+    """Checks that veRL loads the plug-in by itself."""
     names = [point.name for point in importlib.metadata.entry_points(group="verl.plugins") if point.name == "tapo"]
     rows = [("entry point verl.plugins", "tapo" if names else "missing: reinstall verl-tapo")]
     rows += [(name, os.environ[name]) for name in _POLICY_VARIABLES if name in os.environ]
@@ -225,7 +226,8 @@ def _examine_hooks(config: Any, findings: Findings) -> list[tuple[str, str]]:
 
 
 def _compose(name: str, overrides: Sequence[str], findings: Findings) -> Any:
-    """The configuration as the trainer would get it; None, and a problem, where it does not compose."""
+    """Composes the configuration as the trainer would get it. If that fails, adds a problem and
+    returns None."""
     from hydra import compose, initialize_config_dir, initialize_config_module
     from omegaconf import OmegaConf
 
@@ -275,7 +277,7 @@ def _examine_config_safely(config: Any, findings: Findings) -> tuple[_Rows, _Row
 
 
 def _examine_config(config: Any, findings: Findings) -> tuple[_Rows, _Rows]:
-    """TAPO's settings in a configuration, the run's tools, and what is wrong there."""
+    """Checks TAPO's settings in a configuration and the run's tools; problems go to ``findings``."""
     from verl_tapo.settings import load_settings
     from verl_tapo.trainer.check import declare_tools, find_problems, find_warnings
 
@@ -326,7 +328,8 @@ def _examine_tools(config: Any, rule: TapoConfig, findings: Findings) -> _Rows:
 
 
 def _unlike_verls_own(config: Any) -> Iterator[str]:
-    """What the rollouts or a GPU need, and is missing here or not of the version that veRL's own extras name."""
+    """Names what the rollouts or a GPU need and is missing here, or whose version veRL's extras
+    exclude."""
     import torch
     from packaging.requirements import Requirement
 

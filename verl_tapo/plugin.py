@@ -1,4 +1,5 @@
-"""What veRL loads (entry point ``verl.plugins``, or ``VERL_USE_EXTERNAL_MODULES=verl_tapo.plugin``): no logic here.
+"""The entry point that veRL loads (``verl.plugins``, or
+``VERL_USE_EXTERNAL_MODULES=verl_tapo.plugin``). It holds no logic.
 
 The estimator and the agent loop go through veRL's registries. What veRL has no extension point for is hooked, each
 hook when its module is imported, never earlier: `HOOKS` lists all of them with their reasons. A hook that finds its
@@ -37,7 +38,7 @@ class Hook:
     reason: str
     replaced_by_patch: bool = False
     serves: str = "adv_estimator=tapo"
-    """What will not run without it."""
+    """The feature that does not work without this hook."""
     status: str = field(default="waiting for import", init=False)
 
 
@@ -164,7 +165,7 @@ CPU_HOOKS = [
         for family in ("qwen2_5_vl", "qwen3_vl")
     ),
 ]
-"""Where the CPU platform meets veRL; in `HOOKS` under ``VERL_PLATFORM=cpu`` only."""
+"""The CPU platform's hooks into veRL; they are in `HOOKS` only under ``VERL_PLATFORM=cpu``."""
 
 for _hook in CPU_HOOKS:
     _hook.serves = "VERL_PLATFORM=cpu"

@@ -1,4 +1,5 @@
-"""What TAPO did in each training step, in files that `verl-tapo audit` reads: ``algorithm.tapo.record_dir``.
+"""Writes what TAPO did in each training step to files that `verl-tapo audit` reads
+(``algorithm.tapo.record_dir``).
 
 One file for each step (``000012.jsonl.gz``; ``000012_1.jsonl.gz`` for a second batch of a step). As JSON lines, the
 first is the header, every other one a row of the batch, padding left out::
@@ -61,7 +62,7 @@ _WAITING = 2  # steps that may wait to be written; more would pile up their tens
 _SUFFIX: dict[RecordFormat, str] = {"jsonl": "jsonl.gz", "parquet": "parquet"}
 _NAME = re.compile(r"(\d+)(?:_(\d+))?\.(jsonl\.gz|parquet)")
 HEAD = f'{{"kind": "{KIND}"'
-"""What the first line of a file in JSON lines begins with."""
+"""The beginning of the first line of a file in JSON lines."""
 
 
 # --- What is written ------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ class StepSnapshot:
     steps: Sequence[ToolStep]
     report: CreditReport
     records: Sequence[Any]
-    """(B,) records of the agent loop, None where it wrote none."""
+    """(B,) the agent loop's records; None for a trajectory without one."""
 
     def header(self) -> dict[str, Any]:
         from verl_tapo import __version__
@@ -168,7 +169,8 @@ _NOT_RECORDED: dict[str, Any] = {"status": None, "latency_s": None, "fault": Non
 
 
 def _recorded(record: Any, length: int) -> list[dict[str, Any]]:
-    """What the agent loop's record says besides, of the calls that `verl_tapo.records.recorded_steps` keeps."""
+    """Returns the remaining figures in the agent loop's record, for the calls that
+    `verl_tapo.records.recorded_steps` keeps."""
     if not isinstance(record, Mapping):
         return []
     kept = [step for step in record["steps"] if step["turn"][0] < length]
@@ -301,7 +303,8 @@ def _file_name(step: int, part: int, record_format: RecordFormat) -> str:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a file is one that a `StepRecorder` wrote: its name and its header say so, and agree on the step."""
+    """Returns whether a `StepRecorder` wrote a file: its name and header say so and agree on the
+    step."""
     named = _NAME.fullmatch(path.name)
     if not named or path.is_symlink() or not is_step_records(path):
         return False
@@ -416,7 +419,7 @@ class StepFile(NamedTuple):
 
 
 def is_step_records(path: Path) -> bool:
-    """Whether a file holds step records, by its head; False for what cannot be read."""
+    """Returns whether a file's beginning marks it as step records; False if it cannot be read."""
     if not path.is_file():
         return False  # a named pipe would be waited for
     try:
@@ -521,7 +524,7 @@ _LATER = frozenset({"seen"})
 
 
 def _what_is_wrong(row: Any) -> str | None:
-    """What keeps a line from being a row of step records: the first field that cannot be used."""
+    """Names the first field that keeps a line from being a row of step records."""
     if not isinstance(row, dict) or not row.keys() >= _ROW_FIELDS.keys():
         return "not a row of step records"
     for name, (fits, what) in _ROW_FIELDS.items():

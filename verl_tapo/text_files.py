@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 BROKEN = (OSError, EOFError, zlib.error)
-"""What reading a file raises that is cut short or damaged."""
+"""The errors that reading a truncated or damaged file raises."""
 MAX_LINE = 1 << 26
 """Bytes of a line from which on it is no line of ours, but a file of something else, or a bomb."""
 
@@ -36,13 +36,13 @@ class Line(NamedTuple):
     """A line of a text file."""
 
     text: str
-    """Without a byte order mark; the first characters only, where it is longer than `MAX_LINE`."""
+    """The line without a byte order mark, cut to `MAX_LINE` characters."""
     end: int
-    """Where the next one begins in the stream, in bytes."""
+    """The position of the next line in the stream, in bytes."""
     whole: bool
-    """Whether a line end stands behind it."""
+    """True if a line end follows."""
     broken: bool
-    """Whether some of it is not UTF-8, and replaced."""
+    """True if parts were not UTF-8 and have been replaced."""
     too_long: bool
 
 

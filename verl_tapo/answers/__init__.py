@@ -1,1 +1,1 @@
-"""What an accepted answer is, when two answers are the same, and whether a text holds one."""
+"""Accepted answers: reading them, comparing answers, and searching texts for them."""

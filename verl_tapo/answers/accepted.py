@@ -20,7 +20,7 @@ _PRINTED_ARRAY = re.compile(r"""(['"])\s+\1""")
 
 
 class Range(NamedTuple):
-    """Numbers each of which is a right answer."""
+    """A range of numbers; each number in it is a right answer."""
 
     low: float
     high: float

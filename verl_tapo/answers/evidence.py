@@ -1,4 +1,4 @@
-"""Whether a text, the answer of a tool, holds an accepted answer of the prompt [ours].
+"""Searches a text, such as a tool's answer, for an accepted answer of the prompt [ours].
 
 Texts are compared as the rewards compare answers (`verl_tapo.answers.matching`), as whole words. A chance hit costs
 more than a missed one, so that answers which many pages hold anyway tell nothing: yes, a colour, a year.
@@ -17,7 +17,7 @@ from verl_tapo.answers.matching import Tokens, folded, tokens
 from verl_tapo.rule.values import canonical, prints
 
 LONGEST_TEXT = 200_000
-"""Characters of a text that are searched; what is not found there may stand behind them."""
+"""Only this many characters of a text are searched; an answer after them is missed."""
 LONGEST_ANSWER = 200
 """Characters of an accepted answer that a page may hold word for word; longer ones are worded anew."""
 MOST_NAMES = 100
@@ -64,11 +64,11 @@ class Evidence:
 
     @property
     def tells(self) -> bool:
-        """Whether anything can be told: False where no accepted answer is rare enough to mean something."""
+        """False if no accepted answer is rare enough for a match to mean something."""
         return bool(self._telling)
 
     def seen_in(self, text: str) -> bool | None:
-        """Whether the text holds an accepted answer.
+        """Returns whether the text holds an accepted answer.
 
         Returns:
             True: it holds one that means something. None: nothing can be told; it holds one that many texts hold, or
@@ -111,7 +111,7 @@ class Evidence:
         return False if self.tells else None
 
     def sight(self, arguments: Mapping[str, Any], text: str, *, images: bool = False) -> bool | None:
-        """Whether the answer of a call showed an accepted answer, ``ToolStep.seen``.
+        """Returns whether the answer to a call showed an accepted answer (`ToolStep.seen`).
 
         What the call itself asked for may come back as an echo, and an image may show anything: neither can be told.
 
@@ -124,7 +124,8 @@ class Evidence:
         return None if (self.asked_for(arguments) if seen else images) else seen
 
     def asked_for(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether a call's arguments hold an accepted answer, or one that many texts hold."""
+        """Returns whether a call's arguments hold an accepted answer, or one that is common in many
+        texts."""
         return self.seen_in(_written(arguments)) is not False
 
 
@@ -157,7 +158,8 @@ def _written(arguments: Mapping[str, Any]) -> str:
 
 
 def tells(words: Tokens) -> bool:
-    """Whether an answer of these words is rare enough that a text which holds it says something."""
+    """Returns whether an answer with these words is rare enough for a match in a text to mean
+    something."""
     if sum(bool(_ALONE.fullmatch(word)) for word in words) > 1:
         return True
     if all(word in _COMMON for word in words):
@@ -174,7 +176,8 @@ def _informs(word: str) -> bool:
 
 
 def ground_truth_of(reward_model: Any) -> Any:
-    """The ground truth in the column ``reward_model`` of veRL's data sets; None where there is none."""
+    """Returns the ground truth in the column ``reward_model`` of veRL's data sets, or None without
+    one."""
     return reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
 
 

@@ -1,4 +1,4 @@
-"""Whether two answers are the same, by rules that hold in many languages.
+"""Compares answers by rules that work in many languages.
 
 What makes no difference: case, width and other compatibility forms (NFKC), accents, Arabic and Hebrew vowel signs,
 punctuation, a leading article (English, French, German, Spanish, Italian), the script of digits, separators of
@@ -93,7 +93,8 @@ def tokens(text: str) -> Tokens:
 
 
 def folded(text: str) -> str:
-    """The text with letters as in `tokens`, and without what may stand within a word there.
+    """Returns the text with its letters folded as in `tokens`, without the marks that may occur
+    inside a word.
 
     Every word of letters in ``tokens(text)`` is a part of it, which costs a hundredth to find out.
     """
@@ -135,7 +136,8 @@ def _plain(text: str) -> str:
 
 
 def _read_run(match: re.Match[str]) -> str:
-    """Numbers with single spaces between them, or one whose thousands are parted by spaces."""
+    """Reads numbers separated by single spaces, or one number whose thousands are separated by
+    spaces."""
     run = match[0]
     if _BY_SPACES.fullmatch(run):
         run = run.replace(" ", "")
@@ -155,7 +157,7 @@ def _read_number(text: str) -> str:
 
 
 def _kept(match: re.Match[str]) -> str:
-    """What is left of a character that is no letter, digit or space.
+    """Returns the replacement for a character that is not a letter, digit or space.
 
     Signs that carry a meaning are kept, percent and currencies as words of their own.
     """
@@ -189,7 +191,7 @@ def _is_sign(character: str, before: str, after: str) -> bool:
 
 
 def exact(answer: Tokens, accepted: Tokens) -> bool:
-    """Whether they are the same but for spaces."""
+    """Returns whether both answers are equal, ignoring spaces."""
     return _joined(answer) == _joined(accepted)
 
 
@@ -198,22 +200,23 @@ def _joined(words: Tokens) -> str:
 
 
 def substring(answer: Tokens, accepted: Tokens, ratio: float) -> bool:
-    """Whether the accepted answer stands in the answer, word for word, and that is not more than ``ratio`` times as
-    long: an answer that lists everything contains everything.
-    """
+    """Returns whether the answer contains the accepted answer word for word and is at most
+    ``ratio`` times as long. Without the limit an answer that lists everything would contain
+    everything."""
     if len(answer) > ratio * len(accepted):
         return False
     return f" {' '.join(accepted)} " in f" {' '.join(answer)} "  # no word holds a space
 
 
 def f1(answer: Tokens, accepted: Tokens) -> float:
-    """Harmonic mean of precision and recall of the words, each counted as often as it occurs."""
+    """Returns the harmonic mean of word precision and recall; repeated words count as often as they
+    occur."""
     common = (Counter(answer) & Counter(accepted)).total()
     return 2 * common / (len(answer) + len(accepted)) if common else 0.0
 
 
 def in_range(answer: str, low: float, high: float) -> bool:
-    """Whether an answer is right by InfoSeek's rule.
+    """Returns whether an answer is right by InfoSeek's rule.
 
     Its first number must be in the range. Where it has two numbers and the first is not the larger,
     they are a range themselves, which must be within the other one or have an intersection over

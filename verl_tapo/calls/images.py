@@ -1,4 +1,4 @@
-"""What an image argument refers to: the content of an image, not its index.
+"""Resolves image arguments to the content of an image, in place of its index.
 
 ``image: 2`` is the second or third image *of one trajectory*. Where that image came out of a tool, two trajectories'
 ``image: 2`` are the same action only if the images are the same. Both step sources therefore keep, for every image a
@@ -71,7 +71,8 @@ def _identity(index: int, images: Images, count: int, base: int) -> str | None:
 
 
 def _identity_of(value: Any, images: Images, count: int, base: int | None) -> Any:
-    """The identity of the image that ``value`` refers to; the value itself where it is no reference.
+    """Returns the identity of the image that ``value`` refers to, or ``value`` itself if it is no
+    reference.
 
     A number that refers to no image is told apart by all images at hand: whatever a tool makes of it, it does the same
     where it is given the same.
@@ -97,7 +98,8 @@ def resolve_images(
     base: int | None,
     at_hand: int | None = None,
 ) -> Mapping[str, Any]:
-    """Call arguments with identities in place of image indices; the given mapping where there is nothing to resolve.
+    """Replaces image indices in call arguments by identities; returns the given mapping if it has
+    none.
 
     Where not one image is at hand, numbers stay as they are: they are no indices of the conversation's images.
 

@@ -1,4 +1,4 @@
-"""How many calls a trajectory may make, what is answered beyond that, and what never reaches a prompt.
+"""Limits on a trajectory's calls, the answers to refused and failed calls, and control tokens.
 
 Training (`verl_tapo.rollout.tool_agent`) and evaluation take it from here, so that a model meets the same limits in the
 same words.
@@ -16,20 +16,21 @@ from typing import Any
 ALL_TOOLS = "all"
 """The name in ``max_calls`` under which calls of any tool are counted."""
 STOCK_ERRORS = ("Unknown function '", "Invalid JSON in arguments for '", "Error executing tool '")
-"""How the answers of veRL's stock loop begin where a call failed (``tool_agent_loop.py``, ``_call_tool``)."""
+"""The beginnings of the answers to failed calls in veRL's stock loop (``tool_agent_loop.py``,
+``_call_tool``)."""
 NOT_EXECUTED_PREFIX = "[tool call not executed]"
-"""How the answers of `tapo_tool_agent` begin where a call was not executed."""
+"""The beginning of an answer to a call that `tapo_tool_agent` did not execute."""
 
 TOOL_MARKERS = tuple(
     f"<{slash}{name}>"
     for name in ("tool_call", "tool_response", "seed:tool_call", "minimax:tool_call")
     for slash in ("", "/")
 )
-"""Of the formats that models without such tokens spell out."""
+"""Markers of formats whose models write them as plain text, without tokens of their own."""
 ANY_CONTROL = re.compile(
     "|".join([r"<\|[^|<>\s]{1,40}\|>", r"</?(?:tools|image|video|im_start|im_end|s)>", *map(re.escape, TOOL_MARKERS)])
 )
-"""What the chat templates and processors of common models take for their own, where the tokenizer is not known."""
+"""Control tokens of common chat templates and processors, for use without a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class CallLimits:
     """
 
     max_calls: Mapping[str, int] = field(default_factory=dict)
-    """How many calls of a tool a trajectory may make, by the tool's name, >= 0; ``all`` counts those of any tool."""
+    """The maximal number of calls per trajectory, by tool name, >= 0; ``all`` counts the calls of
+    every tool."""
     max_parallel_calls: int = 1
     """Well-formed calls that a turn may make, >= 1."""
     max_malformed_turns: int = 3
@@ -64,7 +66,8 @@ class CallLimits:
 
 
 def with_own_limits(max_calls: Mapping[str, int] | None, tools: Mapping[str, Any]) -> dict[str, int]:
-    """The limits ``max_calls``, over those that tools bring: a tool's attribute ``max_calls``, where it is not None.
+    """Returns the tools' own limits (the attribute ``max_calls``, if it is not None), overridden by
+    ``max_calls``.
 
     Raises:
         ValueError: ``max_calls`` is no mapping, or names no tool.
@@ -88,7 +91,7 @@ class CallCount:
         self._malformed_turns = 0
 
     def refusal(self, tool: str, number: int) -> str | None:
-        """Why a call is over a limit; None where it may be made, and then it is counted.
+        """Returns why a call exceeds a limit. None means that it may be made, and counts it.
 
         Args:
             tool: its name.
@@ -105,7 +108,8 @@ class CallCount:
         return None
 
     def ends(self, problems: Sequence[str | None]) -> bool:
-        """Whether a turn ends the trajectory: one too many of nothing but malformed calls.
+        """Returns whether a turn ends the trajectory, because too many turns held nothing but
+        malformed calls.
 
         Args:
             problems: what is wrong with each of its calls; None for a well-formed one.
@@ -130,7 +134,7 @@ def unknown_tool(tool: str, tools: Iterable[str]) -> str:
 
 
 def invalid_json(tool: str, why: str) -> str:
-    """The answer to a call whose arguments are no JSON, as veRL's own loop has it."""
+    """The answer to a call whose arguments are not JSON, in the words of veRL's own loop."""
     return f"{STOCK_ERRORS[1]}{tool}': {why}"
 
 

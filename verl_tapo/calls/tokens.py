@@ -1,4 +1,4 @@
-"""A tokenizer's tokens as bytes, and where markers stand in token ids.
+"""A tokenizer's tokens as bytes, and a search for markers in token ids.
 
 Speed: a table over the vocabulary flags the few token ids in which a marker may begin, so that one ``take`` over the
 flat batch finds every place worth looking at; only tokens between markers are ever turned into text, by joining their
@@ -103,7 +103,7 @@ class Vocabulary:
             return b"".join([self.pieces.get(number, b"") for number in ids])
 
     def ends(self, ids: list[int]) -> list[int]:
-        """Where each of ``ids`` ends in their text, in bytes; rising."""
+        """Returns where each of ``ids`` ends in their text, in bytes, ascending."""
         if self.exact:
             return list(accumulate(len(self.pieces.get(number, b"")) for number in ids))
         # Token by token behind an anchor, from the last place on at which no character was cut.
@@ -121,7 +121,7 @@ class Vocabulary:
         return list(accumulate((max(end - off, 0) for end in reversed(ends)), min))[::-1]
 
     def shows_text(self, ids: Sequence[int]) -> bool:
-        """Whether ``ids`` are more than special tokens and white space."""
+        """Returns whether ``ids`` contain more than special tokens and white space."""
         return bool(self.text([number for number in ids if number not in self.special]).strip())
 
 
@@ -140,7 +140,7 @@ class Marks(NamedTuple):
     kind: npt.NDArray[np.uint16]  # (K,) its bits
 
     def of(self, kind: int) -> Marks:
-        """Those of a kind."""
+        """Returns the marks of one kind."""
         which = self.kind & kind != 0
         return Marks(self.position[which], self.stop[which], self.kind[which])
 
@@ -167,7 +167,7 @@ class Markers:
         self._goes_on: dict[int, bool] = {}
 
     def _kinds(self, piece: bytes, head: bytes) -> int:
-        """Which of the markers that begin with ``head`` may begin in a token."""
+        """Returns the markers that begin with ``head`` and may begin in a token."""
         kinds = 0
         for text, kind in self._texts:
             if text.startswith(head):
@@ -178,7 +178,7 @@ class Markers:
         return kinds
 
     def _may_follow(self, number: int) -> bool:
-        """Whether a token may go on with a marker that began in the one before it."""
+        """Returns whether a token may continue a marker that began in the token before it."""
         if number not in self._goes_on:
             piece = self._words.pieces.get(number, b"")
             # Where a tokenizer decodes the bytes of a character one by one, they do not tell.
@@ -202,7 +202,7 @@ class Markers:
         return position, kinds
 
     def marks(self, ids: IntArray, position: IntArray, kinds: npt.NDArray[np.uint16], limit: IntArray) -> Marks:
-        """The markers among candidates, each of which has ended by the position ``limit``, (K,)."""
+        """Returns the markers among candidates, (K,). Each must end by the position ``limit``."""
         stop = position + 1
         partly = np.flatnonzero(kinds & _PARTLY)
         # Most tokens that may begin a marker are followed by one that does not go on with it.
@@ -217,7 +217,8 @@ class Markers:
         return Marks(position[kept], stop[kept], kinds[kept])
 
     def _read(self, ids: IntArray, place: int, kind: int, limit: int) -> tuple[int, int]:
-        """Which of the markers that may begin in the token at ``place`` do, and where they have ended at the latest."""
+        """Returns which of the possible markers begin in the token at ``place``, and an upper bound
+        of where they end."""
         few = ids[place : min(limit, place + self._longest)].tolist()
         sizes = list(accumulate(len(self._words.pieces.get(number, b"")) for number in few))
         # Bytes of a cut character are three each where a tokenizer decodes them one by one.
@@ -231,7 +232,8 @@ class Markers:
 
 
 def in_pieces(function: Callable[[int, int], IntArray], start: int, stop: int) -> list[IntArray]:
-    """What ``function(start, stop)`` gives for pieces of ``[start, stop)`` that stay in the cache; in a few threads."""
+    """Applies ``function(start, stop)`` to pieces of ``[start, stop)`` that fit the cache, in a few
+    threads."""
     starts = range(start, stop, _CHUNK)
     threads = thread_count(len(starts))
     share = -(-len(starts) // threads)
@@ -244,7 +246,8 @@ def in_pieces(function: Callable[[int, int], IntArray], start: int, stop: int) -
 
 
 def run_bounds(mask: IntArray, bounds: IntArray) -> IntArray:
-    """Where runs of equal mask begin, row by row, and the last one's end; rows are ``[bounds[r], bounds[r + 1])``."""
+    """Returns where runs of equal mask begin, row by row, and where the last one ends; rows are
+    ``[bounds[r], bounds[r + 1])``."""
     first, last = int(bounds[0]), int(bounds[-1])
 
     def changes(start: int, stop: int) -> IntArray:

@@ -1,4 +1,4 @@
-"""What cannot run on a CPU, or does not fit, is said before Ray starts."""
+"""Says before Ray starts what cannot run on a CPU, or does not fit into memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ PROCESSES_GIB = 3.5
 WORKER_GIB = 1.2
 """The same of every further worker and its server."""
 COPIES = 5
-"""Of the weights, in float32: the actor's, their gradients, Adam's two moments, and the rollout's."""
+"""Float32 copies of the weights in memory: the actor's, their gradients, Adam's two moments, the
+rollout's."""
 
 
 def problems(config: Any, use_critic: bool = False) -> list[str]:
-    """What is wrong with a configuration for a CPU, a sentence each; empty if nothing is.
+    """Returns one sentence for each problem of a configuration on a CPU.
 
     Args:
         config: veRL's, composed.
@@ -58,7 +59,7 @@ def problems(config: Any, use_critic: bool = False) -> list[str]:
 
 
 def shortages(config: Any) -> list[str]:
-    """Where a run may not fit this machine, a sentence each; empty if it does."""
+    """Returns one sentence for each resource of this machine that a run may exceed."""
     import psutil  # type: ignore[import-untyped]
 
     found = []

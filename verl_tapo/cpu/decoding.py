@@ -29,9 +29,10 @@ class Request:
     prompt: list[int]
     sampling: Sampling
     noise: random.Random
-    """Of this request only."""
+    """The random numbers of this request alone."""
     positions: Tensor
-    """Of the prompt's tokens: (tokens,), or (3, tokens) for a model with multimodal rotary positions."""
+    """Positions of the prompt's tokens: (tokens,), or (3, tokens) for multimodal rotary positions.
+    """
     vision: dict[str, Tensor] = field(default_factory=dict)
     """The model's further inputs: ``pixel_values``, ``image_grid_thw``."""
     tokens: list[int] = field(default_factory=list)
@@ -40,12 +41,12 @@ class Request:
 
     @property
     def next_position(self) -> int:
-        """Of the token to be generated; rotary positions go on from the largest one."""
+        """The position of the next token; rotary positions continue from the largest one."""
         return int(self.positions.max()) + 1 + len(self.tokens)
 
 
 class Decoder:
-    """Generates for many requests at once. Not thread-safe, but for `submit`.
+    """Generates for many requests at once. Only `submit` is thread-safe.
 
     Args:
         model: a causal language model of transformers, on the CPU, with full attention in every layer.
@@ -70,7 +71,7 @@ class Decoder:
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has anything to do."""
+        """Returns whether `step` has anything to do."""
         return bool(self._rows or self._waiting)
 
     def submit(self, request: Request) -> None:

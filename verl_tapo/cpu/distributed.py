@@ -1,4 +1,4 @@
-"""How the workers of a run find one another on a machine without GPUs."""
+"""Lets the workers of a run find one another on a machine without GPUs."""
 
 from __future__ import annotations
 

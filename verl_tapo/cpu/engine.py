@@ -9,7 +9,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDP
 
 
 class _CpuEngine:
-    """What differs from a GPU."""
+    """The differences from a GPU engine."""
 
     engine_config: Any
 

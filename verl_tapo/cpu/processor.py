@@ -30,7 +30,8 @@ class _Family:
     patch_size: int
     """Pixels."""
     mean_and_std: dict[str, list[float]]
-    """Of a channel's values; empty where the image processor's defaults are the family's."""
+    """Mean and standard deviation per channel; empty if the image processor's defaults are right.
+    """
 
 
 FAMILIES = {

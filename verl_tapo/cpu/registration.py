@@ -1,4 +1,5 @@
-"""How the CPU's parts get into veRL's registries. Each function is called when veRL's module is imported."""
+"""Adds the CPU's parts to veRL's registries. Each function is called when veRL's module is
+imported."""
 
 from __future__ import annotations
 

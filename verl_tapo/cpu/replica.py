@@ -16,7 +16,7 @@ from verl_tapo.cpu import ROLLOUT_NAME
 
 
 def server_name(replica_rank: int, suffix: str = "") -> str:
-    """Of the Ray actor."""
+    """Returns the name of the Ray actor."""
     return f"{ROLLOUT_NAME}_server_{replica_rank}{suffix}"
 
 
@@ -50,7 +50,7 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
 
 
 class TransformersRollout(BaseRollout):  # type: ignore[misc]
-    """In each training worker: hands the actor's weights to the replica's server."""
+    """Runs in each training worker and hands the actor's weights to the replica's server."""
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:
         super().__init__(config, model_config, device_mesh)

@@ -1,4 +1,4 @@
-"""How the next token is drawn: what veRL asks of a rollout engine, row by row and reproducibly."""
+"""Draws the next token as veRL asks of a rollout engine, row by row and reproducibly."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request is sampled; names and meanings are vLLM's."""
+    """The sampling settings of one request; names and meanings are vLLM's."""
 
     max_tokens: int
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 samples greedily."""
     top_p: float = 1.0
     top_k: int = -1
-    """-1 or 0 is off."""
+    """-1 or 0 turns it off."""
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     min_tokens: int = 0

@@ -238,7 +238,7 @@ class TransformersServer:
     # -- what veRL calls between steps ----------------------------------------------------------------------------
 
     async def set_global_steps(self, global_steps: int) -> None:
-        """As veRL's servers."""
+        """Sets the step number, as veRL's servers do."""
         self.global_steps = global_steps
 
     async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:

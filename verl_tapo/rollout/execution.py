@@ -1,4 +1,5 @@
-"""How a tool's call is run, whatever the tool does: in time, in a thread of its own where it needs one, and answered.
+"""Runs a tool's call: within its timeout, in its own thread if it needs one, and always with an
+answer.
 
 What cannot be helped: a tool that does not give the event loop back (``time.sleep`` in an ``async def``) stops every
 rollout of its worker, its own timeout included. Such a tool is named in the log, while it does so.
@@ -61,7 +62,7 @@ class NoAnswer(ToolFailed):
 
 
 def words(error: BaseException) -> str:
-    """An error's text, or its type where it has none."""
+    """Returns an error's text, or its type if the text is empty."""
     try:
         return str(error) or type(error).__name__
     except Exception:  # an error whose text fails
@@ -86,11 +87,12 @@ class _Signals:
 
     @property
     def came(self) -> bool:
-        """Whether a signal came while the tools of this thread ran; there are none but in the main thread."""
+        """Returns whether a signal came while tools ran in this thread; always False outside the
+        main thread."""
         return self._came and threading.current_thread() is threading.main_thread()
 
     def enter(self) -> None:
-        """Before a tool runs."""
+        """Must be called before a tool runs."""
         if threading.current_thread() is not threading.main_thread():
             return
         self._tools += 1
@@ -105,7 +107,7 @@ class _Signals:
                 self._handlers[number] = noting, handler
 
     def leave(self, *_: Any) -> None:
-        """After it."""
+        """Must be called after a tool has run."""
         if threading.current_thread() is not threading.main_thread():
             return
         self._tools -= 1
@@ -125,21 +127,23 @@ _SIGNALS = _Signals()
 
 
 class _LoopWatch:
-    """Names tools that do not give the event loop back; from a thread, since the loop itself stands still then."""
+    """Names tools that block the event loop. It watches from a thread, as the loop itself is
+    blocked then."""
 
     def __init__(self) -> None:
         self._running: dict[int, tuple[Execution, float]] = {}
         self._thread: threading.Thread | None = None
 
     def enter(self, execution: Execution) -> None:
-        """A part of the call begins to run, and the loop stands until it awaits something."""
+        """Notes that a part of the call begins to run; the loop is blocked until the call awaits
+        something."""
         self._running[id(execution)] = execution, time.monotonic()
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="tapo-loop-watch", daemon=True)
             self._thread.start()
 
     def leave(self, execution: Execution) -> None:
-        """It awaits something, or is done."""
+        """Notes that the call awaits something or is done."""
         _, since = self._running.pop(id(execution))
         self._look(execution, since)
 
@@ -166,7 +170,7 @@ _CURRENT: contextvars.ContextVar[Execution | None] = contextvars.ContextVar("tap
 
 
 class Execution:
-    """One call of a tool while it runs, and what is left of it after its timeout.
+    """One call of a tool while it runs, including what still runs after its timeout.
 
     Args:
         tool: the tool's name.
@@ -176,17 +180,18 @@ class Execution:
     def __init__(self, tool: str, timeout_s: float) -> None:
         self.tool, self.timeout_s = tool, timeout_s
         self.threads: set[threading.Thread] = set()
-        """Those that run for it."""
+        """The threads that run for this call."""
         self._task: asyncio.Future[Any] | None = None
 
     @property
     def running(self) -> bool:
-        """Whether it still does: neither a thread nor a task that does not heed its cancellation can be stopped."""
+        """Returns whether it still runs. A thread, or a task that ignores its cancellation, cannot
+        be stopped."""
         busy = self._task is not None and not self._task.done()
         return busy or bool(self.threads)
 
     async def result(self, call: Coroutine[Any, Any, Any]) -> Any:
-        """What the call returns.
+        """Returns the call's result.
 
         Raises:
             ToolFailed: whatever it raised; SystemExit and KeyboardInterrupt as well, but for those of a real signal.
@@ -224,7 +229,7 @@ class Execution:
 
     @types.coroutine
     def _in_steps(self, call: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        """As ``await call``, with a look at how long each part holds the event loop."""
+        """Awaits the call and measures how long each part blocks the event loop."""
         step: Callable[[], Any] = partial(call.send, None)
         while True:
             _LOOP_WATCH.enter(self)
@@ -246,7 +251,7 @@ _left: dict[str, list[Execution]] = {}
 
 
 def leave_behind(execution: Execution) -> bool:
-    """Whether a call that had no answer in time still runs; it is named in the log then, once for its tool."""
+    """Returns whether a call still runs after its timeout. If so, a warning names its tool once."""
     if not execution.running:
         return False
     tool = execution.tool
@@ -269,7 +274,7 @@ class _Executor(ThreadPoolExecutor):
     """
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As `ThreadPoolExecutor.submit`."""
+        """Submits a function like `ThreadPoolExecutor.submit`."""
         execution = _CURRENT.get()
         if execution is None:
             return super().submit(function, *args, **kwargs)

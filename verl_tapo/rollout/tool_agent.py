@@ -69,11 +69,11 @@ class RecordedCall(FunctionCall):  # type: ignore[misc]
     """A call as the stock loop handles it, and where its record is."""
 
     position: int
-    """Of its record in the trajectory's."""
+    """The index of the call's record in the trajectory's record."""
     problem: str | None = None
-    """Why it cannot be read."""
+    """Why the call cannot be read, or None."""
     refusal: str | None = None
-    """Why it is not executed, although it can be read: a limit."""
+    """The limit that keeps a readable call from being executed, or None."""
 
 
 @lru_cache(maxsize=4)
@@ -98,7 +98,8 @@ def _count(images: Any) -> int:
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
-    """The object in a JSON text; None where there is none, or one that no other process would read again."""
+    """Returns the object in a JSON text. None if there is none, or if another process could not
+    read it again."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -134,7 +135,7 @@ def _plain(metrics: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _portable(value: Any) -> bool:
-    """Whether a value can be sent to another process."""
+    """Returns whether a value can be sent to another process."""
     try:
         cloudpickle.dumps(value)
     except Exception:  # whatever a foreign object raises
@@ -172,7 +173,7 @@ def _tool_view(agent_data: Any, own: frozenset[str]) -> Any:
 
 
 class _Answer(NamedTuple):
-    """What a tool's call came to, fit for the prompt."""
+    """The outcome of a tool's call, ready for the prompt."""
 
     response: ToolResponse
     reward: float | None = None
@@ -240,7 +241,8 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         self._extra_fields: frozenset[str] = frozenset()  # those of the generation, likewise
 
     async def run(self, sampling_params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As the stock loop, with the record in ``extra_fields["tapo_steps"]`` of the output."""
+        """Runs the stock loop and puts the record into ``extra_fields["tapo_steps"]`` of the
+        output."""
         self._reset()
         if self.rollout_config.get("name") == _REPRODUCIBLE_ENGINE and "session_id" in kwargs:
             # That engine draws reproducibly if it can tell the rollouts of a prompt apart; others mean by it a seed.
@@ -260,7 +262,8 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         return output
 
     def _drop_unportable(self, extra_fields: dict[str, Any]) -> None:
-        """What a tool stored and no other process could read, a connection say: it would end the whole batch."""
+        """Drops what a tool stored and no other process can read, such as a connection. It would
+        end the whole batch."""
         for name in [name for name in extra_fields if name not in self._extra_fields]:
             if not _portable(extra_fields[name]):
                 del extra_fields[name]
@@ -384,7 +387,8 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         return state
 
     def _withdraw_images(self, calls: list[RecordedCall], error: Exception) -> bool:
-        """Makes errors of the answers with images, which the processor refused: a crop one pixel wide, say."""
+        """Turns answers whose images the processor refused (such as a crop one pixel wide) into
+        errors."""
         withdrawn = False
         for call in calls:
             answer = self._answers.get(call.position)

@@ -18,7 +18,7 @@ _THREADS = 4  # at the most; more do not make memory faster
 
 
 def thread_count(tasks: int) -> int:
-    """How many threads to share ``tasks`` pieces of array work among; at least 1."""
+    """Returns how many threads should share ``tasks`` pieces of array work, at least 1."""
     return max(1, min(_THREADS, os.cpu_count() or 1, tasks))
 
 

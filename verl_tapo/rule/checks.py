@@ -38,7 +38,7 @@ class Knobs:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that a float can hold: finite, and no truth value."""
+    """Returns whether a value is a finite number that a float can hold, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and read_number(value) is not None
 
 

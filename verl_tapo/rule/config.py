@@ -17,7 +17,7 @@ Scope: TypeAlias = Literal["group", "batch"]
 
 @dataclass(frozen=True)
 class Grounding(Knobs):
-    """What follows where a tool's answer held an accepted answer of the prompt, or none did; see
+    """What the rule does if a tool's answer held an accepted answer of the prompt, or none did; see
     `verl_tapo.rule.grounding`. [ours]
 
     Raises:
@@ -45,7 +45,7 @@ class Grounding(Knobs):
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any] | None) -> Grounding:
-        """From plain containers; None is all off.
+        """Reads the settings from plain containers; None turns everything off.
 
         Raises:
             ValueError: naming the switch, for an unknown one or a value that is no truth value.
@@ -76,7 +76,7 @@ def _tools(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class TapoConfig(Knobs):
-    """The rule's settings. Defaults are the paper's where it states them.
+    """The rule's settings. The defaults are the paper's if it states them.
 
     Raises:
         ValueError: naming the setting, for a value out of range, an unknown kernel or bad kernel options.
@@ -148,11 +148,12 @@ class TapoConfig(Knobs):
                 raise ValueError(f"tools[{tool!r}]: {error}") from None
 
     def takes_part(self, tool: str) -> bool:
-        """Whether ``tool`` is a declared information-acquisition tool."""
+        """Returns whether ``tool`` is a declared information-acquisition tool."""
         return acquires_information(tool) if self.tools is None else tool in self.tools
 
     def kernel(self, tool: str, parameter: Any, beside: Iterable[Any] = ()) -> Kernel:
-        """What compares ``parameter`` of ``tool``, a tool that takes part, in a call with the parameters ``beside``."""
+        """Returns the kernel for ``parameter`` of ``tool``, which must take part, in a call with
+        the parameters ``beside``."""
         if self.tools is not None:
             return self._kernels.get(tool, {}).get(parameter, _BY_NAME["exact"])
         return _BY_NAME[default_kernel(parameter, beside)]
@@ -164,7 +165,7 @@ class TapoConfig(Knobs):
         return [kernel for kernels in self._kernels.values() for kernel in kernels.values()]
 
     def may_ignore(self, tool: str, parameter: Any) -> bool:
-        """Whether ``parameter`` counts in no call, or not in all."""
+        """Returns whether ``parameter`` is ignored in all calls, or in some."""
         return self.kernel(tool, parameter, BOX_PARAMETERS).ignores
 
 

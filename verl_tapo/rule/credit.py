@@ -156,7 +156,7 @@ def _reference_groups(
 
 
 def _gates(role: IntArray, match: Match, alpha: FloatArray, cfg: TapoConfig) -> IntArray:
-    """Part 7: what becomes of each failing step, (S,). The later line wins."""
+    """Part 7: the gate of each step, (S,). Later lines override earlier ones."""
     found = match.reference_group >= 0
     gate = np.full(len(role), Gate.NONE)
     gate[role == Role.FAILING] = Gate.NO_WITNESS

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     success: BoolArray
     """(T,) ``y``"""
     advantage: FloatArray
-    """(T,) ``a``, the mean base advantage of the rollout's policy tokens; 0 where there are none."""
+    """(T,) ``a``, the mean base advantage of the rollout's policy tokens; 0 without such tokens."""
     policy_tokens: FloatArray
     """(T,) their number."""
     steps: StepColumns
@@ -45,7 +45,8 @@ class Batch(NamedTuple):
 def read_batch(
     base: torch.Tensor, response_mask: torch.Tensor, index: Any, success: Any, steps: Any, trajectory: Any
 ) -> Batch:
-    """Checks the arguments of `verl_tapo.transfer_credit`, whose names and errors are said there, and reads them."""
+    """Reads and checks the arguments of `verl_tapo.transfer_credit`, which documents their names
+    and errors."""
     _check_tensors(base, response_mask)
     columns = step_columns(steps, *base.shape)
     rows = len(base)

@@ -1,4 +1,5 @@
-"""Which calls are compared, and how: equal calls become one node, and only nodes that can match are compared."""
+"""Decides which calls are compared, and how. Equal calls become one node, and only nodes that can
+match are compared."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class Match(NamedTuple):
     """The best reference group ``G*`` of each of S steps."""
 
     similarity: FloatArray
-    """(S,) ``m(f, G*)`` of a failing step; below theta the best to any witness; 0 where it was compared with none."""
+    """(S,) ``m(f, G*)`` of a failing step. Below theta it is the best match with any witness; it is
+    0 without a comparison."""
     reference_group: IntArray
     """(S,) the number of a failing step's ``G*``, -1 for none."""
     support: FloatArray
@@ -67,7 +69,8 @@ class Match(NamedTuple):
     reference_advantage: FloatArray
     """(S,) ``abar(G*)``, else 0."""
     witness: IntArray
-    """(S,) a failing step's most similar witness step, in ``G*`` where there is one; -1 where there is none."""
+    """(S,) the witness step most similar to a failing step, in ``G*`` if that has one; -1 without a
+    witness."""
     group_of_witness: IntArray
     """(S,) the number of a witness step's own reference group, -1 for none."""
 
@@ -84,7 +87,7 @@ class Match(NamedTuple):
         abar: FloatArray,
         sup: FloatArray,
     ) -> Match:
-        """From what is known of nodes.
+        """Expands the matches of nodes to the matches of steps.
 
         Args:
             calls: the nodes.
@@ -186,7 +189,8 @@ def _parameters(columns: StepColumns, steps: IntArray, tool: str, cfg: TapoConfi
 
 
 def compared_pairs(calls: Calls, is_witness: BoolArray) -> Iterator[tuple[IntArray, IntArray, FloatArray]]:
-    """Compares every call with the witnesses of its block; one witness of another block stands for all others, at 0.
+    """Compares every call with the witnesses of its block. One witness of another block represents
+    the rest, at 0.
 
     Yields:
         Nodes (P,), witness nodes (P,), and their similarities (P,); all pairs of one node come together.

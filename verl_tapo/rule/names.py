@@ -1,4 +1,5 @@
-"""Which tools take part and how parameters compare by their names, while the setting ``tools`` is None [ours]."""
+"""Derives from names which tools take part and how parameters compare, if the setting ``tools`` is
+None [ours]."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ BOX_PARAMETERS = frozenset(
 )
 """They hold a region of an image."""
 REMARK_PARAMETERS = frozenset("explanation justification rationale reason reasoning thought thoughts".split())
-"""What the model says about its call, which no answer depends on: they do not count."""
+"""Parameters in which the model comments on its call. No answer depends on them, so they do not
+count."""
 BOX_REMARK_PARAMETERS = frozenset("caption comment description goal intent label labels note purpose".split())
-"""The same beside a region of an image. Elsewhere they may say what is looked for."""
+"""Comments beside a region of an image. Elsewhere these parameters may say what is looked for."""
 # Words in the names of tools. Those that act run, make or change things, or have a state: their answers do not depend
 # on the call alone, and the same call is not the same action.
 _ACTING = frozenset(
@@ -56,8 +58,8 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def acquires_information(tool: str) -> bool:
-    """Whether a tool takes part when ``tools`` is None: its name does not say that it ends the rollout, or runs, makes
-    or changes things."""
+    """Returns whether a tool takes part if ``tools`` is None. Its name must not say that the tool
+    ends the rollout, or runs, makes or changes things."""
     words = {word.lower() for word in _WORD.findall(tool)}
     return words.isdisjoint(_ACTING) and (words.isdisjoint(_ACTING_ALONE) or not words.isdisjoint(_LOOKING))
 

@@ -19,7 +19,7 @@ from verl_tapo.rule.steps import ToolStep
 
 @dataclass
 class Outcome:
-    """What became of a step; the fields of `verl_tapo.StepCredit`."""
+    """The outcome of a step, with the fields of `verl_tapo.StepCredit`."""
 
     role: str = "none"
     gate: str = ""
@@ -31,7 +31,7 @@ class Outcome:
     forgiven: bool = False
     withheld: bool = False
     witnesses: set[int] = field(default_factory=set)
-    """The most similar witness steps, of which the fast code names one."""
+    """The most similar witness steps; the fast code names one of them."""
 
 
 class _Group(NamedTuple):
@@ -99,7 +99,8 @@ class Reference:
         return "failing" if not self.success[step.row] and self.a[step.row] < 0 else "none"
 
     def takes_part(self, step: ToolStep) -> bool:
-        """Of a declared tool. By default a call without any parameter that counts is no evidence of anything."""
+        """Returns whether the step calls a declared tool. By default a call without a parameter
+        that counts is no evidence."""
         counts = self.cfg.tools is not None or any(_counts(step, name, self.cfg) for name in step.arguments)
         return counts and self.cfg.takes_part(step.tool)
 
@@ -151,7 +152,8 @@ class Reference:
         outcome.transfer = self.cfg.beta * outcome.alpha * best.advantage
 
     def comparable(self, step: ToolStep, other: ToolStep) -> bool:
-        """Whether two calls are of one tool, and of one prompt group unless ``scope="batch"``."""
+        """Returns whether two calls are of one tool and, unless ``scope="batch"``, of one prompt
+        group."""
         return step.tool == other.tool and (self.cfg.scope == "batch" or self.index[step.row] == self.index[other.row])
 
     def linked(self, witnesses: list[int]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""What the rule calls a step, and what becomes of it."""
+"""The rule's names for a step and for the outcome of a failing step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Role(IntEnum):
 
 
 class Gate(IntEnum):
-    """Part 7: what becomes of a failing step. Each value says more than those before it."""
+    """Part 7: the outcome of a failing step. Each value says more than those before it."""
 
     NONE = 0
-    """It is no failing step."""
+    """The step is not a failing step."""
     NO_WITNESS = 1
     BELOW_THETA = 2
     BELOW_ALPHA = 3

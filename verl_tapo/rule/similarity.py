@@ -206,7 +206,7 @@ def make_kernel(spec: KernelSpec) -> Kernel:
 
 @register_kernel("exact")
 class Exact(Kernel):
-    """1 where the canonical values are equal, else 0."""
+    """1 if the canonical values are equal, else 0."""
 
     identity_only = True
 
@@ -216,7 +216,7 @@ class Exact(Kernel):
 
 @register_kernel("ignore")
 class Ignore(Kernel):
-    """1: the parameter does not count."""
+    """Always 1: the parameter does not count."""
 
     ignores = True
 
@@ -231,9 +231,9 @@ _ASCII = "".join(chr(code).lower() if chr(code).isalnum() else " " for code in r
 
 
 def words_of(value: Any) -> list[str] | None:
-    """The words of the spec's ``n(x)``: NFKC, casefold, split at every character that is not alphanumeric; a list is
-    joined by spaces first. None for what is no text, number, or list of such.
-    """
+    """The words of the spec's ``n(x)``: NFKC, casefold, split at every character that is not
+    alphanumeric. A list is joined by spaces first. None if the value is not a text, a number or a
+    list of these."""
     if isinstance(value, str):
         text: str = value
     else:
@@ -286,7 +286,8 @@ def _positions(numbers: IntArray, size: int) -> tuple[IntArray, IntArray]:
 
 
 def _rapidfuzz() -> tuple[Any, Any]:
-    """The library, imported where texts are compared only: where it is broken, runs without TAPO go on."""
+    """Imports the library only when texts are compared, so that a broken one does not stop runs
+    without TAPO."""
     try:
         from rapidfuzz import fuzz, process
     except Exception as error:  # of a broken installation, whatever its import raises

@@ -43,7 +43,7 @@ class ToolStep(NamedTuple):
     """The whole answer of the tool held an accepted answer of the prompt; None where that cannot be told."""
 
     def span(self, token_scope: TokenScope) -> tuple[int, int]:
-        """The half-open token span this step stands for under ``token_scope``."""
+        """The half-open token span that this step covers under ``token_scope``."""
         return self.call if token_scope == "call" else self.turn
 
 

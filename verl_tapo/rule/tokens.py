@@ -77,7 +77,8 @@ def _change(
 
 
 def _segments(steps: StepColumns, transfer: FloatArray, cfg: TapoConfig) -> tuple[IntArray, IntArray, FloatArray]:
-    """Disjoint token spans with what is to be added there: (K,) rows, (K, 2) spans, (K,) transfers, all > 0.
+    """Returns disjoint token spans and the transfer to add in each: (K,) rows, (K, 2) spans, (K,)
+    transfers, all > 0.
 
     A token in several steps' spans takes the smallest of their transfers, 0 for a step without one: a turn with
     parallel calls is corrected only as far as its weakest call [ours].

@@ -80,7 +80,8 @@ def _parts(value: Any) -> list[Hashable]:
 
 
 def prints(number: float) -> bool:
-    """Whether a number has a text: Python prints no whole number of thousands of digits. No float is as large."""
+    """Returns whether Python can print a number: it refuses integers of thousands of digits, which
+    exceed any float."""
     return not isinstance(number, int) or number.bit_length() <= _FLOAT_BITS
 
 
@@ -133,7 +134,7 @@ def content_hash(image: Any) -> str:
 
 
 def deeper_than(value: Any, levels: int) -> bool:
-    """Whether a JSON value is nested deeper than that many levels."""
+    """Returns whether a JSON value is nested deeper than ``levels``."""
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list):
@@ -190,7 +191,8 @@ def finite_number(value: Any) -> float | None:
 
 
 def success_number(value: Any) -> float:
-    """A success value as a number, also where it is written as a text; NaN where it is neither number nor truth value.
+    """Reads a success value as a number, also from text; NaN if it is neither a number nor a truth
+    value.
 
     Beyond the range of floats it is infinite.
     """
@@ -268,7 +270,8 @@ def shown(value: Any, longest: int = 200) -> str:
 
 
 class _Repr(reprlib.Repr):
-    """Cuts texts and containers, at every level; of a class's own containers, too, whose own text would be whole."""
+    """Shortens texts and containers at every level, also containers of a custom class, whose own
+    text would be whole."""
 
     def repr_instance(self, x: Any, level: int) -> str:
         if isinstance(x, Mapping):

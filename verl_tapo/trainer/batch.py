@@ -80,7 +80,7 @@ def rollout_from_batch(
 
 
 def _rejects_tokens(algorithm: Any) -> bool:
-    """Whether rollout correction takes single tokens out of the response mask."""
+    """Returns whether rollout correction removes single tokens from the response mask."""
     correction = algorithm.get("rollout_correction", None)
     return correction is not None and "token" in str(correction.get("rollout_rs", None) or "")
 
@@ -147,7 +147,8 @@ def base_advantages(
 
 
 def _for_multi_trajectories() -> Any:
-    """VeRL's rule for several outputs per session; before 0.9 it stands in the synchronous trainer's own module."""
+    """Applies veRL's rule for several outputs per session; before 0.9 it is in the synchronous
+    trainer's own module."""
     try:
         from verl.trainer.ppo.v1 import utils as home
     except ImportError:

@@ -44,7 +44,8 @@ def check_run(config: Any) -> TapoSettings | None:
 
 
 def declare_tools(config: Any) -> None:
-    """Fills ``algorithm.tapo.tools``, where it is null, with what the classes of the run's tools declare."""
+    """Fills ``algorithm.tapo.tools``, if it is null, with the kernels that the run's tool classes
+    declare."""
     tapo = config.algorithm.get("tapo", None)
     if tapo is not None and tapo.get("tools", None) is not None:
         return
@@ -56,7 +57,7 @@ def declare_tools(config: Any) -> None:
 
 
 def find_problems(config: Any, settings: TapoSettings) -> list[str]:
-    """What in a run's configuration would keep TAPO from working."""
+    """Returns what would keep TAPO from working in a run's configuration."""
     from verl.experimental.agent_loop.tool_parser import ToolParser
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
@@ -92,7 +93,7 @@ def find_problems(config: Any, settings: TapoSettings) -> list[str]:
 
 
 def find_warnings(config: Any) -> list[str]:
-    """What in a run's configuration may leave TAPO with nothing to do."""
+    """Returns what may leave TAPO without effect in a run's configuration."""
     rollout = config.actor_rollout_ref.rollout
     warnings = []
     if rollout.n < 2:

@@ -143,7 +143,8 @@ def watch(
 
 
 def watch_grounding(rollout: Rollout, settings: TapoSettings) -> dict[str, float]:
-    """`grounding_metrics` under another estimator; none where the calls cannot be found, which is told once."""
+    """Returns `grounding_metrics` under another estimator. Without findable calls it is empty, and
+    the log says so once."""
     success = rollout.success(settings)
     if rollout.sessions is not None:
         success = success[rollout.sessions.final_row]

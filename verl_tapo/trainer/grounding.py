@@ -1,4 +1,4 @@
-"""How a batch's successes and failures are grounded: figures for any estimator."""
+"""Metrics of how a batch's successes and failures are grounded, for any estimator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the estimator needs of a batch of rollouts, whichever trainer it came from."""
+"""A batch of rollouts as the estimator needs it, from any trainer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Sessions(NamedTuple):
 
     @classmethod
     def from_keys(cls, keys: Sequence[str]) -> Sessions | None:
-        """From veRL's keys ``{uid}_{session}_{output}``; None where every trajectory has one output."""
+        """Reads veRL's keys ``{uid}_{session}_{output}``; None if every trajectory has one output."""
         parts = [key.rpartition("_") for key in keys]
         of_row = [session for session, _, _ in parts]
         if len(set(of_row)) == len(of_row):
@@ -78,12 +78,13 @@ class Rollout:
     padding: npt.NDArray[np.bool_]
     """(B,) rows that are no real samples."""
     sessions: Sessions | None = None
-    """Which rows are outputs of one trajectory, for loops that return several; None: each row is one."""
+    """Groups the rows that are outputs of one trajectory, for loops that return several. None: each
+    row is one."""
     keys: Sequence[str] | None = None
     """(B,) veRL's ``{uid}_{session}_{output}``, where the trainer has them."""
     reward_model: Callable[[int], Any] = lambda row: None
-    """What the data set's column ``reward_model`` has for a row, its ground truth among it; called only where steps
-    have to be parsed."""
+    """Returns the data set's column ``reward_model``, which holds the ground truth, by row. It is
+    called only if steps have to be parsed."""
     step: int | None = None
     """Number of the training step; None where the trainer does not tell."""
     part: int = 0
@@ -100,7 +101,8 @@ class Rollout:
     agent_loop: str | None = None
     """The default agent loop, where the trainer's configuration names one."""
     agent_names: Callable[[], Iterable[Any]] = tuple
-    """What the data set's rows have in the column ``agent_name``, which overrides the default; asked for once."""
+    """Returns the data set's column ``agent_name``, which overrides the default loop. It is read
+    once."""
     unreadable: str | None = None
     """A success value that is no number, where `success` met one."""
 
@@ -135,13 +137,14 @@ class Rollout:
 
 
 def agent_loop_of(config: Any) -> str | None:
-    """The default agent loop of a trainer's whole configuration; None where it names none."""
+    """Returns the default agent loop in a trainer's whole configuration, or None."""
     agent = config.actor_rollout_ref.rollout.get("agent", None)
     return None if agent is None else agent.get("default_agent_loop", None)
 
 
 def agent_names_of(trainer: Any) -> list[str]:
-    """What the first rows of a trainer's data set have in the column ``agent_name``; empty where that is not known."""
+    """Returns the column ``agent_name`` of the first rows of a trainer's data set; empty if it is
+    unknown."""
     try:
         column = trainer.train_dataset.dataframe.select_columns("agent_name")  # without the rows' images
         return sorted(set(map(str, column[:_ROWS_LOOKED_AT]["agent_name"])))
@@ -153,4 +156,4 @@ _ROWS_LOOKED_AT = 1000
 
 
 CURRENT: ContextVar[Rollout | None] = ContextVar("tapo_rollout", default=None)
-"""The rollout of the batch whose advantages are being computed, set by the trainer's adapter."""
+"""The batch whose advantages are being computed, set by the trainer's adapter."""

@@ -1,4 +1,5 @@
-"""How a batch's tools fared, by the records of ``tapo_tool_agent``: metrics, and the end of a run without tools.
+"""Metrics of a batch's tools, from the records of ``tapo_tool_agent``, and the end of a run without
+working tools.
 
 Metrics (all shares are of calls; one set for each tool that was executed):
 
@@ -35,7 +36,8 @@ class ToolOutage(RuntimeError):
 
 
 class RolloutOutage(RuntimeError):
-    """Too many rollouts are missing: veRL fills up the batch with rows of nothing, and would train on what is left."""
+    """Too many rollouts are missing. VeRL fills the batch with empty rows and would train on the
+    rest."""
 
 
 def check_rollouts(sessions: int, prompts: int, each: int, max_fault_rate: float | None) -> None:
@@ -60,13 +62,15 @@ def check_rollouts(sessions: int, prompts: int, each: int, max_fault_rate: float
 
 
 def executed_tools(records: Sequence[Any]) -> set[str]:
-    """The tools that were executed, by B trajectories' records (their plain form; None where there is none)."""
+    """Returns the tools that were executed, from B records in their plain form (None for a
+    trajectory without one)."""
     known = [record for record in records if isinstance(record, Mapping)]
     return {step["tool"] for record in known for step in record["steps"] if step["status"] in _EXECUTED}
 
 
 def tool_metrics(records: Sequence[Any], tools: Collection[str] = ()) -> dict[str, float]:
-    """Metrics of B trajectories' records (their plain form; None where there is none); empty where no record is.
+    """Returns metrics from B records in their plain form (None for a trajectory without one); empty
+    without a record.
 
     Args:
         records: of real rows only, no padding.
@@ -107,7 +111,8 @@ def reward_metrics(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def odd_reward_parts(infos: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
-    """Of every part that is a number which is not finite, or beyond a float, somewhere: how often, and one of them."""
+    """For each metric with a value that is not finite or exceeds a float, returns how often, and an
+    example."""
     odd: dict[str, tuple[int, str]] = {}
     for info in infos:
         for name, value in info.items():

@@ -28,7 +28,8 @@ def _paths(config: Any) -> tuple[str | None, str | None]:
 
 
 def config_problems(config: Any) -> tuple[list[str], Parameters | None]:
-    """What in the file ``multi_turn.tool_config_path`` would end the run, as far as one can tell without loading tools.
+    """Returns what in the file ``multi_turn.tool_config_path`` would end the run, without loading
+    the tools.
 
     Returns:
         The problems, and the tools' parameters where the files say all of them: None where some come from code.
@@ -71,7 +72,7 @@ def _function(entry: Mapping[str, Any]) -> tuple[str, list[str]] | None:
 
 
 def _class(entry: Mapping[str, Any]) -> Any:
-    """The tool's class; None where it cannot be imported, which veRL will say."""
+    """Returns the tool's class. None if it cannot be imported, which veRL reports."""
     module, _, name = entry["class_name"].rpartition(".")
     try:
         return getattr(import_module(module), name, None)
@@ -80,7 +81,7 @@ def _class(entry: Mapping[str, Any]) -> Any:
 
 
 def declared_kernels(config: Any) -> dict[str, dict[str, Any]] | None:
-    """What ``algorithm.tapo.tools`` would be by what the classes of the run's tools declare.
+    """Returns ``algorithm.tapo.tools`` as the classes of the run's tools declare it.
 
     A class may have an attribute ``kernels``, ``{parameter: kernel}``, or None for a tool that takes no part. Tools
     whose classes have none are decided by name, as ever.
@@ -123,7 +124,7 @@ def _read_yaml(path: str) -> Any:
 
 
 def _entry_problem(entry: Any) -> str | None:
-    """What is wrong with one tool of the file, as veRL reads it."""
+    """Returns what is wrong with one tool of the file, read as veRL reads it."""
     from verl.tools.schemas import OpenAIFunctionToolSchema
     from verl.tools.tool_registry import ToolType
 
@@ -188,7 +189,7 @@ def rule_problems(rule: TapoConfig, tools: Parameters) -> Iterator[str]:
 
 
 def participation(rule: TapoConfig, tools: Parameters) -> Iterator[tuple[str, str]]:
-    """Of each configured tool, whether it takes part in the rule, and with which kernels."""
+    """Returns for each configured tool whether it takes part in the rule, and its kernels."""
     for tool, parameters in tools.items():
         if not rule.takes_part(tool):
             why = "its name says that it acts" if rule.tools is None else "not in algorithm.tapo.tools"
@@ -203,7 +204,7 @@ def participation(rule: TapoConfig, tools: Parameters) -> Iterator[tuple[str, st
 
 
 def recording_warning(config: Any) -> str | None:
-    """What to say where the data set's rows override the recording agent loop, by their column ``agent_name``."""
+    """Returns a warning if the data set's column ``agent_name`` overrides the recording agent loop."""
     agent = config.actor_rollout_ref.rollout.get("agent", None) or {}
     if agent.get("default_agent_loop", None) != RECORDING_LOOP:
         return None
@@ -222,7 +223,7 @@ def _redefined(path: str | None) -> set[str]:
 
 
 def _agent_names(file: str) -> set[str]:
-    """What the first rows of a data file have in the column ``agent_name``; empty where they cannot be read."""
+    """Returns the column ``agent_name`` of a data file's first rows; empty if they cannot be read."""
     try:
         path = Path(file).expanduser()
         if not path.is_file():

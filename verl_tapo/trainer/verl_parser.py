@@ -45,7 +45,8 @@ def cached_parser(tool_format: str, tokenizer: Any, tools: Tools | None = None) 
 
 
 def declared_tools(multi_turn: Any) -> Tools | None:
-    """The tools of a run as veRL's configuration ``multi_turn`` declares them; None where it does not tell.
+    """Returns the tools of a run as veRL's configuration ``multi_turn`` declares them, or None if
+    it does not.
 
     It does not where tools are functions or bring their schema with them: neither is imported here.
     """

@@ -1,6 +1,5 @@
-"""What the plug-in says in a run's console: a line in each training step, and once each what is decided by default, who
-takes part, what never occurred, and what is missing.
-"""
+"""The plug-in's console output: a line in each training step, and once each the defaults it chose,
+the tools that take part, and what never occurred or is missing."""
 
 from __future__ import annotations
 
@@ -24,7 +23,8 @@ STEPLESS_BATCHES = 3
 
 
 def _say(message: str) -> None:
-    """Logs at INFO, and sees to it that it is shown: in veRL's processes no handler shows what is no warning."""
+    """Logs at INFO and makes sure that it is shown: in veRL's processes no handler shows less than
+    a warning."""
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
@@ -39,7 +39,7 @@ class Watch:
         self.batches = 0
         self.seen: Counter[str] = Counter()
         self.parameters: dict[str, set[str]] = {}
-        """Those that calls of the tools in ``algorithm.tapo.tools`` had."""
+        """The parameters seen in calls of the tools in ``algorithm.tapo.tools``."""
         self.executed: set[str] = set()
         """Tools that were, by their records."""
         self._credited: set[str] = set()
@@ -155,8 +155,9 @@ RECORDING_LOOP = "tapo_tool_agent"
 
 
 def unrecorded(agent_names: Sequence[str]) -> str:
-    """Why rollouts would come without a record under the recording default, and what to do; ``agent_names``: what the
-    data set's rows name instead of the recording loop, none where that is not known."""
+    """Explains why rollouts would come without a record under the recording default, and what to
+    do. ``agent_names`` are the loops in the data set's rows other than the recording one; empty if
+    unknown."""
     setting = f"actor_rollout_ref.rollout.agent.default_agent_loop={RECORDING_LOOP}"
     if agent_names:
         names = ", ".join(map(repr, agent_names[:5]))
