@@ -37,7 +37,7 @@ def sweep_table(sweep: Sweep) -> str:
 
 
 def markdown(name: str, part: Part) -> str:
-    """A part's section: what it compares, its figures, its tables, its picture."""
+    """Returns a part's section: what it compares, its figures, its tables and its picture."""
     blocks = [f"## {part.title}", part.text]
     if part.facts:
         rows = [[fact.name, fact.figure, fact.bound] for fact in part.facts]

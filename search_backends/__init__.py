@@ -1,6 +1,6 @@
 """Back ends of a search agent: tools, cached providers, a retrieval service, pages, data sets,
 evaluation.
 
-Everything that comes back is bounded and cleaned before a model sees it. Nothing here knows veRL or a recipe;
-docs/backends.md says what each part does and how it is used.
+Everything that comes back is bounded and cleaned before a model sees it. Nothing here knows veRL or
+a recipe. docs/backends.md describes each part and its use.
 """

@@ -1,13 +1,13 @@
 """The answers of a run's tools, shared by all processes of a machine: equal calls get equal answers.
 
-TAPO compares trajectories by their calls, and so assumes that an answer depends on the call alone. Live search breaks
-that within minutes; this cache restores it, and saves what the calls cost.
+TAPO compares trajectories by their calls, and so assumes that an answer depends on the call alone.
+Live search breaks that within minutes. This cache restores it and saves the cost of repeated calls.
 
-Of equal calls at the same time, in one process or many, one asks and the others wait for its answer. It holds a lease,
-renewed while it asks; when its process dies the lease runs out, and one of the others asks. When it fails, those who
-waited fail alike, without asking a back end again that is down; when it is cancelled, another asks. Failures are never
-kept: the next call asks. What is no answer that the caller can read, another version's or a damaged one, is asked for
-anew and replaced.
+Among equal calls at the same time, in one process or many, one asks and the others wait for its
+answer. It holds a lease, which it renews while it asks. If its process dies, the lease runs out and
+another takes over. If the call fails, all waiters get its error, without asking a failing back end
+again; if it is cancelled, one takes over. Failures are never stored: the next call asks. An answer
+that cannot be read, because it is damaged or from another version, is asked for again and replaced.
 
     python -m search_backends.cache stats|list|show|purge PATH
 
@@ -335,7 +335,7 @@ class Cache:
                 )
 
     def _end(self, key: str, token: str, failed: _Failed | None = None) -> None:
-        """Ends a lease without an answer: a failure is left for those who wait."""
+        """Ends a lease without an answer. A failure is left for those who wait."""
         with self._tolerant():
             if failed is None:
                 self._database.execute("DELETE FROM leases WHERE key = ? AND token = ?", (key, token))

@@ -1,7 +1,8 @@
 """Text from outside, made fit for a prompt: no control tokens, fenced, cut at a stated length.
 
-Whatever a page says, it cannot end the tool's turn, put an image where there is none, or pass for the user's words: a
-literal image token breaks training, a literal end of turn hands the conversation to whoever wrote the page.
+Whatever a page says, it cannot end the tool's turn, add an image, or pass for the user's words. A
+literal image token would break training; a literal end of turn would hand the conversation to the
+page's author.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
 def clean_text(text: str, *, tokenizer: Any = None) -> str:
     """The text without control tokens, control characters and surplus white space; cleaning twice changes nothing.
 
-    Control tokens and halves of surrogate pairs become U+FFFD rather than nothing: what stood around a token cannot
-    join to another, so one pass is enough, however deep they are nested.
+    Control tokens and halves of surrogate pairs become U+FFFD. Without a replacement, the text
+    around a token could join to another one; with it one pass is enough for any nesting.
 
     Args:
         text: any.
@@ -72,7 +73,8 @@ def clean_text(text: str, *, tokenizer: Any = None) -> str:
 def cut(text: str, limit_chars: int) -> str:
     """The text's beginning, with a note that says how much is missing, at most ``limit_chars`` long.
 
-    It ends with a line or a word, where one ends in the last quarter. Where not even the note has room, there is none.
+    The cut is at the end of a line or a word, if one ends in the last quarter. The note is left out
+    if it does not fit.
     """
     if len(text) <= limit_chars:
         return text

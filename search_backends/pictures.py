@@ -1,4 +1,4 @@
-"""Images out of untrusted bytes, and what tools make of them."""
+"""Reads images from untrusted bytes, and transforms them for tools."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def fit(image: Image.Image, *, max_pixels: int, min_side: int) -> Image.Image:
     """The image at a size that a model takes: at most ``max_pixels``, both sides at least ``min_side``, neither more
     than 200 times the other.
 
-    The aspect is kept: an image is shrunk or enlarged as a whole, and what is too narrow for that is put on white. One
-    that fits is returned as it is.
+    The aspect ratio is kept: the whole image is shrunk or enlarged, and one that is too narrow is
+    put on white. An image that fits is returned as it is.
 
     Raises:
         ValueError: ``max_pixels`` is less than ``min_side`` squared.

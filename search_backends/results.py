@@ -27,7 +27,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class ImageHit:
-    """One image result: what the page that shows such an image says of it."""
+    """One image result: the text of a page that shows such an image."""
 
     title: str
     text: str = ""

@@ -1,9 +1,9 @@
 """The common base of search tools: settings, a cached provider, limits, and whose fault a failure
 is.
 
-A tool's answer depends on its arguments and the images at hand alone (TAPO's premise); the cache keeps it so within a
-run. A call never raises: what went wrong is told to the model, in words it can act on where it was the model's fault,
-and returned as the metric ``fault``.
+A tool's answer depends only on its arguments and the images at hand (TAPO's premise); the cache
+keeps it so within a run. A call never raises. The model is told what went wrong, in words it can
+act on if it was the model's fault, and the metric ``fault`` says whose it was.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Answer:
 
 
 class Tool(ABC):
-    """A tool. A subclass names its schema, its settings and its kernels, and says in `answer` what it does.
+    """A tool. A subclass names its schema, settings and kernels, and implements `answer`.
 
     One that asks a provider says how to make it (``make_provider``) and how to put the cache before it
     (``remembered``), both of `search_backends.providers`, and asks by `ask`.

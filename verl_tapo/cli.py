@@ -148,7 +148,7 @@ def _show(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what importing veRL prints and logs; our own complaints come as findings."""
+    """Hides what importing veRL prints and logs; our own warnings become findings."""
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -198,7 +198,7 @@ def _examine_plugin(findings: Findings) -> tuple[list[tuple[str, str]], bool]:
 
 
 def _examine_hooks(config: Any, findings: Findings) -> list[tuple[str, str]]:
-    """Imports every module that is hooked, and shows what became of the hooks."""
+    """Imports every hooked module, and shows the state of the hooks."""
     from verl_tapo.plugin import HOOKS, PATCH_MARK
 
     v1 = config is None or bool(config.trainer.get("use_v1", False))

@@ -1,10 +1,10 @@
 """The entry point that veRL loads (``verl.plugins``, or
 ``VERL_USE_EXTERNAL_MODULES=verl_tapo.plugin``). It holds no logic.
 
-The estimator and the agent loop go through veRL's registries. What veRL has no extension point for is hooked, each
-hook when its module is imported, never earlier: `HOOKS` lists all of them with their reasons. A hook that finds its
-target changed reports so and stays away; a run with ``adv_estimator=tapo`` then stops with a clear error, and every
-other run goes on unaffected.
+The estimator and the agent loop use veRL's registries. Where veRL has no extension point we hook,
+each hook when its module is imported, never earlier: `HOOKS` lists them with their reasons. A hook
+whose target has changed reports so and stays away. A run with ``adv_estimator=tapo`` then stops
+with a clear error; every other run goes on unaffected.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":  # as veRL read
 
 
 def complain(message: str) -> None:
-    """Says on stderr what veRL would hide in a DEBUG log."""
+    """Prints to stderr what veRL would hide in a DEBUG log."""
     print(f"[verl-tapo] {message}", file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,6 @@
 """All of ``algorithm.tapo``: the rule's settings, and how a run feeds it.
 
-In a run it is one block of veRL's Hydra configuration. Its file is made from what stands here and in
+In a run it is one block of veRL's Hydra configuration. Its file is generated from this module and
 `verl_tapo.rule.config`::
 
     python -m verl_tapo.settings > verl_tapo/conf/tapo.yaml

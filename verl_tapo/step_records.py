@@ -14,14 +14,16 @@ first is the header, every other one a row of the batch, padding left out::
         "gate": "corrected", "similarity": 1.0, "support": 1.0, "alpha": 1.0, "reference_advantage": 1.2,
         "transfer": 0.96, "witness": [1, 0]}, ...]}
 
-``arguments`` are as the rule compared them, with identities of images in place of their indices. Spans and counts
-are in response tokens; ``advantage`` is the trajectory's ``a``; ``witness`` is a row of the file and the number of its
-call. ``seen`` is null where it cannot be told whether the answer held an accepted answer. ``status``, ``latency_s`` and
-``fault`` are null for calls that were parsed, not recorded. Parquet files have a row for each of those lines, with
-``arguments`` as JSON text, and the header in the schema's metadata.
+``arguments`` are as the rule compared them, with identities of images instead of indices. Spans and
+counts are in response tokens; ``advantage`` is the trajectory's ``a``; ``witness`` is a row of the
+file and the number of its call. ``seen`` is null if it is unknown whether the answer held an
+accepted answer. ``status``, ``latency_s`` and ``fault`` are null for calls that were parsed, not
+recorded. Parquet files have a row for each of these lines, with ``arguments`` as JSON text, and the
+header in the schema's metadata.
 
-Writing goes on in the background. It neither slows nor fails a training step: what cannot be written is logged once,
-and counted. Only a step's own file, as its name and its header say, is ever replaced or removed.
+Writing happens in the background. It neither slows nor fails a training step: a failed write is
+logged once, and counted. Only a step's own file, recognised by its name and header, is ever
+replaced or removed.
 """
 
 from __future__ import annotations
@@ -181,7 +183,8 @@ def _recorded(record: Any, length: int) -> list[dict[str, Any]]:
 
 
 def json_value(value: Any, depth: int = 0) -> Any:
-    """A value as strict JSON can hold it: NaN and infinity are None, what else does not fit becomes its text.
+    """Returns a value as strict JSON: NaN and infinity become None, and any other value outside
+    JSON its text.
 
     So do levels beyond `verl_tapo.rule.values.MAX_DEPTH`, which nothing here looks at.
     """
@@ -283,8 +286,8 @@ class StepRecorder:
                 partial.unlink(missing_ok=True)
 
     def _tidy(self, snapshot: StepSnapshot, written: Path) -> None:
-        """Removes what the step left when it was done before, and steps beyond those to keep, the oldest files first:
-        after a resumption these are not the lowest numbers. Files that are not our own stay."""
+        """Removes the files of an earlier run of the step, and the oldest files beyond those to
+        keep; after a resumption these are not the lowest numbers. Files that are not ours stay."""
         files: dict[int, list[Path]] = {}
         for path in self._folder.iterdir():
             named = _NAME.fullmatch(path.name)
@@ -568,7 +571,7 @@ def _read_lines(path: Path) -> StepFile:
 
 
 def _parsed(text: str) -> tuple[Any, str | None]:
-    """A line's value, and why there is none."""
+    """Returns a line's value, or why there is none."""
     try:
         return json.loads(text), None
     except RecursionError:

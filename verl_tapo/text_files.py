@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 BROKEN = (OSError, EOFError, zlib.error)
 """The errors that reading a truncated or damaged file raises."""
 MAX_LINE = 1 << 26
-"""Bytes of a line from which on it is no line of ours, but a file of something else, or a bomb."""
+"""The number of bytes from which on a line is not ours, but a different file or a bomb."""
 
 _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",

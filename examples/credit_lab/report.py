@@ -124,7 +124,7 @@ def against_grpo(summary: pd.DataFrame, worlds: Sequence[str], figures: dict[str
 
 
 def overview(summary: pd.DataFrame, worlds: Sequence[str]) -> str:
-    """A row a world and loss: GRPO's mean, and what TAPO adds to it, paired by seed."""
+    """Returns a row for each world and loss: GRPO's mean, and what TAPO adds to it, paired by seed."""
     figures = {"proficiency_to_70": 1, "proficiency_to_90": 1, "success_early": 3, "success_final": 3}
     rows = []
     for world in worlds:
@@ -274,7 +274,7 @@ def grounding_tables(results: pd.DataFrame) -> dict[str, str]:
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
-    """A document with each table between its marks; marks of tables that are not there keep what they hold."""
+    """Writes each table between its marks in a document. Marks without a table keep their content."""
     return MARK.sub(lambda m: f"{m[1]}{tables[m[2]]}{m[3]}" if m[2] in tables else m[0], text)
 
 

@@ -89,10 +89,10 @@ def step_groups(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable
 
 
 def calib_adv(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> tuple[torch.Tensor, None]:
-    """CalibAdv (arXiv 2604.18235): of a failing rollout's calls the penalty is ``A (1 - s)``, s the share of what the
-    tool answered that tools of successful siblings answered, too. Then the penalties of a prompt group's last turns are
-    scaled to the sum of their rewards; where there are only one or the other, both are 0.
-    """
+    """CalibAdv (arXiv 2604.18235). The penalty of a call in a failing rollout is ``A (1 - s)``,
+    where s is the share of the tool's answer that tools of successful siblings also gave. The
+    penalties of a prompt group's last turns are then scaled to the sum of their rewards; if only
+    one of the two exists, both are 0."""
     advantages = base.clone()
     for group in dict.fromkeys(index):
         rows = [row for row, prompt in enumerate(index) if prompt == group]

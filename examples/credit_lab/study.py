@@ -4,8 +4,8 @@
     python examples/credit_lab/study.py run                   # everything that is left, the important cells first
     python examples/credit_lab/study.py run main --workers 4  # one sweep, on four cores
 
-Results stand in results/<sweep>.parquet, a row a step; a run that is in any of them is not run again. Stop it when you
-like: at most the runs under way are lost.
+Results are in results/<sweep>.parquet, one row per step. A run that is in any of these files is not
+run again. Stop the study when you like: at most the runs under way are lost.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _runs(
     slower: Iterable[float] = (1,),
     seeds: Iterable[int] = SEEDS,
 ) -> list[Run]:
-    """All cells for the first seed, then all for the second: what there is so far is always balanced."""
+    """Returns all cells for the first seed, then all for the second, so that partial results are balanced."""
     cells = list(product(worlds, losses, rules, slower))
     return [
         Run(world, loss, rule, LEARNING_RATES[loss] / by, seed) for seed in seeds for world, loss, rule, by in cells
@@ -103,7 +103,7 @@ def sweeps() -> dict[str, list[Run]]:
 def load(folder: Path) -> pd.DataFrame:
     """All results, a row a step, with the column ``sweep``; the columns of `Run` say which run a row is of.
 
-    Runs in worlds whose dials have been changed since are left out.
+    Runs in worlds whose dials have changed since are left out.
     """
     frames = [pd.read_parquet(file).assign(sweep=file.stem) for file in sorted(folder.glob("*.parquet"))]
     if not frames:

@@ -28,14 +28,14 @@ STARTS = 2
 """Warm starts of a world; seeds take them in turn."""
 DEMONSTRATIONS, WARM_STEPS, WARM_RATE = 128, 300, 6e-3
 WATCHED = ("misassigned_steps", "corrected_steps", "token_share", "support", "lift", "lucky_steps")
-"""Figures of `CreditReport.metrics`; of rules that make no report, of what TAPO would have done."""
+"""The figures of `CreditReport.metrics`. For rules without a report they say what TAPO would have done."""
 
 
 def actor_config(loss: str) -> ActorConfig:
     """Returns the configuration of a policy loss: veRL's defaults, except GSPO's clip.
 
-    That one is veRL's recommendation (3e-4, 4e-4) times 50: so small a model moves further in a step, and the
-    recommendation would clip much of every batch [ours].
+    GSPO's clip is veRL's recommendation (3e-4, 4e-4) times 50. So small a model moves further in a
+    step, and the recommendation would clip much of every batch [ours].
 
     Raises:
         ValueError: for an unknown loss.

@@ -1,4 +1,4 @@
-"""A small world for a search agent: what the prompts hold, what the tools answer, and what counts as a success.
+"""A small world for a search agent: its prompts, the tools' answers, and the criterion of success.
 
 A prompt shows where something stands in a picture and names one or more relations (capital of the river of ...). The
 agent searches by image, which names the first entity, then by text, once a relation, and answers with the last entity.
@@ -46,7 +46,8 @@ LOOK, READ, KNOW = range(3)
 
 @dataclass(frozen=True)
 class World:
-    """Dials of a world. Rates are in [0, 1]; those of the warm start say what its demonstrations do.
+    """The dials of a world. Rates are in [0, 1]; those of the warm start describe its
+    demonstrations.
 
     Raises:
         ValueError: naming the dial, for one out of range.
@@ -105,7 +106,7 @@ class World:
 
     @property
     def dials(self) -> str:
-        """The dials that are not at their defaults: what results were made with."""
+        """The dials that are not at their defaults, which identify results."""
         dials = [(each.name, getattr(self, each.name), each.default) for each in fields(self)]
         return ",".join(f"{name}={value:g}" for name, value, default in dials if value != default)
 
@@ -196,7 +197,7 @@ def _other(entity: int, draw: int) -> int:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of an agent, the answer included: its span of response tokens and what the agent saw before it."""
+    """One turn of an agent, including its answer: its span of response tokens, and what the agent saw before."""
 
     span: tuple[int, int]
     seen: tuple[int, ...]

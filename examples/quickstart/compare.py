@@ -81,7 +81,7 @@ def plot(steps: pd.DataFrame, file: Path) -> None:
 
 
 def describe(steps: pd.DataFrame) -> str:
-    """Means over seeds, then what TAPO adds to GRPO, by seed: equal seeds train on the same questions."""
+    """Returns the means over seeds, and what TAPO adds to GRPO by seed: equal seeds train on the same questions."""
     training, checks = table(steps, "success"), table(steps, "held_out")
     early, late = training.head(len(training) // 2 or 1), training.tail(len(training) // 4 or 1)
     lines = []

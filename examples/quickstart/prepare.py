@@ -25,7 +25,7 @@ COUNTS = {"train": 1024, "val": 96, "heldout": 96}
 
 
 def row(question: Question, world: World, index: int, name: str, searched: Split | None) -> dict[str, Any]:
-    """One question as veRL's `RLHFDataset` reads it; ``searched`` limits what the tools may find."""
+    """Returns one question as veRL's `RLHFDataset` reads it; ``searched`` limits what the tools may find."""
     image = io.BytesIO()
     question.image(world).save(image, format="PNG")
     return {

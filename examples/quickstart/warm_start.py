@@ -165,7 +165,7 @@ def success(
     temperature: float,
     turns: int = 6,
 ) -> dict[str, float]:
-    """Success rates by kind of question, sampled; a plain copy of what the agent loop does."""
+    """Returns sampled success rates by kind of question. The loop is a plain copy of the agent loop."""
     tokenizer = renderer.tokenizer
     open_ = [Example(renderer.prompt(q, q.image(world)), [], [q.image(world)]) for q in questions]
     said: dict[int, str] = {}

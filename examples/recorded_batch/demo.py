@@ -1,4 +1,4 @@
-"""TAPO on a recorded batch: six rollouts of one prompt, what the rule found, and what it changed. Needs no veRL."""
+"""TAPO on a recorded batch: six rollouts of one prompt, the rule's findings, and its changes. It needs no veRL."""
 
 from __future__ import annotations
 

@@ -1,17 +1,19 @@
 """A model that says whether an answer means the same as an accepted one.
 
-**A judge that is down.** What veRL makes of a reward that raises: its V0 trainer ends the run. V1 logs the error and
-goes on with what is left of the prompt's group; a step or a validation without any trajectory ends the run in the
-mode ``sync``, while the asynchronous modes replace failed groups for ever. So one error alone would not stop a run
-but thin it out. Hence, with ``on_outage: stop``, rewards wait for ``patience_s``, and the run with them; when the
-judge is back, nothing was lost. When it is not, each process that computes rewards gives it up for good and raises
-for every trajectory, also where the rules would do, so that the next step is empty. What was scored before is still
-trained on, as a rule in one step; asynchronous runs have to be ended by hand. With ``on_outage: count`` the rules
-decide. How often, ``judge_failed`` says in veRL's validation metrics, and the log of the reward workers in training:
-watch it.
+**A judge that is down.** VeRL's V0 trainer ends the run if a reward raises. V1 logs the error and
+continues with the rest of the prompt's group. A step or a validation without any trajectory ends
+the run in the mode ``sync``; the asynchronous modes replace failed groups for ever. So a single
+error would not stop a run but thin it out. With ``on_outage: stop``, rewards therefore wait for
+``patience_s``, and the run with them. If the judge returns, nothing is lost. If it does not, each
+process that computes rewards gives it up for good and raises for every trajectory, even if the
+rules could decide, so that the next step is empty. Trajectories that were scored before are still
+trained on, usually in one step; asynchronous runs have to be ended by hand. With ``on_outage:
+count`` the rules decide. Watch ``judge_failed`` in veRL's validation metrics, and the log of the
+reward workers in training.
 
-A judge that twice replies what is no verdict, or refuses a request because of its content, is no outage: the rules
-decide, and ``judge_failed`` is 1. With ``stop``, 20 of these in a row are one.
+It is no outage if a judge twice replies without a verdict, or refuses a request because of its
+content: the rules decide, and ``judge_failed`` is 1. With ``stop``, 20 of these in a row are an
+outage.
 """
 
 from __future__ import annotations
@@ -118,11 +120,11 @@ def _truth(value: Any) -> bool:
 
 
 class Judge:
-    """Asks; remembers what it was told; notices when there is nobody to ask.
+    """Asks the judge, stores its verdicts, and notices when it is down.
 
-    What an outage does under ``on_outage: stop``: rewards wait, and go on when the judge is back. Where it gives no
-    verdict to anybody for ``patience_s`` the judge is given up: from then on every reward of this process raises
-    `JudgeOutage`. What that does to a run, see the module.
+    In an outage with ``on_outage: stop``, rewards wait and go on when the judge is back. If it
+    gives no verdict to anybody for ``patience_s``, the judge is given up: from then on every reward
+    of this process raises `JudgeOutage`. The module's docstring says what that does to a run.
 
     Raises:
         ValueError: There is no address or no key, or the cache cannot be used.

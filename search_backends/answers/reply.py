@@ -18,19 +18,19 @@ class Reply:
     """The model's last turn."""
 
     answer: str | None
-    """Returns the text between the last answer tags after any thought; None if it is missing or
-    blank."""
+    """The text between the last answer tags after any thought; None if it is missing or blank."""
     well_formed: bool
-    """One answer, at the end; and a thought before it, where one is asked for."""
+    """True if the reply ends with its only answer, after a thought if one is required."""
 
 
 def read_reply(solution: str, calls: Sequence[Mapping[str, Any]] | None, *, think: bool) -> Reply:
     """The last turn of a response that was decoded without special tokens.
 
-    It begins after the last ``</tool_response>`` and a line that only says ``assistant``. Where the chat template has
-    no such mark, after the last such line, if the record shows answers of tools or there is none.
-    An opening mark after that ends it: the trajectory ended in a tool's answer, or the model wrote one itself. Tools'
-    text comes before the last mark, so it can neither answer nor break a format.
+    The turn begins after the last ``</tool_response>`` and a line that only says ``assistant``.
+    Without such a mark it starts after the last ``assistant`` line; if the record shows no answered
+    call, the whole response is the turn. A later opening mark ends it: the trajectory ended in a
+    tool's answer, or the model wrote one itself. The tools' text comes before the last mark, so it
+    can neither answer nor break a format.
 
     Args:
         solution: turns and tools' answers.

@@ -3,9 +3,10 @@
     python -m search_backends.datasets.convert_image_results fvqa_train_image_search_results_cache.pkl \\
         --questions data/fvqa_train.parquet --out image_results.sqlite
 
-A pickle is a program. This runs once, outside of training, and takes nothing from it but plain values and Pillow
-images; anything else is refused by name. The questions, made by search_agent.data.prepare, say which image a result is
-for. (The form is known from code that reads such files: ``{data_id: {"tool_returned_web_title_list": [...],
+A pickle is a program. This runs once, outside of training, and takes nothing from it but plain
+values and Pillow images; anything else is refused by name. The questions, made by
+search_agent.data.prepare, say which image a result belongs to. (The format is inferred from code
+that reads such files: ``{data_id: {"tool_returned_web_title_list": [...],
 "tool_returned_images_urls": [...]}}``, with an address or an image for each title.)
 """
 
@@ -62,7 +63,7 @@ def read_results(file: Path) -> Mapping[str, Mapping[str, Any]]:
 
 
 def hits_of(result: Mapping[str, Any]) -> list[ImageHit]:
-    """The hits of one question, best first; those without a title are left out."""
+    """Returns the hits of one question, best first. Hits without a title are left out."""
     titles: list[Any] = next((result[key] for key in _TITLES if result.get(key)), [])
     pictures: list[Any] = next((result[key] for key in _PICTURES if result.get(key)), [])
     pictures = [*pictures, *[None] * (len(titles) - len(pictures))]
@@ -78,7 +79,8 @@ def hits_of(result: Mapping[str, Any]) -> list[ImageHit]:
 
 
 def keyed(results: Mapping[str, Mapping[str, Any]], questions: Sequence[Path]) -> Iterator[tuple[str, list[ImageHit]]]:
-    """Keys of images and their hits; an image that several questions share has those of the first.
+    """Yields keys of images and their hits. An image of several questions gets the hits of the
+    first.
 
     Raises:
         ValueError: A file of questions is none of ours.

@@ -17,8 +17,8 @@ _KINDS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow")
 def read_rows(source: str) -> Iterator[tuple[str, Mapping[str, Any], Path | None]]:
     """Rows of a file, of all such files of a folder, or of a data set on the Hugging Face hub (``owner/name:split``).
 
-    Yields:
-        Where the row stands, for messages; the row; the folder that relative paths in it start from, or None.
+    Yields: The row's place, for messages; the row; the folder that relative paths in it start from,
+    or None.
 
     Raises:
         ValueError: There is no such source, or it cannot be read; the message says what was expected.

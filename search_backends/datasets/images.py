@@ -21,7 +21,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 OTHER_SUFFIXES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".ico", ".ppm", ".pgm", ".svg", ".jp2", ".jxl")
 """Suffixes of image files that are not read; the reason for leaving a row out names them."""
 LONGEST_NAME = 255
-"""Characters of a file's name: a longer text without a slash is none."""
+"""The maximal length of a file's name: a longer text without a slash is not a path."""
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{1,20}://")
 _URL_SAFE = str.maketrans("-_", "+/")
 _KINDS_OF_FILES = {

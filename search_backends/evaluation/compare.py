@@ -2,7 +2,7 @@
 
     python -m search_backends.evaluation.compare OUT_GRPO OUT_TAPO
 
-The first is what the others are compared with, on the questions that all of them have done.
+The others are compared with the first, on the questions that all of them have done.
 """
 
 from __future__ import annotations

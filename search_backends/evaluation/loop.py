@@ -1,4 +1,4 @@
-"""Many questions at a time, each until it is done; what fails through no fault of the model is left for another run."""
+"""Runs many questions at a time. Those that fail without the model's fault are left for another run."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def run(
     max_failures: int,
     done: Callable[[dict[str, Any] | None], None] = lambda entry: None,
 ) -> None:
-    """Does all questions; those that cannot be done now are noted as failures.
+    """Does all questions. Those that cannot be done now are recorded as failures.
 
     Args:
         questions: those to do; read as they are needed.

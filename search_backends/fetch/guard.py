@@ -17,8 +17,7 @@ import httpx
 from search_backends.errors import InfrastructureError, ModelError
 
 Resolver: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
-"""Returns the addresses of a host, none if it does not exist. Raises InfrastructureError if the
-lookup fails."""
+"""Finds the addresses of a host, none if it does not exist. Raises InfrastructureError if the lookup fails."""
 
 NOT_PUBLIC = "this address cannot be read: its host is unknown or not part of the public web"
 """One message for both, which does not say which names a private network knows."""
@@ -107,8 +106,9 @@ class SystemResolver:
 
 
 class GuardedBackend(httpcore.AsyncNetworkBackend):
-    """Opens connections to public addresses only. It resolves a host, checks all of its addresses and connects to one
-    of these, so that no later answer of the resolver counts; TLS goes on to check the certificate by the host's name.
+    """Opens connections to public addresses only. It resolves a host, checks all of its addresses
+    and connects to one of these, so a later answer of the resolver has no effect. TLS still checks
+    the certificate by the host's name.
 
     Args:
         resolver: of hosts.

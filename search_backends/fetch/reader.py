@@ -66,7 +66,8 @@ class DirectSettings(Settings):
 
 
 class DirectReader:
-    """Readable text of web pages and of plain texts and JSON. See `SafeFetcher` for what it does not reach.
+    """Reads the text of web pages, plain texts and JSON. See `SafeFetcher` for the addresses it
+    refuses.
 
     Args:
         config: `DirectSettings`.

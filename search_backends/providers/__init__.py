@@ -1,7 +1,8 @@
 """The providers behind the tools: a local service, live search, and precomputed results.
 
-``provider: NAME`` and the provider's own settings make one; what each takes stands in its module's ``Settings``. API
-keys come from the environment: SERPER_API_KEY, TAVILY_API_KEY, SERPAPI_API_KEY, JINA_API_KEY.
+``provider: NAME`` and the provider's own settings make one; each module's ``Settings`` lists its
+settings. API keys come from the environment: SERPER_API_KEY, TAVILY_API_KEY, SERPAPI_API_KEY,
+JINA_API_KEY.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class HttpSettings(Settings):
 
 
 class Answer(BaseModel):
-    """A provider's answer, or a part of one: what we use of it, of the documented types."""
+    """A provider's answer or a part of one: the fields that we use, with their documented types."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="ignore", frozen=True)
 

@@ -50,7 +50,8 @@ class _Job(Generic[Item]):
 
 
 class Batcher(Generic[Item]):
-    """Searches for many requests at once. None waits for company: those that come while all threads work are joined.
+    """Searches for many requests at once. A request never waits for others to arrive; those that
+    come while all threads work are batched.
 
     Args:
         search: items and topk to hits of each item; runs in ``pool``. The best k must be the first k of the best k + 1.

@@ -1,8 +1,8 @@
 """BM25 in bm25s's files, built without holding the corpus and searched without holding the GIL.
 
-The scores are bm25s's (Lucene's formula, k1 = 1.5, b = 0.75; a test compares them), and bm25s can load the folder. Two
-things are our own: its builder keeps every token of the corpus in lists, too much for millions of passages; and its
-search neither breaks ties by position nor spares the passages that hold no word of the query.
+The scores are bm25s's (Lucene's formula, k1 = 1.5, b = 0.75; a test compares them), and bm25s can
+load the folder. We replace bm25s's builder (it holds the corpus in memory) and its search (it
+scores every passage, and does not break ties by position).
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def words(text: str) -> list[str]:
 def build(texts: Iterable[str], folder: Path, advance: Callable[[int], None]) -> None:
     """Writes the index of the texts.
 
-    In memory are the vocabulary and a chunk of passages; the postings go through a file and are then sorted by word in
-    memory-mapped arrays. ``advance`` is told of passages done, twice for each: read, and sorted.
+    Only the vocabulary and a chunk of passages are in memory. The postings go through a file and
+    are then sorted by word in memory-mapped arrays. ``advance`` is called with the passages done,
+    twice for each: when read, and when sorted.
     """
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted build left
     folder.mkdir(parents=True)

@@ -2,11 +2,12 @@
 
     python -m search_backends.retrieval.build --corpus passages.jsonl --images images.parquet --out INDEX
 
-Passages: .jsonl, .jsonl.gz or .parquet with `id`, `title`, `contents` or `text`, and `url`; Search-R1's corpora, which
-have the title as a first line in quotes, are read as they are. Images: .parquet with `id`, `title`, `text`, `url` and
-`image` (bytes, {bytes, path}, or a path), or a folder of images, whose names are their titles.
+Passages: .jsonl, .jsonl.gz or .parquet with `id`, `title`, `contents` or `text`, and `url`.
+Search-R1's corpora, whose first line is the title in quotes, are read unchanged. Images: .parquet
+with `id`, `title`, `text`, `url` and `image` (bytes, {bytes, path}, or a path), or a folder of
+images, whose names are their titles.
 
-Interrupted, the same command goes on where it was; the index is the same as of a build without interruption.
+After an interruption the same command resumes; the index is the same as without it.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Plan:
     image_encoder: str = encoders.PHASH
     max_bad: int = 0
     shard: int = 8192
-    """Passages or images that are encoded between two points to go on from."""
+    """The number of passages or images that are encoded between two checkpoints."""
 
     def __post_init__(self) -> None:
         if not self.corpus and self.images is None:

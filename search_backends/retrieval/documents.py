@@ -59,7 +59,7 @@ class RecordWriter:
 
 
 class Records:
-    """Reads what a `RecordWriter` wrote. Safe to use from several threads."""
+    """Reads what a `RecordWriter` wrote. It is safe to use from several threads."""
 
     def __init__(self, path: Path):
         file = _data_file(path)

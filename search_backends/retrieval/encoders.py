@@ -32,11 +32,12 @@ class Encoder(Protocol):
 
 
 class PerceptualHash:
-    """Finds the same picture resized, recompressed or slightly cropped; knows nothing of what it shows.
+    """Finds the same picture resized, recompressed or slightly cropped. It knows nothing of the
+    content.
 
-    The bits are those of imagehash's DCT and gradient hashes for the shapes, and for the colours a grid of 4 x 4 cells
-    whose three channels stand as marks on a scale of 16 each, so that the number of differing bits grows with the
-    difference in colour. Flags of one pattern and other colours are told apart by that.
+    Shapes are hashed with imagehash's DCT and gradient hashes. Colours are a grid of 4 x 4 cells,
+    whose three channels are marks on a scale of 16 each, so that the number of differing bits grows
+    with the difference in colour. This tells flags of one pattern and different colours apart.
     """
 
     GRID, STEPS = 4, 16

@@ -2,9 +2,10 @@
 
     python -m search_backends.retrieval.load_test [--index INDEX] [--passages 100000] [--concurrency 64 1024]
 
-Without --index, passages of 100 words are made up, as unevenly distributed as words are (Zipf's law, its 50 most
-frequent words left out, as stop words are), and the build is measured too. The service runs as a process of its own;
-the client shares the machine with it, so the latencies hold its work too. What the service measured stands beside.
+Without --index, passages of 100 words are generated with a realistic word distribution (Zipf's law,
+without the 50 most frequent words, as with stop words), and the build is measured too. The service
+runs in its own process, but shares the machine with the client, so the latencies include the
+client's load. The service's own measurements are listed as well.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def memory(process: int) -> str:
 
 
 def build(folder: Path, passages: int) -> Path:
-    """Makes a corpus and its index, and says what that took."""
+    """Makes a corpus and its index, and reports the cost."""
     import resource
 
     write_corpus(folder / "passages.jsonl", passages)

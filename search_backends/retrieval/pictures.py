@@ -32,7 +32,7 @@ def thumbnail(image: Image.Image) -> Image.Image:
 
 
 def encode_thumbnail(small: Image.Image, original: bytes) -> bytes:
-    """JPEG; the original bytes where they are shorter, show the same size and anyone can read them."""
+    """Returns a JPEG, or the original bytes if they are shorter, show the same size and are widely readable."""
     out = io.BytesIO()
     small.save(out, format="JPEG", quality=90)
     data = out.getvalue()

@@ -373,7 +373,7 @@ def _log(line: str) -> None:
 
 
 def serve(settings: Settings, host: str, port: int) -> int:
-    """Serves until SIGTERM or SIGINT, then answers what it has begun; returns 0.
+    """Serves until SIGTERM or SIGINT, then finishes the requests it has begun; returns 0.
 
     Raises:
         IndexProblem: The index cannot be served, or the port cannot be had.

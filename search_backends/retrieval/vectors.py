@@ -39,7 +39,7 @@ def encode(
     shard: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Encodes items into files of ``shard`` each; those that are there are kept.
+    """Encodes items into files of ``shard`` each; existing files are kept.
 
     Args:
         read: gives the items of a range of positions.
@@ -123,7 +123,8 @@ _TRIAL_BYTES = 4 << 30  # besides twice the file's size
 
 
 def check_file(file: Path, sealed: Any, *, binary: bool) -> None:
-    """Looks whether a FAISS file is the one that was built: FAISS trusts what it reads, and may crash over it.
+    """Checks that a FAISS file is the one that was built: FAISS trusts its input and may crash on
+    another.
 
     Args:
         file: of an index.
@@ -177,8 +178,8 @@ def _shards(folder: Path, count: int, shard: int) -> Iterator[tuple[Path, int, i
 class VectorSearch:
     """Searches a FAISS index with an encoder's vectors.
 
-    Scores are inner products of vectors of length 1 or, for hashes, the share of bits that agree. Those of a model
-    depend in the last digits on what it encodes together.
+    Scores are inner products of vectors of length 1 or, for hashes, the share of equal bits. The
+    last digits of a model's vectors depend on what is encoded in the same batch.
 
     Args:
         file: of FAISS's; one that nobody vouches for is looked at by `check_file` first.

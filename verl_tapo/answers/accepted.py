@@ -1,4 +1,4 @@
-"""The accepted answers in what data sets have as their ground truth."""
+"""Reads the accepted answers from the ground truth of data sets."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _read(value: Any) -> Iterator[str | Range]:
 def _content(text: str) -> Any:
     """The list or mapping that a text holds as JSON or as Python prints it.
 
-    None where it holds neither: an answer may begin with a bracket.
+    None if it holds neither: an answer may begin with a bracket.
     """
     if text[-1] not in "]}":
         return None

@@ -82,7 +82,7 @@ _BETWEEN_WORDS = re.compile(r"(?<!\d) | (?!\d)")
 def tokens(text: str) -> Tokens:
     """The words of an answer in the form in which they are compared; one character each where spaces mark no words.
 
-    Empty only for text that is nothing but white space: what is nothing but signs stays as it is.
+    Empty only for blank text: a text of nothing but punctuation stays as it is.
     """
     text = _plain(text)
     words = _TOKEN.findall(_ODD.sub(_kept, _ELISION.sub("", text)))
@@ -115,7 +115,7 @@ def _fold(match: re.Match[str]) -> str:
 
 
 def numbers(text: str) -> list[float]:
-    """The numbers in an answer, in order; a hyphen after a digit is none's sign."""
+    """Returns the numbers in an answer, in order; a hyphen after a digit is not a sign."""
     return [float(number) for number in _NUMBER.findall(_plain(text))]
 
 

@@ -1,9 +1,9 @@
 """Resolves image arguments to the content of an image, in place of its index.
 
-``image: 2`` is the second or third image *of one trajectory*. Where that image came out of a tool, two trajectories'
-``image: 2`` are the same action only if the images are the same. Both step sources therefore keep, for every image a
-trajectory has at hand, an identity (recorded: a hash of the content; parsed: what produced it), and calls are compared
-with the identities in place of the indices.
+``image: 2`` is the second or third image *of one trajectory*. If a tool returned it, ``image: 2``
+in two trajectories is the same action only if the images are equal. Both step sources therefore
+keep an identity of every image that a trajectory has at hand (recorded: a hash of the content;
+parsed: the call that produced it), and calls are compared by identities instead of indices.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def _identity_of(value: Any, images: Images, count: int, base: int | None) -> An
     """Returns the identity of the image that ``value`` refers to, or ``value`` itself if it is no
     reference.
 
-    A number that refers to no image is told apart by all images at hand: whatever a tool makes of it, it does the same
-    where it is given the same.
+    A number that refers to no image is identified by all images at hand: a tool treats it alike
+    whenever these are the same.
     """
     index = image_index(value)
     if index is not None:

@@ -61,8 +61,9 @@ def _metaspace_piece(token: str) -> bytes:
 class Vocabulary:
     """A tokenizer's tokens as bytes.
 
-    ``exact``: joining the bytes gives what the tokenizer decodes; checked on samples. Otherwise the bytes are those of
-    each token on its own, good enough to find markers, and texts are decoded by the tokenizer.
+    If ``exact``, joining the bytes gives what the tokenizer decodes; samples check it. Otherwise
+    the bytes are those of each token on its own, which is enough to find markers, and the tokenizer
+    decodes texts.
     """
 
     def __init__(self, tokenizer: Any):
@@ -94,7 +95,7 @@ class Vocabulary:
         return str(text)
 
     def text(self, ids: Sequence[int]) -> bytes:
-        """The text of ``ids``; those outside the vocabulary are nothing."""
+        """Returns the text of ``ids``; ids outside the vocabulary are skipped."""
         if not self.exact:
             return self._decode([number for number in ids if self.pieces.get(number)]).encode("utf-8", "replace")
         try:

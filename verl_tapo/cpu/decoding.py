@@ -1,7 +1,8 @@
 """Continuous batching on a transformers model, with a KV cache.
 
-`Decoder.step` is one token for every request in the batch; those that are done leave, those that wait join. All rows
-share one cache, padded on the left, and every row has its own positions.
+`Decoder.step` generates one token for every request in the batch; finished requests leave, and
+waiting ones join. All rows share one cache, padded on the left, and every row has its own
+positions.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ StopReason = Literal["completed", "aborted"]
 
 @dataclass
 class Request:
-    """A prompt, and what has been generated for it."""
+    """A prompt and the tokens generated for it."""
 
     prompt: list[int]
     sampling: Sampling
@@ -71,7 +72,7 @@ class Decoder:
 
     @property
     def busy(self) -> bool:
-        """Returns whether `step` has anything to do."""
+        """True if `step` has anything to do."""
         return bool(self._rows or self._waiting)
 
     def submit(self, request: Request) -> None:

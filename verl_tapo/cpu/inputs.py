@@ -13,7 +13,7 @@ from verl.utils.tokenizer import build_multimodal_processor_inputs, get_processo
 def model_inputs(
     prompt: Sequence[int], images: Sequence[Any] | None, processor: Any, processor_options: dict[str, Any] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Positions of a prompt's tokens, and what the model takes besides them.
+    """The positions of a prompt's tokens, and the model's other inputs.
 
     Args:
         prompt: token ids, with as many image tokens as the images have patches to be shown.

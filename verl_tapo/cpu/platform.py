@@ -1,7 +1,7 @@
 """The platform ``cpu`` for veRL's registry (``VERL_PLATFORM=cpu``).
 
-Ray is told that it has GPUs (``ray_kwargs.ray_init.num_gpus``): veRL places one worker on each, and here that is just a
-number of processes.
+Ray is told that it has GPUs (``ray_kwargs.ray_init.num_gpus``): veRL places one worker on each, so
+here it is the number of processes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _memory(*_: Any, **__: Any) -> tuple[int, int]:
 
 
 class _CpuModule(ModuleType):
-    """``torch.cpu`` with what veRL also asks of ``torch.cuda``."""
+    """``torch.cpu`` with the functions that veRL uses of ``torch.cuda``."""
 
     def __init__(self) -> None:
         super().__init__("torch.cpu", torch.cpu.__doc__)

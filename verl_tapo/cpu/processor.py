@@ -1,8 +1,9 @@
 """Qwen-VL processors for checkpoints of one's own, with or without torchvision.
 
-transformers makes a Qwen-VL processor out of a tokenizer, an image processor and a video processor. The last one needs
-torchvision, also where no video is ever read; without it, veRL's ``hf_processor`` warns and returns None, and the run
-goes on without images. Here the video part is left out where torchvision is missing.
+transformers builds a Qwen-VL processor from a tokenizer, an image processor and a video processor.
+The video processor needs torchvision, even if no video is ever read. Without torchvision, veRL's
+``hf_processor`` warns and returns None, and the run continues without images. Here only the video
+part is left out then.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Sampling:
 
 
 def request_seed(*parts: int | bytes | Sequence[int]) -> int:
-    """One seed out of what tells a request from every other: the same in every run, and on every machine."""
+    """Returns a seed from what distinguishes a request: the same in every run and on every machine."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else repr(part).encode())

@@ -105,9 +105,9 @@ class TransformersServer:
     ) -> TokenOutput:
         """Generates one response; arguments and result as veRL's vLLM server has them.
 
-        ``sampling_params["seed"]`` tells requests of the same prompt apart. With it, a response depends on nothing but
-        ``rollout.seed``, the step, the prompt and that number; without it, the order of arrival decides which of the
-        prompt's responses is whose.
+        ``sampling_params["seed"]`` distinguishes requests of the same prompt. With it, a response
+        depends only on ``rollout.seed``, the step, the prompt and that number. Without it, the
+        order of arrival decides which request gets which of the prompt's responses.
 
         Raises:
             ValueError: for a prompt without room for a token, videos, audio, or sampling parameters not known here.
@@ -259,7 +259,7 @@ class TransformersServer:
         self._open.set()
 
     async def nothing(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: weights and cache stay where they are, and no cache outlives its request."""
+        """Does nothing: weights and cache stay in place, and no cache outlives its request."""
 
     wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = nothing
     start_profile = stop_profile = wait_for_requests_to_drain = nothing

@@ -87,7 +87,7 @@ class _Signals:
 
     @property
     def came(self) -> bool:
-        """Returns whether a signal came while tools ran in this thread; always False outside the
+        """True if a signal came while tools ran in this thread; always False outside the
         main thread."""
         return self._came and threading.current_thread() is threading.main_thread()
 
@@ -185,7 +185,7 @@ class Execution:
 
     @property
     def running(self) -> bool:
-        """Returns whether it still runs. A thread, or a task that ignores its cancellation, cannot
+        """True while it still runs. A thread, or a task that ignores its cancellation, cannot
         be stopped."""
         busy = self._task is not None and not self._task.done()
         return busy or bool(self.threads)
@@ -301,7 +301,7 @@ _prepared: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
 
 
 def give_tools_threads(loop: asyncio.AbstractEventLoop) -> None:
-    """Makes an event loop run what tools do in threads in threads of their own."""
+    """Makes an event loop run the tools' blocking functions in threads of their own."""
     if loop not in _prepared:
         loop.set_default_executor(_Executor(thread_name_prefix="tapo-agent-loop"))
         _prepared.add(loop)

@@ -6,8 +6,9 @@ a message, where the stock loop drops them silently; every tool has a timeout, a
 tool's text do not reach the prompt; and each call's exact token spans, parsed arguments, status, latency and images are
 written to ``extra_fields["tapo_steps"]`` (see `verl_tapo.records`).
 
-A tool is handed a copy of ``agent_data``. What it stores in ``extra_fields``, or as an attribute of its own, is there
-in the trajectory's next call, as in the stock loop; the trajectory's tokens, messages and calls are not its to change.
+A tool is given a copy of ``agent_data``. As in the stock loop, its next call in the trajectory sees
+what it stored in ``extra_fields`` or as an attribute of its own. It cannot change the trajectory's
+tokens, messages and calls.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _json_object(text: str) -> dict[str, Any] | None:
 
 
 def _plain(metrics: Any) -> tuple[dict[str, Any], list[str]]:
-    """A tool's metrics as JSON values, because the record crosses processes; and the names of those that are none."""
+    """Returns a tool's metrics as JSON values, because the record crosses processes, and the names of the rest."""
     if not isinstance(metrics, Mapping):
         return {}, [] if metrics is None else [f"all of them, a {type(metrics).__name__}"]
     kept: dict[str, Any] = {}
@@ -152,8 +153,8 @@ def _fresh(name: str, value: Any) -> Any:
 def _tool_view(agent_data: Any, own: frozenset[str]) -> Any:
     """The trajectory's data as a tool is handed it.
 
-    Of the loop's ``own`` attributes it holds copies, so that a tool cannot clear or bend what the loop goes on with;
-    ``extra_fields``, and attributes that tools add, are those of the trajectory.
+    The loop's ``own`` attributes are copied, so that a tool cannot change the loop's state.
+    ``extra_fields``, and attributes that tools add, are the trajectory's own.
     """
 
     class ToolView(type(agent_data)):  # type: ignore[misc]

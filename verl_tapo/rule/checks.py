@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from verl_tapo.rule.values import read_number, shown
 
 Check: TypeAlias = Callable[[str, Any], None]
-"""Takes a setting's name and value; raises ValueError that says what it must be."""
+"""A check takes a setting's name and value, and raises a ValueError that says what it must be."""
 
 
 def knob(default: Any, sentence: str, check: Check) -> Any:
@@ -48,7 +48,7 @@ def _require(fine: bool, name: str, what: str, value: Any) -> None:
 
 
 def number(upper: float = math.inf, *, null: bool = False) -> Check:
-    """A number from 0 to ``upper``; with ``null`` None, too."""
+    """Accepts a number from 0 to ``upper``, and with ``null`` None."""
     span = f"in [0, {upper:g}]" if math.isfinite(upper) else ">= 0"
     what = f"null or a number from 0 to {upper:g}" if null else f"a number {span}"
     return lambda name, value: _require(
@@ -81,7 +81,7 @@ def truth(name: str, value: Any) -> None:
 
 
 def text(what: str, *, null: bool = False) -> Check:
-    """A text that is not empty; with ``null`` None, too."""
+    """Accepts a text that is not empty, and with ``null`` None."""
     return lambda name, value: _require(
         (null and value is None) or (isinstance(value, str) and value != ""), name, what, value
     )

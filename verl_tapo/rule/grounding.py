@@ -1,8 +1,9 @@
-"""Part 9 of the rule [ours, off by default]: what follows where a tool's answer held an accepted answer, or none did.
+"""Part 9 of the rule [ours, off by default]: grounding in answers of tools that held an accepted
+answer.
 
-A step is *seen* where the whole answer of its tool held an accepted answer of the prompt. A rollout is *grounded* where
-one of its steps is; it is *ungrounded* where it has steps, and all are known not to be. What cannot be told changes
-nothing.
+A step is *seen* if the whole answer of its tool held an accepted answer of the prompt. A rollout is
+*grounded* if one of its steps is seen. It is *ungrounded* if it has steps and all are known not to
+be seen. An unknown changes nothing.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ def shares(state: IntArray, success: BoolArray) -> dict[str, float]:
 
 
 def successes(batch: Batch, cfg: TapoConfig) -> BoolArray:
-    """(T,) the rollouts that make witnesses (part 1) and count in the support (part 5); ``grounding.witnesses`` leaves
-    out those that are ungrounded: they were lucky."""
+    """(T,) the rollouts that make witnesses (part 1) and count in the support (part 5).
+    ``grounding.witnesses`` excludes ungrounded rollouts, which were lucky."""
     won: BoolArray = batch.success & (batch.advantage > 0)
     return won & (_grounded(batch) != UNSEEN) if cfg.grounding.witnesses else won
 
 
 def forgiven(batch: Batch, role: IntArray, cfg: TapoConfig) -> BoolArray:
-    """(S,) the failing steps that lose their penalty: in a grounded rollout those up to the first sight of the answer,
-    parallel calls of that turn included (``grounding.own``)."""
+    """(S,) the failing steps that lose their penalty: in a grounded rollout, those up to the first
+    sight of the answer, including parallel calls of that turn (``grounding.own``)."""
     steps, rollouts = batch.steps, len(batch.group)
     if not cfg.grounding.own or not len(role):
         return np.zeros(len(role), dtype=bool)
@@ -71,7 +72,7 @@ def forgiven(batch: Batch, role: IntArray, cfg: TapoConfig) -> BoolArray:
 
 
 def withheld(batch: Batch, cfg: TapoConfig) -> BoolArray:
-    """(S,) the steps of declared tools that earn no reward: those of ungrounded successes (``grounding.luck``)."""
+    """(S,) the steps of declared tools in ungrounded successes, which earn no reward (``grounding.luck``)."""
     if not cfg.grounding.luck:
         return np.zeros(len(batch.holder), dtype=bool)
     lucky = batch.success & (batch.advantage > 0) & (_grounded(batch) == UNSEEN)

@@ -191,7 +191,7 @@ def _zero_or_one(mask: TokenArray, flags: BoolArray) -> bool:
 
 
 def _finite_sums(sums: FloatArray, values: TokenArray, policy: TokenArray) -> FloatArray:
-    """NaN or inf under the mask is an error, outside it nothing to us; a sum of huge values may overflow, too."""
+    """Rejects NaN or inf under the mask and ignores them outside. The sum of huge values may overflow, too."""
     for row in np.flatnonzero(~np.isfinite(sums)).tolist():
         under_mask = values[row][policy[row] != 0].astype(np.float64)
         if not np.isfinite(under_mask).all():

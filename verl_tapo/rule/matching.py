@@ -112,8 +112,8 @@ class Match(NamedTuple):
 
 
 def takes_part(steps: StepColumns, cfg: TapoConfig) -> BoolArray:
-    """(S,) which steps are of a declared tool. By default also: have a parameter that counts, for two calls without
-    any are no evidence of anything [ours]."""
+    """(S,) True for steps of a declared tool. By default they must also have a parameter that
+    counts: two calls without any are no evidence [ours]."""
     declared = {tool: cfg.takes_part(tool) for tool in set(steps.tool)}
     part = np.array([declared[tool] for tool in steps.tool], dtype=bool)
     if cfg.tools is None:

@@ -60,7 +60,7 @@ def _counts(step: ToolStep, name: str, cfg: TapoConfig) -> bool:
 
 
 class Reference:
-    """One batch; the arguments are those of `verl_tapo.transfer_credit`."""
+    """One batch. The arguments are those of `verl_tapo.transfer_credit`."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Reference:
         self.a = [_mean([x for x, m in zip(*row, strict=True) if m]) for row in rows]
 
     def transfer(self) -> tuple[torch.Tensor, list[Outcome]]:
-        """The corrected advantages (B, L), and what became of each step."""
+        """Returns the corrected advantages (B, L) and the outcome of each step."""
         outcomes = [Outcome(role=self.role(step)) for step in self.steps]
         for step, outcome in zip(self.steps, outcomes, strict=True):
             if outcome.role == "failing":

@@ -113,7 +113,7 @@ _told: set[tuple[str, str]] = set()
 
 
 def _tell(kernel: Kernel, value: Any, error: Exception) -> None:
-    """Says once what a kernel does not take."""
+    """Warns once about values that a kernel does not take."""
     if (kernel.name, type(error).__name__) not in _told:
         _told.add((kernel.name, type(error).__name__))
         logger.warning(

@@ -1,4 +1,4 @@
-"""Tool-use steps: what a rollout did with its tools, and which tokens did it."""
+"""Tool-use steps: a rollout's tool calls, and the tokens that made them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ToolStep(NamedTuple):
 
 
 class StepColumns(NamedTuple):
-    """Steps as checked columns: what the vectorised code works on. S steps."""
+    """Checked columns of S steps, the input of the vectorised code."""
 
     row: IntArray  # (S,)
     tool: tuple[str, ...]
@@ -85,7 +85,7 @@ def step_columns(steps: Sequence[ToolStep], batch_size: int, length: int) -> Ste
 
 
 def _plain_columns(steps: Sequence[ToolStep], batch_size: int, length: int) -> StepColumns | None:
-    """The columns of steps that are right and of the plain types; None where one is not."""
+    """Returns the columns of steps that are valid and of plain types; None if one is not."""
     try:
         rows, tools, arguments, turns, calls, oks, sights = zip(*steps, strict=True)
         spans = list(chain.from_iterable(turns)), list(chain.from_iterable(calls))

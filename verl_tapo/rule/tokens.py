@@ -80,8 +80,8 @@ def _segments(steps: StepColumns, transfer: FloatArray, cfg: TapoConfig) -> tupl
     """Returns disjoint token spans and the transfer to add in each: (K,) rows, (K, 2) spans, (K,)
     transfers, all > 0.
 
-    A token in several steps' spans takes the smallest of their transfers, 0 for a step without one: a turn with
-    parallel calls is corrected only as far as its weakest call [ours].
+    A token in several steps' spans gets the smallest of their transfers, 0 for a step without one:
+    a turn with parallel calls is corrected only as far as its weakest call [ours].
     """
     spans = steps.span(cfg.token_scope)
     gaining = sorted_unique(steps.row[transfer > 0])

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 MAX_DEPTH = 64
-"""Deepest nesting of an argument value that is parsed or recorded; no information tool needs more [ours]."""
+"""The deepest nesting of an argument value that is parsed or recorded; no information tool needs more [ours]."""
 MAX_ITEMS = 100_000
-"""Most parts that an argument value may have to be compared by content; no model writes more in one response [ours]."""
+"""The maximal number of parts of an argument value that is compared by content; no model writes
+more in one response [ours]."""
 _FLOAT_BITS = 1024  # of the largest finite float
 
 

@@ -1,6 +1,5 @@
-"""A `Rollout` from a padded batch with its per-sample columns: veRL's V0 `DataProto`, or what a veRL that hands rollout
-data to estimators (PR 7473, our patches) passes along.
-"""
+"""Makes a `Rollout` from a padded batch with per-sample columns: veRL's V0 `DataProto`, or the
+rollout data that a patched veRL (PR 7473, our patches) gives to estimators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a run's configuration, before hours of rollouts: used by the trainers' constructors and by the doctor."""
+"""Checks a run's configuration before hours of rollouts; the trainers' constructors and the doctor use it."""
 
 from __future__ import annotations
 

@@ -161,9 +161,10 @@ def estimate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages and returns, (B, L) each; fills ``rollout.metrics`` and ``rollout.fields``.
 
-    Rows whose reward is NaN or infinite are left out of the base estimation, so that they do not poison their group,
-    and get advantage 0; so do rows for which the base estimator itself yields such values (the standard deviation of a
-    group of one, in some). Both are counted and reported.
+    Rows with a NaN or infinite reward are excluded from the base estimation, so that they do not
+    poison their group, and get advantage 0. So do rows for which the base estimator itself yields
+    such values (some give them for the standard deviation of a group of one). Both are counted and
+    reported.
 
     Args:
         rollout: B rows.

@@ -21,7 +21,8 @@ _TOOLS = 20
 def grounding_metrics(rollout: Rollout, success: npt.NDArray[np.bool_], steps: Sequence[ToolStep]) -> dict[str, float]:
     """Shares of rollouts in which a tool's answer held an accepted answer, see `verl_tapo.rule.grounding`.
 
-    Only rollouts of which it can be told count; a share of none is left out. All names begin with ``tapo/grounding/``.
+    Only rollouts that can be decided count; a share of none is left out. All names begin with
+    ``tapo/grounding/``.
 
     Args:
         rollout: B rows.

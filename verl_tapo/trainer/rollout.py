@@ -18,8 +18,8 @@ from verl_tapo.rule.values import shown, success_number
 from verl_tapo.settings import TapoSettings
 
 BaseEstimator: TypeAlias = Callable[[IntArray, torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
-"""Rows (R,), token-level rewards (B, L), response mask (B, L), index (B,) to base advantages and returns of those rows,
-(R, L) each, by the trainer's own code."""
+"""The trainer's own estimator: rows (R,), token-level rewards (B, L), response mask (B, L) and
+index (B,) to base advantages and returns of those rows, (R, L) each."""
 
 
 class Tokens(NamedTuple):
@@ -70,9 +70,9 @@ class Rollout:
     records: Sequence[Any]
     """B records of `verl_tapo.records`, None where the agent loop wrote none."""
     tokens: Callable[[], Tokens | None]
-    """The response tokens; called only where steps have to be parsed. None where the trainer has none."""
+    """The response tokens, None if the trainer has none. It is called only if steps have to be parsed."""
     prompt_ids: Callable[[int], Sequence[int]]
-    """The prompt's token ids of a row; called only where an image argument has to be resolved."""
+    """The prompt's token ids of a row. It is called only if an image argument has to be resolved."""
     lengths: IntArray
     """(B,) number of response tokens."""
     padding: npt.NDArray[np.bool_]
@@ -83,8 +83,8 @@ class Rollout:
     keys: Sequence[str] | None = None
     """(B,) veRL's ``{uid}_{session}_{output}``, where the trainer has them."""
     reward_model: Callable[[int], Any] = lambda row: None
-    """Returns the data set's column ``reward_model``, which holds the ground truth, by row. It is
-    called only if steps have to be parsed."""
+    """The data set's column ``reward_model`` of a row, which holds the ground truth. It is called
+    only if steps have to be parsed."""
     step: int | None = None
     """Number of the training step; None where the trainer does not tell."""
     part: int = 0
@@ -101,8 +101,7 @@ class Rollout:
     agent_loop: str | None = None
     """The default agent loop, where the trainer's configuration names one."""
     agent_names: Callable[[], Iterable[Any]] = tuple
-    """Returns the data set's column ``agent_name``, which overrides the default loop. It is read
-    once."""
+    """The data set's column ``agent_name``, which overrides the default loop. It is asked for once."""
     unreadable: str | None = None
     """A success value that is no number, where `success` met one."""
 

@@ -83,8 +83,8 @@ def _class(entry: Mapping[str, Any]) -> Any:
 def declared_kernels(config: Any) -> dict[str, dict[str, Any]] | None:
     """Returns ``algorithm.tapo.tools`` as the classes of the run's tools declare it.
 
-    A class may have an attribute ``kernels``, ``{parameter: kernel}``, or None for a tool that takes no part. Tools
-    whose classes have none are decided by name, as ever.
+    A class may have an attribute ``kernels``: ``{parameter: kernel}``, or None for a tool that
+    takes no part. Tools whose classes have no such attribute are decided by name.
 
     Returns:
         None where no class declares any, or where the tools do not load.

@@ -1,7 +1,8 @@
 """The adapter to veRL's V1 trainer (TransferQueue), in all its trainer modes.
 
-V1 hands an estimator rewards, mask and uid only. The hook round ``PPOTrainer._compute_advantage`` fetches the rollout
-data besides and lays it ready for the estimator; the stock method then runs as it is.
+V1 hands an estimator only rewards, mask and uid. The hook around ``PPOTrainer._compute_advantage``
+also fetches the rollout data and makes it available to the estimator; the stock method then runs
+unchanged.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Watch:
         return {name: value for name, value in zeros.items() if name not in metrics}
 
     def sum_up(self, report: CreditReport, step: int | None, part: int) -> None:
-        """Says what became of one batch's calls."""
+        """Reports the outcome of one batch's calls."""
         counts = figures.counts_of(report.facts)
         failing, misassigned, corrected = (
             int(counts[f"{name}_steps"]) for name in ("failing", "misassigned", "corrected")

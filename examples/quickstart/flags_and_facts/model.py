@@ -24,11 +24,11 @@ SPECIAL = (
     "<|video_pad|>",
 )
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<answer>", "</answer>")
-"""Not special: what a reward function reads is decoded without special tokens."""
+"""These are not special tokens, because a reward function reads text decoded without special tokens."""
 
 MIN_PIXELS = 28 * 28 * 4
 MAX_PIXELS = 28 * 28 * 16
-"""A sheet of flags is seen at a quarter of its size: enough to know it for one, too small to read a flag."""
+"""A sheet of flags is seen at a quarter of its size: enough to recognise a sheet, too small to read a flag."""
 
 # Qwen's, with the tools by name only: their parameters are learned, and every token counts at this size.
 CHAT_TEMPLATE = """\

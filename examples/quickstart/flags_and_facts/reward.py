@@ -19,7 +19,7 @@ def normalised(text: str) -> str:
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None, **_: Any
 ) -> dict[str, float]:
-    """VeRL's reward function: 1 where one of the accepted answers was given, else 0; ``acc`` is what TAPO reads."""
+    """VeRL's reward function: 1 if an accepted answer was given, else 0. TAPO reads ``acc``."""
     answers = _ANSWER.findall(solution_str)
     right = bool(answers) and normalised(answers[-1]) in {normalised(answer) for answer in ground_truth}
     return {"score": float(right), "acc": float(right), "answered": float(bool(answers))}

@@ -56,7 +56,8 @@ class Index:
     def run(
         self, tool: str, arguments: dict[str, Any], images: Sequence[Image.Image]
     ) -> tuple[str, Image.Image | None]:
-        """Text and image that a tool answers; ``images`` are those of the conversation, the first is number 1.
+        """Returns a tool's text and image. ``images`` are those of the conversation, counted from
+        1.
 
         Raises:
             ValueError: Arguments that make no sense; the message is for the model.

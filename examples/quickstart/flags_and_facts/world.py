@@ -86,7 +86,7 @@ def load_world(split: Split | None = None) -> World:
 
 
 def _heldout(entries: dict[str, dict[str, Any]]) -> set[str]:
-    """About a quarter of the countries, with some of their neighbours, so that one can ask from one to the other."""
+    """Returns about a quarter of the countries, with some of their neighbours, so that questions can link them."""
     rng = random.Random(7)
     held: set[str] = set()
     while len(held) < len(entries) // 4:

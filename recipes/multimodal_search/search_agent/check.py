@@ -108,7 +108,7 @@ def _data_problems(key: str, file: Path) -> Iterator[str]:
 
 
 def _compare_prompts(file: Path, tools: Sequence[str]) -> None:
-    """Says where the first question's own system prompt, if it has one, speaks of other tools than those of the run."""
+    """Warns if the first question has its own system prompt and that names other tools than those of the run."""
     import pyarrow.parquet as parquet
 
     from search_agent import tools as recipe

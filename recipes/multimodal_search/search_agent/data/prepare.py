@@ -5,9 +5,10 @@
     python -m search_agent.data.prepare mmsearch --out data                  # from the Hugging Face hub
     python -m search_agent.data.prepare custom_mine=mine.csv --map question=q,answer=a,image=file --out data
 
-Names: fvqa_train, fvqa_test, infoseek, simplevqa, livevqa, mmsearch, hr_mmsearch, mat_search, custom_NAME. Those that
-end in _train are for training: their questions that occur in any other one, here or in --dedupe-against, are left out.
-Writes NAME.parquet, summary.json and, of what was left out, dropped.jsonl.
+Names: fvqa_train, fvqa_test, infoseek, simplevqa, livevqa, mmsearch, hr_mmsearch, mat_search,
+custom_NAME. Names that end in _train are for training: their questions are left out if they occur
+in any other source, here or in --dedupe-against. Writes NAME.parquet, summary.json and, for what
+was left out, dropped.jsonl.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class Summary:
 def prepare(
     name: str, source: Source, place: str, options: Options
 ) -> Iterator[tuple[str, dict[str, Any], Mark] | str]:
-    """Rows as veRL reads them, with where they stood and what they are recognised by; for one that is left out, why.
+    """Yields rows as veRL reads them, with their place and their mark; for a row that is left out,
+    the reason.
 
     Raises:
         ValueError: The source cannot be read, or has other columns.

@@ -1,7 +1,8 @@
 """The public data sets: which columns hold what.
 
-No data set could be looked at when this was written. ``seen`` says where the columns were read; ``--map`` overrides
-them, and a file that has none of them is refused with what it has.
+No data set was at hand when this was written. ``seen`` names the place where the columns were read,
+and ``--map`` overrides them. A file with none of the columns is refused with a list of those it
+has.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
     python -m search_agent.evaluate --data DIR/*.parquet --tools config/tools_eval.yaml --out OUT \
         --checkpoint merged --vllm-args '--max-model-len 40960'
 
-The same command continues what was interrupted. Keys come from the environment: OPENAI_API_KEY for the model server.
-Exit codes: 0, all questions are done; 1, some are not, because a server or back end failed; 2, it cannot be done so.
+The same command resumes an interrupted evaluation. Keys come from the environment: OPENAI_API_KEY
+for the model server. Exit codes: 0, all questions are done; 1, some are not, because a server or
+back end failed; 2, the command cannot run like this.
 """
 
 from __future__ import annotations

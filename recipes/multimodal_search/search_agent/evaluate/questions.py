@@ -40,7 +40,7 @@ class Question:
 
 
 def _without_none(value: Any) -> Any:
-    """Parquet gives every row the keys of all: those a row has not are None."""
+    """Removes keys whose value is None: Parquet gives every row the keys of all rows."""
     if isinstance(value, dict):
         return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
     return [_without_none(entry) for entry in value] if isinstance(value, list) else value

@@ -42,9 +42,10 @@ async def compute_score(
 ) -> dict[str, float]:
     """The reward of a trajectory and its parts: finite numbers, always the same keys.
 
-    ``score``; ``acc``, 0 or 1, what TAPO takes for success; ``format``, ``answered``, ``judge_used`` and
-    ``judge_failed``, 0 or 1; ``f1``, the best over accepted answers, however they are matched; ``penalty``, the factor
-    applied; and how many ``tool_calls``, ``model_faults`` and ``infrastructure_faults`` the trajectory has.
+    ``score``; ``acc``, 0 or 1, which TAPO reads as success; ``format``, ``answered``,
+    ``judge_used`` and ``judge_failed``, 0 or 1; ``f1``, the best over accepted answers, whichever
+    rules match; ``penalty``, the factor applied; and the trajectory's numbers of ``tool_calls``,
+    ``model_faults`` and ``infrastructure_faults``.
 
     Args:
         data_source: not used.

@@ -27,7 +27,7 @@ class _Verdict:
 
 
 class Reward:
-    """A reward function with its settings and, where they name one, its judge.
+    """A reward function with its settings and, if they name one, its judge.
 
     Raises:
         ValueError: See `Judge`.

@@ -61,7 +61,8 @@ _KindT = TypeVar("_KindT", bound=BaseModel)
 
 
 def read_settings(config: Mapping[str, Any]) -> RewardSettings:
-    """The settings in ``config``, over those of its ``preset`` (default: outcome).
+    """Returns the settings in ``config``, which override those of its ``preset`` (default:
+    outcome).
 
     Raises:
         ValueError: One is missing, unknown or out of range.

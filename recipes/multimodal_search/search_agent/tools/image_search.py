@@ -1,4 +1,4 @@
-"""Image search: what pages that show such an image say of it."""
+"""Image search: the texts of pages that show such an image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ImageSearchSettings(ProviderSettings, ImageSettings):
 
 
 class ImageSearch(SearchTool):
-    """Finds out what an image shows: the question's, or one that a tool returned."""
+    """Identifies what an image shows: the question's, or one that a tool returned."""
 
     Settings = ImageSearchSettings
     schema: ClassVar[dict[str, Any]] = {
@@ -63,7 +63,7 @@ class ImageSearch(SearchTool):
         return Answer(text, images, {**metrics, "results": len(hits)})
 
     def _thumbnails(self, hits: list[ImageHit], call: Call) -> tuple[list[Image.Image], list[ImageHit]]:
-        """Images to show, and the hits, only those with an image that are shown with it."""
+        """Returns the images to show, and the hits. A hit keeps its image only if it is shown."""
         shown: list[Image.Image] = []
         kept = []
         for hit in hits:
