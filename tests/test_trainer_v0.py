@@ -16,7 +16,7 @@ from verl_tapo import TapoConfig, TapoSettings, ToolStep, transfer_credit
 from verl_tapo.audit import audit
 from verl_tapo.records import recorded_steps
 from verl_tapo.trainer import estimator, v0
-from verl_tapo.trainer.rollout import Rollout
+from verl_tapo.trainer.rollout import RolloutBatch
 from verl_tapo.trainer.verl_parser import declared_tools
 
 ray_trainer = pytest.importorskip("verl.trainer.ppo.ray_trainer")
@@ -628,7 +628,9 @@ def test_tools_are_those_that_the_configuration_declares(text, more, known, tmp_
     path.write_text(text)
     multi_turn = OmegaConf.create({"format": "kimi", "tool_config_path": str(path), **more})
     assert declared_tools(multi_turn) == known
-    rollout = Rollout(*[None] * 8, tokenizer=qwen_like_tokenizer, tool_format="kimi", tools=declared_tools(multi_turn))
+    rollout = RolloutBatch(
+        *[None] * 8, tokenizer=qwen_like_tokenizer, tool_format="kimi", tools=declared_tools(multi_turn)
+    )
     call = '<|tool_calls_section_begin|><|tool_call_begin|>0<|tool_call_argument_begin|>{"query": 1}<|tool_call_end|>'
     (found,) = estimator.make_parser(rollout, TapoSettings()).calls(qwen_like_tokenizer.encode(call))
     assert found.tool == ("search" if known else "0")

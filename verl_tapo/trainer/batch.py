@@ -1,4 +1,4 @@
-"""Makes a `Rollout` from a padded batch with per-sample columns: veRL's V0 `DataProto`, or the
+"""Makes a `RolloutBatch` from a padded batch with per-sample columns: veRL's V0 `DataProto`, or the
 rollout data that a patched veRL (PR 7473, our patches) gives to estimators."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from verl_tapo.records import RECORD_KEY
 from verl_tapo.rule.arrays import IntArray
 from verl_tapo.settings import TapoSettings
-from verl_tapo.trainer.rollout import Rollout, Sessions, Tokens, agent_loop_of
+from verl_tapo.trainer.rollout import RolloutBatch, Sessions, Tokens, agent_loop_of
 from verl_tapo.trainer.verl_parser import declared_tools
 
 
@@ -22,7 +22,7 @@ def rollout_from_batch(
     batch: Mapping[str, Any],
     columns: Mapping[str, Any],
     context: Mapping[str, Any],
-) -> Rollout:
+) -> RolloutBatch:
     """The rollout in a padded batch.
 
     Args:
@@ -35,7 +35,7 @@ def rollout_from_batch(
             columns, or one column ``reward_extra_info``), ``keys`` (veRL's ``{uid}_{session}_{output}``) and
             ``is_padding``.
         context: ``tokenizer``, ``config`` (the whole trainer configuration), ``step`` (its number) and dicts
-            ``metrics`` and ``fields`` to fill, where known; ``agent_names`` as in `Rollout`.
+            ``metrics`` and ``fields`` to fill, where known; ``agent_names`` as in `RolloutBatch`.
     """
     rewards, mask = batch["token_level_rewards"], batch["response_mask"]
     rows, length = mask.shape
@@ -55,7 +55,7 @@ def rollout_from_batch(
         return _tokens(batch, mask if rollout_mask is None else rollout_mask, lengths)
 
     config = context.get("config")
-    return Rollout(
+    return RolloutBatch(
         base=lambda rows, rewards, mask, index: base_advantages(settings, algorithm, batch, columns, rows),
         scores=scores,
         reward_infos=_reward_infos(settings, columns, rows),

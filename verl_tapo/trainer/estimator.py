@@ -21,7 +21,7 @@ from verl_tapo.rule.steps import ToolStep, build_tool_mask
 from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.step_records import StepRecorder, StepSnapshot
 from verl_tapo.trainer.grounding import grounding_metrics
-from verl_tapo.trainer.rollout import CURRENT, Rollout
+from verl_tapo.trainer.rollout import CURRENT, RolloutBatch
 from verl_tapo.trainer.tool_metrics import check_outage, executed_tools, odd_reward_parts, reward_metrics, tool_metrics
 from verl_tapo.trainer.verl_parser import cached_parser
 from verl_tapo.trainer.watch import Watch
@@ -32,7 +32,7 @@ TOOL_MASK_FIELD = "tapo_tool_mask"
 WATCH = Watch()
 
 
-def make_parser(rollout: Rollout, settings: TapoSettings) -> ToolCallParser:
+def make_parser(rollout: RolloutBatch, settings: TapoSettings) -> ToolCallParser:
     """The parser of the run's tool format.
 
     Raises:
@@ -48,7 +48,7 @@ def make_parser(rollout: Rollout, settings: TapoSettings) -> ToolCallParser:
     return cached_parser(tool_format, rollout.tokenizer, rollout.tools)
 
 
-def find_steps(rollout: Rollout, settings: TapoSettings) -> list[ToolStep]:
+def find_steps(rollout: RolloutBatch, settings: TapoSettings) -> list[ToolStep]:
     """The tool-use steps of a batch, recorded or parsed, by row; none of padding rows."""
     steps: list[ToolStep] = []
     real = np.flatnonzero(~rollout.padding)
@@ -102,7 +102,7 @@ def find_steps(rollout: Rollout, settings: TapoSettings) -> list[ToolStep]:
     return steps
 
 
-def _prompt_images(rollout: Rollout, parser: ToolCallParser, row: int) -> list[str]:
+def _prompt_images(rollout: RolloutBatch, parser: ToolCallParser, row: int) -> list[str]:
     """Identities of a prompt's images: the rollouts of one prompt share them."""
     ids = rollout.prompt_ids(row)
     prompt = hash(tuple(ids))
@@ -120,9 +120,9 @@ def watch(
     """Metrics of the tools of B rows, from their records, and of the parts of their rewards.
 
     Args:
-        records, infos, padding: (B,) as in `Rollout`.
+        records, infos, padding: (B,) as in `RolloutBatch`.
         settings: ``algorithm.tapo``.
-        agent_loop, agent_names: as in `Rollout`.
+        agent_loop, agent_names: as in `RolloutBatch`.
 
     Raises:
         ToolOutage: where too many calls failed.
@@ -142,7 +142,7 @@ def watch(
     return {**metrics, **reward_metrics(rewards)}
 
 
-def watch_grounding(rollout: Rollout, settings: TapoSettings) -> dict[str, float]:
+def watch_grounding(rollout: RolloutBatch, settings: TapoSettings) -> dict[str, float]:
     """Returns `grounding_metrics` under another estimator. Without findable calls it is empty, and
     the log says so once."""
     success = rollout.success(settings)
@@ -157,7 +157,11 @@ def watch_grounding(rollout: Rollout, settings: TapoSettings) -> dict[str, float
 
 
 def estimate(
-    rollout: Rollout, settings: TapoSettings, token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any
+    rollout: RolloutBatch,
+    settings: TapoSettings,
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages and returns, (B, L) each; fills ``rollout.metrics`` and ``rollout.fields``.
 
@@ -253,7 +257,7 @@ class _RecorderCache:
 
 
 def _record(
-    rollout: Rollout,
+    rollout: RolloutBatch,
     settings: TapoSettings,
     base: torch.Tensor,
     advantages: torch.Tensor,

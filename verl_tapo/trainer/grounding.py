@@ -13,12 +13,14 @@ from verl_tapo.rule.figures import FOUND
 from verl_tapo.rule.grounding import grounded, shares
 from verl_tapo.rule.report import metric_word
 from verl_tapo.rule.steps import SIGHTS, ToolStep
-from verl_tapo.trainer.rollout import Rollout
+from verl_tapo.trainer.rollout import RolloutBatch
 
 _TOOLS = 20
 
 
-def grounding_metrics(rollout: Rollout, success: npt.NDArray[np.bool_], steps: Sequence[ToolStep]) -> dict[str, float]:
+def grounding_metrics(
+    rollout: RolloutBatch, success: npt.NDArray[np.bool_], steps: Sequence[ToolStep]
+) -> dict[str, float]:
     """Shares of rollouts in which a tool's answer held an accepted answer, see `verl_tapo.rule.grounding`.
 
     Only rollouts that can be decided count; a share of none is left out. All names begin with

@@ -59,7 +59,7 @@ class Sessions(NamedTuple):
 
 
 @dataclass
-class Rollout:
+class RolloutBatch:
     """One batch of B rows, as an adapter hands it to `verl_tapo.trainer.estimator`."""
 
     base: BaseEstimator
@@ -154,5 +154,5 @@ def agent_names_of(trainer: Any) -> list[str]:
 _ROWS_LOOKED_AT = 1000
 
 
-CURRENT: ContextVar[Rollout | None] = ContextVar("tapo_rollout", default=None)
+CURRENT: ContextVar[RolloutBatch | None] = ContextVar("tapo_rollout", default=None)
 """The batch whose advantages are being computed, set by the trainer's adapter."""

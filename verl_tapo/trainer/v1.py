@@ -20,7 +20,7 @@ from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.trainer.batch import base_advantages
 from verl_tapo.trainer.check import check_run
 from verl_tapo.trainer.estimator import watch, watch_grounding
-from verl_tapo.trainer.rollout import CURRENT, Rollout, Sessions, Tokens, agent_loop_of, agent_names_of
+from verl_tapo.trainer.rollout import CURRENT, RolloutBatch, Sessions, Tokens, agent_loop_of, agent_names_of
 from verl_tapo.trainer.tool_metrics import check_rollouts
 from verl_tapo.trainer.verl_parser import declared_tools
 
@@ -103,7 +103,7 @@ def _with_rollout(wrapped: Callable[..., Any], trainer: Any, batch: Any, metrics
     return batch
 
 
-def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rollout, torch.Tensor]:
+def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[RolloutBatch, torch.Tensor]:
     """The rollout of a V1 batch out of TransferQueue, and its (B, nested) response mask."""
     import transfer_queue as tq
 
@@ -138,7 +138,7 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
         return list(stored.tolist() if hasattr(stored, "tolist") else stored)
 
     algorithm = trainer.config.algorithm
-    rollout = Rollout(
+    rollout = RolloutBatch(
         base=lambda chosen, rewards, mask, index: base_advantages(
             settings,
             algorithm,
