@@ -25,7 +25,7 @@ RANGES = {"0 to 1": (0, 1), "-1 to 1": (-1, 1), "0 or more": (0, float("inf")), 
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(estimator, "WATCH", estimator.Watch())
+    monkeypatch.setattr(estimator, "MONITOR", estimator.RunMonitor())
 
 
 def explained():

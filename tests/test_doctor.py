@@ -512,7 +512,7 @@ from verl_tapo.plugin import HOOKS
 import verl_tapo.trainer.v0, verl_tapo.trainer.v1
 from verl_tapo.trainer.check import check_run
 from verl_tapo.settings import load_settings
-from verl_tapo.trainer.estimator import watch
+from verl_tapo.trainer.estimator import rollout_metrics
 print(sorted({hook.status for hook in HOOKS if hook.module in sys.modules}))
 print("tapo_tool_agent" in _agent_loop_registry, "tapo" in core_algos.ADV_ESTIMATOR_REGISTRY)
 for overrides in (["algorithm.adv_estimator=grpo", "+algorithm.tapo.beta=0.5"],

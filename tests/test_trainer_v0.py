@@ -24,7 +24,7 @@ ray_trainer = pytest.importorskip("verl.trainer.ppo.ray_trainer")
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(estimator, "WATCH", estimator.Watch())
+    monkeypatch.setattr(estimator, "MONITOR", estimator.RunMonitor())
     v0._pending.clear()
 
 
@@ -413,13 +413,13 @@ def test_the_console_shows_it_where_nothing_was_configured():
     """As in veRL's Ray processes, in which no logger has a handler."""
     code = """
 from verl_tapo import TapoConfig, transfer_credit
-from verl_tapo.trainer.watch import Watch
+from verl_tapo.trainer.monitor import RunMonitor
 import torch
 report = transfer_credit(torch.ones(1, 1), torch.ones(1, 1), ["u"], [True], [], TapoConfig())[1]
-watch = Watch()
-watch.sum_up(report, 7, 0)
-watch.sum_up(report, 7, 1)
-watch.tell("key", "a warning")
+monitor = RunMonitor()
+monitor.sum_up(report, 7, 0)
+monitor.sum_up(report, 7, 1)
+monitor.tell("key", "a warning")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     said = [f"TAPO: step 7{part}: 0 calls, 0 failing, 0 misassigned, 0 corrected" for part in ("", ", batch 2")]
@@ -476,7 +476,7 @@ def test_a_recording_that_is_overridden_is_warned_of(qwen_like_tokenizer, traine
     assert "without a record" not in caplog.text
     for missing in (len(rows), 1):
         caplog.clear()
-        estimator.WATCH = estimator.Watch()  # the fixture puts the old one back
+        estimator.MONITOR = estimator.RunMonitor()  # the fixture puts the old one back
         for _ in range(2):
             data = data_proto(rows, qwen_like_tokenizer, **columns)
             data.non_tensor_batch["tapo_steps"][:missing] = None
@@ -558,10 +558,10 @@ def test_names_that_never_occur_are_reported_with_those_that_did(qwen_like_token
 
 
 def test_what_tools_are_left_out_by_default_is_logged(caplog):
-    watch, settings = estimator.Watch(), TapoSettings()
+    monitor, settings = estimator.RunMonitor(), TapoSettings()
     calls = {"finish": {"answer": "x"}, "next_page": {}, "zoom": {"bbox": [0, 0, 1, 1], "label": "dog"}}
     for _ in range(2):
-        watch.look([ToolStep(0, tool, given, (0, 1), (0, 1)) for tool, given in calls.items()], settings)
+        monitor.look([ToolStep(0, tool, given, (0, 1), (0, 1)) for tool, given in calls.items()], settings)
     finish, next_page, zoom = (record.message for record in caplog.records)
     assert "the tool 'finish' is left out: its name says that it ends the rollout" in finish
     assert "'next_page' takes part" in next_page

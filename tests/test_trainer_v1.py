@@ -53,7 +53,7 @@ def queue(config):
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(estimator, "WATCH", estimator.Watch())
+    monkeypatch.setattr(estimator, "MONITOR", estimator.RunMonitor())
 
 
 @pytest.fixture

@@ -21,15 +21,15 @@ from verl_tapo.rule.steps import ToolStep, build_tool_mask
 from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.step_records import StepRecorder, StepSnapshot
 from verl_tapo.trainer.grounding import grounding_metrics
+from verl_tapo.trainer.monitor import RunMonitor
 from verl_tapo.trainer.rollout import CURRENT, RolloutBatch
 from verl_tapo.trainer.tool_metrics import check_outage, executed_tools, odd_reward_parts, reward_metrics, tool_metrics
 from verl_tapo.trainer.verl_parser import cached_parser
-from verl_tapo.trainer.watch import Watch
 
 logger = logging.getLogger("verl_tapo")
 
 TOOL_MASK_FIELD = "tapo_tool_mask"
-WATCH = Watch()
+MONITOR = RunMonitor()
 
 
 def make_parser(rollout: RolloutBatch, settings: TapoSettings) -> ToolCallParser:
@@ -109,7 +109,7 @@ def _prompt_images(rollout: RolloutBatch, parser: ToolCallParser, row: int) -> l
     return [f"prompt {prompt} image {number}" for number in range(parser.count_images(ids))]
 
 
-def watch(
+def rollout_metrics(
     records: Sequence[Any],
     infos: Sequence[Mapping[str, Any]],
     padding: npt.NDArray[np.bool_],
@@ -129,12 +129,12 @@ def watch(
     """
     real = np.flatnonzero(~padding).tolist()
     known, rewards = [records[row] for row in real], [infos[row] for row in real]
-    WATCH.check_records(known, agent_loop, agent_names)
-    WATCH.executed |= executed_tools(known)
-    metrics = tool_metrics(known, WATCH.executed)
+    MONITOR.check_records(known, agent_loop, agent_names)
+    MONITOR.executed |= executed_tools(known)
+    metrics = tool_metrics(known, MONITOR.executed)
     check_outage(metrics, settings.max_fault_rate)
     for name, (count, example) in odd_reward_parts(rewards).items():
-        WATCH.tell(
+        MONITOR.tell(
             f"reward part {name}",
             f"the reward's part {name!r} is no finite number in {count} of {len(real)} rollouts ({example}, say), "
             f"which are left out of its mean",
@@ -142,7 +142,7 @@ def watch(
     return {**metrics, **reward_metrics(rewards)}
 
 
-def watch_grounding(rollout: RolloutBatch, settings: TapoSettings) -> dict[str, float]:
+def baseline_grounding(rollout: RolloutBatch, settings: TapoSettings) -> dict[str, float]:
     """Returns `grounding_metrics` under another estimator. Without findable calls it is empty, and
     the log says so once."""
     success = rollout.success(settings)
@@ -151,7 +151,7 @@ def watch_grounding(rollout: RolloutBatch, settings: TapoSettings) -> dict[str, 
     try:
         steps = find_steps(rollout, settings)
     except ValueError as error:
-        WATCH.tell("calls are not found", f"there are no metrics tapo/grounding: {error}")
+        MONITOR.tell("calls are not found", f"there are no metrics tapo/grounding: {error}")
         return {}
     return grounding_metrics(rollout, success, steps)
 
@@ -205,7 +205,7 @@ def estimate(
     based = time.perf_counter()
     success = rollout.success(settings) & ~dropped
     if rollout.unreadable is not None:
-        WATCH.tell(
+        MONITOR.tell(
             "unreadable success",
             f"in {rollout.metrics['tapo/success_unreadable']:.0%} of the rollouts the reward's "
             f"{settings.success_key!r} is no number ({rollout.unreadable}, say): these count as failures",
@@ -228,14 +228,16 @@ def estimate(
             steps, response_mask, settings.rule.token_scope, dtype=torch.int32
         )
     done = time.perf_counter()
-    WATCH.look(steps, settings)
+    MONITOR.look(steps, settings)
     rollout.metrics.update(report.metrics())
     rollout.metrics.update(grounding_metrics(rollout, success, steps))
-    rollout.metrics.update(WATCH.silent_tools(steps, rollout.metrics))
+    rollout.metrics.update(MONITOR.silent_tools(steps, rollout.metrics))
     rollout.metrics.update(
-        watch(rollout.records, rollout.reward_infos, rollout.padding, settings, rollout.agent_loop, rollout.agent_names)
+        rollout_metrics(
+            rollout.records, rollout.reward_infos, rollout.padding, settings, rollout.agent_loop, rollout.agent_names
+        )
     )
-    WATCH.sum_up(report, rollout.step, rollout.part)
+    MONITOR.sum_up(report, rollout.step, rollout.part)
     final = np.arange(len(success)) if rollout.sessions is None else rollout.sessions.final_row
     ended = np.unique(final[~rollout.padding])
     rollout.metrics["tapo/success_rate"] = float(success[ended].mean()) if len(ended) else 0.0

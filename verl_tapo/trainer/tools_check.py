@@ -13,7 +13,7 @@ from typing import Any
 from verl_tapo.rule.checks import hint
 from verl_tapo.rule.config import TapoConfig
 from verl_tapo.rule.names import acquires_information, default_kernel
-from verl_tapo.trainer.watch import RECORDING_LOOP, shown_kernels, unrecorded
+from verl_tapo.trainer.monitor import RECORDING_LOOP, shown_kernels, unrecorded
 
 Parameters = Mapping[str, Collection[str]]
 """The parameters of each tool, by its schema."""

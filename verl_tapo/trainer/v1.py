@@ -19,7 +19,7 @@ from verl_tapo.records import RECORD_KEY
 from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.trainer.batch import base_advantages
 from verl_tapo.trainer.check import check_run
-from verl_tapo.trainer.estimator import watch, watch_grounding
+from verl_tapo.trainer.estimator import baseline_grounding, rollout_metrics
 from verl_tapo.trainer.rollout import CURRENT, RolloutBatch, Sessions, Tokens, agent_loop_of, agent_names_of
 from verl_tapo.trainer.tool_metrics import check_rollouts
 from verl_tapo.trainer.verl_parser import declared_tools
@@ -45,7 +45,7 @@ def _add_metrics(trainer: Any, batch: Any, metrics: dict[str, Any]) -> None:
     _check_rollouts(trainer, batch, settings)
     rollout, _ = fetch_rollout(trainer, batch, settings)
     metrics.update(
-        watch(
+        rollout_metrics(
             rollout.records,
             rollout.reward_infos,
             rollout.padding,
@@ -54,7 +54,7 @@ def _add_metrics(trainer: Any, batch: Any, metrics: dict[str, Any]) -> None:
             rollout.agent_names,
         )
     )
-    metrics.update(watch_grounding(rollout, settings))
+    metrics.update(baseline_grounding(rollout, settings))
 
 
 def _check_rollouts(trainer: Any, batch: Any, settings: TapoSettings) -> None:

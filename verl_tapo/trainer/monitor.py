@@ -32,8 +32,8 @@ def _say(message: str) -> None:
     logger.info("TAPO: %s", message)
 
 
-class Watch:
-    """Looks over a run's shoulder, from its first batch on."""
+class RunMonitor:
+    """Observes a run from its first batch on, and reports to its console."""
 
     def __init__(self) -> None:
         self.batches = 0
