@@ -225,7 +225,7 @@ class JsonClient:
             with anyio.fail_after(limit_s):
                 async with client.stream(method, path, **content) as response:
                     if not response.is_success:
-                        raise self._refusal(response, await _read(response, _DETAIL_BYTES, cut=True))
+                        raise self._status_error(response, await _read(response, _DETAIL_BYTES, cut=True))
                     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
                     if kind != "application/json" and not kind.endswith("+json"):
                         raise BackendError(f"answered {kind or 'something'}, not JSON", response.status_code)
@@ -245,7 +245,7 @@ class JsonClient:
         except (ValueError, RecursionError):
             raise BackendError("the answer is not valid JSON", response.status_code) from None
 
-    def _refusal(self, response: httpx.Response, body: bytes) -> Exception:
+    def _status_error(self, response: httpx.Response, body: bytes) -> Exception:
         status, text = response.status_code, body.decode("utf-8", "replace")
         said = _hidden.hide(_message(text))
         if status == 429 or status >= 500:

@@ -24,14 +24,16 @@ MODEL = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "flags
 
 def test_calls_are_counted_by_tool_and_together():
     made = CallCount(CallLimits(max_calls={"search": 2, "all": 3}, max_parallel_calls=2))
-    assert made.refusal("search", 0) is None
+    assert made.count_or_refuse("search", 0) is None
     assert (
-        made.refusal("search", 2) == "Limit of calls per turn reached (2). Make this call in the next turn."
+        made.count_or_refuse("search", 2) == "Limit of calls per turn reached (2). Make this call in the next turn."
     )  # and is not counted
-    assert made.refusal("search", 1) is None
-    assert made.refusal("search", 0) == "Limit of search calls reached (2). Continue without further search calls."
-    assert made.refusal("zoom", 0) is None
-    assert made.refusal("zoom", 0) == "Limit of tool calls reached (3). Continue without further tool calls."
+    assert made.count_or_refuse("search", 1) is None
+    assert (
+        made.count_or_refuse("search", 0) == "Limit of search calls reached (2). Continue without further search calls."
+    )
+    assert made.count_or_refuse("zoom", 0) is None
+    assert made.count_or_refuse("zoom", 0) == "Limit of tool calls reached (3). Continue without further tool calls."
 
 
 def test_turns_of_nothing_but_malformed_calls_end_a_trajectory():

@@ -90,7 +90,7 @@ class CallCount:
         self._made: Counter[str] = Counter()
         self._malformed_turns = 0
 
-    def refusal(self, tool: str, number: int) -> str | None:
+    def count_or_refuse(self, tool: str, number: int) -> str | None:
         """Returns why a call exceeds a limit. None means that it may be made, and counts it.
 
         Args:

@@ -343,7 +343,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
                     seen=self._evidence.no_sight,
                 )
             )
-            refusal = self._made.refusal(name, number) if problem is None else None
+            refusal = self._made.count_or_refuse(name, number) if problem is None else None
             calls.append(
                 RecordedCall(
                     name=name,

@@ -131,7 +131,7 @@ async def converse(question: Question, agent: Agent) -> Conversation:
                 if call.problem:
                     contents.append(_said(unreadable(call.problem)))
                     continue
-                if refusal := made.refusal(call.tool, number):
+                if refusal := made.count_or_refuse(call.tool, number):
                     if record.status != "unknown_tool":
                         record.status = "over_limit"
                     contents.append(_said(refused(refusal)))
