@@ -34,7 +34,7 @@ class Sweep:
     def ratios(self) -> list[float]:
         """Our cost in that of the alternative."""
         ours, alternative, *_ = self.costs.values()
-        return [mine / other for mine, other in zip(ours, alternative, strict=True)]
+        return [cost / other for cost, other in zip(ours, alternative, strict=True)]
 
 
 @dataclass(frozen=True)

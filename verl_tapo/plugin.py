@@ -239,8 +239,8 @@ def _install(hook: Hook, module: Any) -> None:
         hook.status = "active"
     except Exception as error:
         hook.status = f"FAILED: {type(error).__name__}: {error}"
-        place = f"{hook.module}.{hook.target}" if hook.target else hook.module
-        complain(f"cannot hook into {place}: {error}. {hook.serves} will not run; `verl-tapo doctor` shows more.")
+        target = f"{hook.module}.{hook.target}" if hook.target else hook.module
+        complain(f"cannot hook into {target}: {error}. {hook.serves} will not run; `verl-tapo doctor` shows more.")
 
 
 def _patched() -> bool:

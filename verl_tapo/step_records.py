@@ -120,16 +120,16 @@ class StepSnapshot:
         of_row: dict[int, list[int]] = {}
         number = np.zeros(len(self.steps), dtype=np.int64)
         for position, step in enumerate(self.steps):
-            mine = of_row.setdefault(step.row, [])
-            number[position] = len(mine)
-            mine.append(position)
+            earlier = of_row.setdefault(step.row, [])
+            number[position] = len(earlier)
+            earlier.append(position)
         real = np.flatnonzero(~self.padding).tolist()
-        line = {row: place for place, row in enumerate(real)}
+        line = {row: index for index, row in enumerate(real)}
         for row in real:
-            told = _recorded(self.records[row], int(self.lengths[row]))
-            mine = of_row.get(row, [])
+            recorded = _recorded(self.records[row], int(self.lengths[row]))
+            positions = of_row.get(row, [])
             calls = []
-            for place, position in enumerate(mine):
+            for number_in_row, position in enumerate(positions):
                 step, credit = self.steps[position], credits[position]
                 witness = credit.witness
                 calls.append(
@@ -142,7 +142,7 @@ class StepSnapshot:
                         "call_tokens": int(policy[row, slice(*step.call)].sum()),
                         "ok": bool(step.ok),
                         "seen": step.seen,
-                        **(told[place] if len(told) == len(mine) else _NOT_RECORDED),
+                        **(recorded[number_in_row] if len(recorded) == len(positions) else _NOT_RECORDED),
                         "role": credit.role,
                         "gate": credit.gate,
                         "similarity": credit.similarity,

@@ -44,8 +44,8 @@ def _mean(values: Sequence[float] | np.ndarray, digits: int = 3, sign: bool = Fa
     if len(known) < 2:
         return mean
     half = stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known))
-    told = f"{mean} ± {half:.{digits}f}"
-    return f"**{told}**" if sign and abs(known.mean()) > half else told
+    interval = f"{mean} ± {half:.{digits}f}"
+    return f"**{interval}**" if sign and abs(known.mean()) > half else interval
 
 
 def _smooth(curves: np.ndarray) -> np.ndarray:

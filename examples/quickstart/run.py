@@ -114,8 +114,8 @@ class Run:
 
     def environment(self) -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-        mine = {"VERL_PLATFORM": "cpu", "VERL_FILE_LOGGER_PATH": str(self.metrics_file), "PYTHONPATH": path}
-        return {**os.environ, **mine, "HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
+        own = {"VERL_PLATFORM": "cpu", "VERL_FILE_LOGGER_PATH": str(self.metrics_file), "PYTHONPATH": path}
+        return {**os.environ, **own, "HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def check(run: Run) -> None:

@@ -189,10 +189,10 @@ class Decoder:
             width = max(self._mask.shape[1], mask.shape[1])
             old, new = width - self._mask.shape[1], width - mask.shape[1]
             mask = torch.cat([pad(self._mask, (old, 0)), pad(mask, (new, 0))])
-            for mine, theirs in zip(self._cache.layers, cache.layers, strict=True):
+            for running, joined in zip(self._cache.layers, cache.layers, strict=True):
                 for name in ("keys", "values"):
-                    rows = [pad(getattr(mine, name), (0, 0, old, 0)), pad(getattr(theirs, name), (0, 0, new, 0))]
-                    setattr(theirs, name, torch.cat(rows))
+                    rows = [pad(getattr(running, name), (0, 0, old, 0)), pad(getattr(joined, name), (0, 0, new, 0))]
+                    setattr(joined, name, torch.cat(rows))
         self._cache, self._mask = cache, mask
         self._rows = [*self._rows, *joining]
 

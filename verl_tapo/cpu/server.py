@@ -70,7 +70,7 @@ class TransformersServer:
         model = build_model(self.model_config, self.config)
         self._loaded = self.config.load_format != "dummy"
         own = {name: name for name in model.state_dict()}
-        self._names: dict[str, str] = {theirs: mine for theirs, mine in convert_weight_keys(own, model).items()}
+        self._names: dict[str, str] = {sent: name for sent, name in convert_weight_keys(own, model).items()}
         self._missing: set[str] = set()
         forbidden = set(get_vision_placeholder_token_ids(self.model_config.processor))
         if forbidden:
@@ -227,7 +227,7 @@ class TransformersServer:
             RuntimeError: if weights are missing.
         """
         state = self._decoder.model.state_dict()
-        arrived = {state[mine].data_ptr() for theirs, mine in self._names.items() if theirs not in self._missing}
+        arrived = {state[name].data_ptr() for sent, name in self._names.items() if sent not in self._missing}
         missing = [name for name in sorted(self._missing) if state[self._names[name]].data_ptr() not in arrived]  # tied
         if missing:
             raise RuntimeError(f"{len(missing)} weights did not arrive from the actor: {', '.join(missing[:5])}")

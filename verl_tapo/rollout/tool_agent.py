@@ -326,10 +326,10 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             if stock and problem is None:
                 # veRL converts values by the tool's schema, where the format does not say their types, and may tell
                 # which tool is meant by a name that is none.
-                theirs = stock[number]
-                identity = theirs.tool_call_id
-                name = name if name in tools else theirs.name
-                arguments = _json_object(theirs.arguments) or arguments
+                parsed = stock[number]
+                identity = parsed.tool_call_id
+                name = name if name in tools else parsed.name
+                arguments = _json_object(parsed.arguments) or arguments
             position = len(self._record.steps)
             span = (start + call.span[0], start + call.span[1])
             self._record.steps.append(

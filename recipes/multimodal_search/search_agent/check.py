@@ -63,12 +63,12 @@ def find_problems(config: Any) -> Iterator[str]:
     """Yields the problems of TAPO's settings, the data, the tools and the reward."""
     from verl_tapo.trainer.check import check_run
 
-    told = ""
+    reported = ""
     try:
         check_run(config)
     except ValueError as error:
-        told = str(error)
-        yield told
+        reported = str(error)
+        yield reported
     bad_data: list[str] = []
     for key in ("train_files", "val_files"):
         for file in _files(config.data[key]):
@@ -77,7 +77,7 @@ def find_problems(config: Any) -> Iterator[str]:
     tools = _tools(config.actor_rollout_ref.rollout.multi_turn)
     yield from _tool_problems(config, tools)
     if config.algorithm.adv_estimator == "tapo":
-        yield from (problem for problem in _credit_problems(config.algorithm, tools) if problem not in told)
+        yield from (problem for problem in _credit_problems(config.algorithm, tools) if problem not in reported)
     yield from _template_problems(config.actor_rollout_ref.model, tools)
     if not bad_data:
         _compare_prompts(_files(config.data.train_files)[0], [tool.name for tool in tools])

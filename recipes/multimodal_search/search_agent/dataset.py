@@ -32,6 +32,8 @@ class SearchDataset(RLHFDataset):  # type: ignore[misc]
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         row: dict[str, Any] = super().__getitem__(item)
-        told = {tool: {"create_kwargs": create_kwargs(row["extra_info"], tool, self._settings)} for tool in self._tools}
-        row["tools_kwargs"] = {**(row["tools_kwargs"] or {}), **told}
+        values = {
+            tool: {"create_kwargs": create_kwargs(row["extra_info"], tool, self._settings)} for tool in self._tools
+        }
+        row["tools_kwargs"] = {**(row["tools_kwargs"] or {}), **values}
         return row

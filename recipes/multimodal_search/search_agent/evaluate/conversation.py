@@ -119,15 +119,15 @@ async def converse(question: Question, agent: Agent) -> Conversation:
         messages = await asyncio.to_thread(opening, question, agent.prompt, pictures)
     except OSError as error:
         raise ValueError(f"{question.id}: an image cannot be read: {error}") from None
-    talk = Conversation(messages, pictures)
+    conversation = Conversation(messages, pictures)
     made = CallCount(agent.limits)
     try:
-        while (calls := await _turn(talk, agent)) is not None:
+        while (calls := await _turn(conversation, agent)) is not None:
             if made.ends([call.problem for call in calls]):
-                talk.ending = "malformed"
+                conversation.ending = "malformed"
                 break
             contents, number = [], 0
-            for call, record in zip(calls, talk.record.steps[-len(calls) :], strict=True):
+            for call, record in zip(calls, conversation.record.steps[-len(calls) :], strict=True):
                 if call.problem:
                     contents.append(_said(unreadable(call.problem)))
                     continue
@@ -140,39 +140,41 @@ async def converse(question: Question, agent: Agent) -> Conversation:
                 number += 1
             messages += answers(calls, contents)
     except InfrastructureError as error:
-        raise Undone(str(error), talk.record.to_dict()["steps"]) from error
-    for record in talk.record.steps:
+        raise Undone(str(error), conversation.record.to_dict()["steps"]) from error
+    for record in conversation.record.steps:
         if record.status != "ok":
             record.seen = evidence_of(question.ground_truth).no_sight
-    talk.record.images = await asyncio.to_thread(lambda: [content_hash(image) for image in pictures.images])
-    return talk
+    conversation.record.images = await asyncio.to_thread(lambda: [content_hash(image) for image in pictures.images])
+    return conversation
 
 
-async def _turn(talk: Conversation, agent: Agent) -> tuple[RequestedCall, ...] | None:
+async def _turn(conversation: Conversation, agent: Agent) -> tuple[RequestedCall, ...] | None:
     """Returns the calls of the model's next turn; None if it was the last."""
     try:
-        reply = await agent.model.reply(talk.messages, talk.pictures, agent.toolbox.schemas)
+        reply = await agent.model.reply(conversation.messages, conversation.pictures, agent.toolbox.schemas)
     except ModelError:
-        talk.ending = "context"
+        conversation.ending = "context"
         return None
-    turn = (talk.turns, talk.turns + 1)
-    talk.turns += 1
-    talk.prompt_tokens += reply.prompt_tokens
-    talk.completion_tokens += reply.completion_tokens
-    talk.answer = reply.text
-    talk.messages.append(reply.message)
+    turn = (conversation.turns, conversation.turns + 1)
+    conversation.turns += 1
+    conversation.prompt_tokens += reply.prompt_tokens
+    conversation.completion_tokens += reply.completion_tokens
+    conversation.answer = reply.text
+    conversation.messages.append(reply.message)
     known = {schema["function"]["name"] for schema in agent.toolbox.schemas}
     for call in reply.calls:
         status: CallStatus = "not_executed" if call.tool in known else "unknown_tool"
         if call.problem:
             status = "malformed"
-        at_hand = len(talk.pictures.images)
-        talk.record.steps.append(CallRecord(call.tool, call.arguments, turn, turn, status, images_at_hand=at_hand))
+        at_hand = len(conversation.pictures.images)
+        conversation.record.steps.append(
+            CallRecord(call.tool, call.arguments, turn, turn, status, images_at_hand=at_hand)
+        )
     if not reply.calls:
-        talk.ending = "length" if reply.finish == "length" else "answered"
+        conversation.ending = "length" if reply.finish == "length" else "answered"
         return None
-    if talk.turns >= agent.limits.max_turns:
-        talk.ending = "turns"
+    if conversation.turns >= agent.limits.max_turns:
+        conversation.ending = "turns"
         return None
     return reply.calls
 
@@ -189,10 +191,10 @@ async def _run(
     if is_broken(call.arguments):  # no back end could be sent it, and none is to blame
         record.status, record.metrics = "error", {"fault": "model"}
         return _said(failed(call.tool, BROKEN))
-    told = create_kwargs(question.extra_info, call.tool, agent.tool_settings)
+    values = create_kwargs(question.extra_info, call.tool, agent.tool_settings)
     start = time.perf_counter()
     try:
-        answering = agent.toolbox.call(call.tool, call.arguments, list(pictures.images), told)
+        answering = agent.toolbox.call(call.tool, call.arguments, list(pictures.images), values)
         answer = await asyncio.wait_for(answering, agent.limits.tool_timeout_s)
     except asyncio.TimeoutError:
         record.status = "timeout"
@@ -226,18 +228,18 @@ class Task:
             Refused, ValueError: See `converse`.
         """
         start = time.perf_counter()
-        talk = await converse(question, self.agent)
-        record = talk.record.to_dict()
+        conversation = await converse(question, self.agent)
+        record = conversation.record.to_dict()
         extra = {**question.extra_info, "tapo_steps": record}
         try:
-            score = await self.score(question.data_source, talk.answer, question.ground_truth, extra)
+            score = await self.score(question.data_source, conversation.answer, question.ground_truth, extra)
         except InfrastructureError as error:
             raise Undone(f"scoring: {error}", record["steps"]) from error
-        return _entry(question, talk, record, score, time.perf_counter() - start), talk.pictures.files
+        return _entry(question, conversation, record, score, time.perf_counter() - start), conversation.pictures.files
 
 
 def _entry(
-    question: Question, talk: Conversation, record: dict[str, Any], score: dict[str, Any], seconds: float
+    question: Question, conversation: Conversation, record: dict[str, Any], score: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     entry = {
         "id": question.id,
@@ -245,17 +247,17 @@ def _entry(
         "category": question.extra_info.get("category"),
         "question": question.extra_info.get("question"),
         "ground_truth": question.ground_truth,
-        "answer": talk.answer,
+        "answer": conversation.answer,
         "acc": float(score["acc"]),
         "score": score,
-        "ending": talk.ending,
-        "turns": talk.turns,
-        "prompt_tokens": talk.prompt_tokens,
-        "completion_tokens": talk.completion_tokens,
+        "ending": conversation.ending,
+        "turns": conversation.turns,
+        "prompt_tokens": conversation.prompt_tokens,
+        "completion_tokens": conversation.completion_tokens,
         "seconds": round(seconds, 3),
         "tapo_steps": record,
-        "images": talk.pictures.names,
-        "messages": talk.messages,
+        "images": conversation.pictures.names,
+        "messages": conversation.messages,
     }
     plain: dict[str, Any] = json.loads(json.dumps(entry, default=_plain))
     return plain
