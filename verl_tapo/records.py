@@ -37,15 +37,15 @@ class CallRecord:
     status: CallStatus = "not_executed"
     latency_s: float = 0.0
     images_at_hand: int = 0
-    """How many of the trajectory's images existed when the call was made."""
+    """The number of the trajectory's images that existed when the call was made."""
     produced: list[int] = field(default_factory=list)
     """Positions in the trajectory's images of those this call returned."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """What the tool's ``execute`` returned as its third value; its key ``fault`` is read by `fault_of`."""
+    """The third value that the tool's ``execute`` returned. `fault_of` reads its key ``fault``."""
     answer_tokens: int = 0
     """Response tokens of the answer; those of parallel calls are shared out evenly."""
     seen: bool | None = None
-    """Whether the whole answer held an accepted answer of the prompt; None where that cannot be told."""
+    """True if the whole answer held an accepted answer of the prompt; None if that is unknown."""
     abandoned: bool = False
     """The tool was still running when the trajectory ended, although its time was up: nothing could stop it."""
 

@@ -1,4 +1,4 @@
-"""A tool call: as it is written, what became of it, and whose fault it is where it has no answer."""
+"""A tool call: its written form, its outcome, and whose fault a missing answer is."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
     """Parsed arguments, empty where malformed."""
     start: int
-    """Where it begins in the turn, opening marker included: in bytes of the text, or in tokens."""
+    """Where the call begins in the turn, opening marker included: in bytes of the text, or in tokens."""
     end: int
-    """Where it ends, closing marker included."""
+    """Where the call ends, closing marker included."""
     error: str | None
-    """Why the call is malformed, short; None where it is fine."""
+    """Why the call is malformed, in a few words; None if it is well-formed."""
     dropped: bool
-    """Whether veRL's parser would not return it."""
+    """True if veRL's parser would not return the call."""
 
     @property
     def span(self) -> tuple[int, int]:
@@ -44,7 +44,8 @@ class Call(NamedTuple):
 
 
 def fault_of(step: Mapping[str, Any]) -> Fault | None:
-    """Whose fault it is that a recorded call (its plain form) has no answer; None where it has one or was not made.
+    """Returns whose fault it is that a recorded call (its plain form) has no answer; None if it has
+    one or was not made.
 
     A failed tool is at fault itself, unless it says otherwise: ``{"fault": "model"}`` among its metrics.
     """

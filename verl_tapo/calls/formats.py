@@ -53,7 +53,7 @@ def _loads(text: str) -> Any:
 
 
 def _value(text: str) -> Any:
-    """A value without a schema: JSON where it is, else the text."""
+    """Reads a value without a schema: as JSON if it is, else as text."""
     try:
         return _loads(text)
     except (ValueError, RecursionError):
@@ -73,7 +73,7 @@ def _named(opening: str, middle: str, text: str, at: int) -> tuple[str, int] | N
 
 
 def _tag(opening: str, text: str, at: int) -> tuple[str, int] | None:
-    """The next ``opening name>``, whose name is not empty and has no line break."""
+    """Finds the next ``opening name>``, whose name is not empty and has no line break."""
     while found := _named(opening, r"[>\n]", text, at):
         if found[0] and text[found[1] - 1] == ">":
             return found
@@ -82,7 +82,7 @@ def _tag(opening: str, text: str, at: int) -> tuple[str, int] | None:
 
 
 def _quoted(opening: str, text: str, at: int) -> tuple[str, int] | None:
-    """The next ``opening name">``, whose name is not empty and has no quotation mark."""
+    """Finds the next ``opening name">``, whose name is not empty and has no quotation mark."""
     found = re.compile(opening + r'([^"]+)">').search(text, at)
     return (found[1], found.end()) if found else None
 
@@ -189,7 +189,8 @@ def _kimi_name(name: str) -> str:
 
 
 def _kimi_tool(name: str, arguments: Mapping[str, Any], tools: Tools) -> str:
-    """The tool that veRL executes: of the name, or the one whose name that contains, or that takes the arguments."""
+    """Returns the tool that veRL executes: the one of that name, one whose name it contains, or one
+    that takes the arguments."""
     if name in tools:
         return name
     compact = name.lower().replace("-", "_")
@@ -228,7 +229,7 @@ _GEMMA_VALUE = re.compile(r'<\|"\|>(.*?)<\|"\|>|([^,}]*)')
 
 
 def _is_word(character: str) -> bool:
-    """What veRL's ``regex`` takes for a part of a word."""
+    """Returns whether veRL's ``regex`` takes a character for a part of a word."""
     kind = unicodedata.category(character)
     return kind[0] in "LM" or kind in ("Nd", "Nl", "Pc") or character in "\u200c\u200d"
 
@@ -377,7 +378,7 @@ _HARMONY_TOOL, _HARMONY_JSON = b" to=functions.", b"<|constrain|>json<|message|>
 
 
 def _without(opening: bytes, closing: bytes, text: bytes, origin: IntArray) -> tuple[bytes, IntArray]:
-    """The text without what stands between the two, and where each byte of it was."""
+    """Returns the text without what is between the two markers, and the original position of each byte."""
     kept = []
     at = 0
     while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start + len(opening))) >= 0:
@@ -438,9 +439,9 @@ class Format(NamedTuple):
     unclosed: bool = False
     """A block may be closed by the turn's end."""
     responses: tuple[bytes, ...] = (b"<tool_response>",)
-    """What an answer of a tool begins with, the preferred one first."""
+    """The beginnings of a tool's answer, the preferred one first."""
     silent: tuple[str, ...] = ()
-    """Which tokens of the tokenizer veRL's parser leaves out before it looks for calls."""
+    """The tokens that veRL's parser removes before it looks for calls."""
 
 
 _XML = b"<tool_call>", b"</tool_call>"
@@ -494,13 +495,13 @@ NATIVE_FORMATS: tuple[str, ...] = tuple(FORMATS)
 
 
 def format_for(name: str, tools: Tools | None = None) -> Format | None:
-    """The format of that name, for calls of these tools; None where it is not one of `NATIVE_FORMATS`."""
+    """Returns the format of that name for calls of these tools; None if it is not one of `NATIVE_FORMATS`."""
     fmt = FORMATS.get(name)
     return fmt._replace(read=partial(_read_kimi, tools=tools)) if fmt and fmt.read is _read_kimi else fmt
 
 
 def decode(data: bytes) -> str:
-    """The text of a call or an answer, whatever the bytes; cut where it is too long."""
+    """Returns the text of a call or an answer, whatever its bytes, cut to a maximal length."""
     # A character has four bytes at most: text beyond is too long to be parsed anyway.
     return data[: 4 * MAX_CALL_CHARS + 4].decode("utf-8", "replace")
 

@@ -37,27 +37,27 @@ IMAGE_STARTS = (
     "<img>",
     "[IMG_END]",
 )
-"""Tokens that stand once for each image."""
+"""Tokens that occur once for each image."""
 IMAGE_PLACEHOLDERS = ("[IMG]", "<image>", "<|image|>")
 """Tokens that are repeated for an image's patches; looked at where the vocabulary has none of `IMAGE_STARTS`."""
 
 Fallback: TypeAlias = Callable[[Sequence[int]], list[tuple[str, str]]]
 
 CUT = "(truncated)"
-"""What veRL's loops and ours write where they cut an answer."""
+"""The text that veRL's loops and ours insert where they cut an answer."""
 _HEAD = 3  # characters of an error text that tell it from nearly every other answer
 _LOOK = 8  # tokens of an answer in which these are looked for first
 _HEADING = 64  # tokens at most of what may stand before an answer's text
 
 
 class AnswerMarks(NamedTuple):
-    """How an answer of a tool begins, in the text of an observation."""
+    """The beginning of a tool's answer in the text of an observation."""
 
     marker: bytes
     heading: bytes = b""
-    """What ends the heading between marker and text, where there is one."""
+    """The end of the heading between marker and text, if there is a heading."""
     ending: bytes = b""
-    """What ends it, if another answer follows."""
+    """The end of an answer that another one follows."""
 
 
 KNOWN_ANSWERS = (
@@ -66,12 +66,12 @@ KNOWN_ANSWERS = (
     AnswerMarks(b"<tool_result>", ending=b"</tool_result>"),
     AnswerMarks(b"<|start|>functions.", b'<|message|>"', b"<|end|>"),
 )
-"""What veRL's builders write themselves, and what most templates do; the formats name others."""
+"""The markers that veRL's builders and most templates write; the formats name others."""
 ANSWER_HEADINGS = {b"## Return of": b"\n"}
 
 
 def template_answer(tokenizer: Any) -> AnswerMarks | None:
-    """What the tokenizer's chat template writes before each of several answers; None where it does not tell."""
+    """Returns what the chat template writes before each of several answers; None if it does not show."""
     names, said = ("one", "two"), ("the first answer", "the second answer")
     for arguments, in_parts, system in product(({}, "{}"), (False, True), (True, False)):
         calls = [
@@ -117,15 +117,15 @@ class _Turns(NamedTuple):
     start: list[int]
     end: list[int]
     stop: list[int]
-    """Where the observation ends."""
+    """The end of the observation."""
     first: list[int]
     """The token in which the first marker begins."""
     last: list[int]
     """Behind the token in which the last call ends."""
     low: list[int]
-    """Of the observation's marks in ``answers``, the first."""
+    """The first of the observation's marks in ``answers``."""
     high: list[int]
-    """And the last + 1."""
+    """The last of the observation's marks in ``answers``, plus 1."""
 
 
 class ToolCallParser:
@@ -192,7 +192,7 @@ class ToolCallParser:
         ]
 
     def count_images(self, ids: Sequence[int]) -> int:
-        """How many images begin in ``ids``."""
+        """Returns how many images begin in ``ids``."""
         return int(np.count_nonzero(self._markers.candidates(_flat("ids", ids))[1] & IMAGE))
 
     def turns(self, ids: IntArray, mask: IntArray, bounds: IntArray) -> tuple[_Turns, Marks]:
@@ -264,9 +264,10 @@ class ToolCallParser:
     def answers(
         self, ids: IntArray, start: int, stop: int, marks: Sequence[tuple[int, int]]
     ) -> tuple[AnswerMarks | None, list[int]]:
-        """How the answers in the observation ``[start, stop)`` begin, and where; ``marks`` are its own.
+        """Returns the kind and positions of the answers in the observation ``[start, stop)``, whose
+        marks are ``marks``.
 
-        None where that is not known, and the observation is one answer.
+        The kind is None if it is unknown; the observation is one answer then.
         """
         for answer, bit in self._answers:
             if found := [place for place, kind in marks if kind & bit]:
@@ -276,7 +277,8 @@ class ToolCallParser:
         return None, []
 
     def _apart(self, ids: IntArray, found: list[int], answer: AnswerMarks) -> list[int]:
-        """Those of the places found at which an answer begins after another has ended; others are quotes in one."""
+        """Returns the positions at which an answer begins after another has ended; the other ones
+        are quotes within an answer."""
         apart, ended = found[:1], False
         for last, place in pairwise(found):
             ended = ended or answer.ending in self._words.text(ids[last : place + 1].tolist())
@@ -286,12 +288,12 @@ class ToolCallParser:
         return apart
 
     def text(self, ids: Iterable[int]) -> str:
-        """Of tokens; each special one among them is a line end."""
+        """Returns the text of tokens, in which each special token is a line end."""
         runs = groupby(ids, self._words.special.__contains__)
         return decode(b"\n".join(self._words.text(list(run)) for special, run in runs if not special))
 
     def failed(self, ids: IntArray, start: int, stop: int, answer: AnswerMarks | None, errors: _Errors) -> bool:
-        """Whether the answer in ``[start, stop)`` is an error, see `answer_is_error`."""
+        """Returns whether the answer in ``[start, stop)`` is an error, see `answer_is_error`."""
         if answer is None:
             few = ids[start : min(stop, start + _HEADING + errors.longest)].tolist()
             text = decode(self._words.text([number for number in few if number not in self._words.special])).lstrip()
@@ -318,12 +320,13 @@ class _Errors:
 
 
 def answer_is_error(text: str, markers: Iterable[str] = ()) -> bool:
-    """Whether a tool's answer says that the call failed: it begins with a stock error text or one of ``markers``."""
+    """Returns whether a tool's answer reports a failed call: it begins with a stock error text or
+    one of ``markers``."""
     return text.lstrip().startswith((*STOCK_ERRORS, NOT_EXECUTED_PREFIX, *markers))
 
 
 def _flat(name: str, values: Any) -> IntArray:
-    """``values`` as a 1-D integer array, without a copy where it is one."""
+    """Returns ``values`` as a 1-D integer array, without a copy if it is one."""
     array = np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
     if array.ndim != 1 or (array.dtype.kind not in "iub" and array.size):
         raise ValueError(f"{name} must be 1-D integers, got shape {array.shape} of {array.dtype}")
@@ -337,7 +340,7 @@ class ParsedBatch(NamedTuple):
     """Tool-use steps of a batch, and how many calls went wrong, and how."""
 
     steps: list[ToolStep]
-    """In the order of the rows given, then of the tokens; malformed calls included."""
+    """The steps found so far, ordered by the given rows, then by token; malformed calls included."""
     malformed: int
     """Could not be parsed."""
     unanswered: int
@@ -356,14 +359,14 @@ class _Images:
         self._at = 0
 
     def enter(self, number: int, origin: int) -> None:
-        """Begins the row of that number, whose tokens begin at ``origin``."""
+        """Begins a row; its tokens start at ``origin``."""
         self._number, self._origin = number, origin
         self._at = bisect_left(self._places, origin, self._at)
         self._seen: list[str] = []
         self._all: Images | None = None
 
     def at_hand(self) -> Images:
-        """Those of the prompt, and those seen so far."""
+        """Returns the identities of the prompt's images and of those seen so far."""
         if self._all is None:
             prompt = self._prompt_images(self._number) if self._prompt_images else ()
             self._all = Images([*prompt, *self._seen])
@@ -383,7 +386,7 @@ class _Images:
 
 
 class _Sights:
-    """Whether answers hold what is looked for in their row's."""
+    """Decides whether answers hold an accepted answer of their row."""
 
     def __init__(
         self,
@@ -403,11 +406,11 @@ class _Sights:
 
     @property
     def none(self) -> bool | None:
-        """Of a call without an answer."""
+        """What a call without an answer shows."""
         return self._of_row.no_sight if self._of_row else None
 
     def of(self, arguments: Mapping[str, Any], start: int, stop: int) -> bool | None:
-        """Of a call that is answered in ``[start, stop)``."""
+        """Returns what a call shows that is answered in ``[start, stop)``."""
         evidence = self._of_row
         if evidence is None or not evidence.tells:
             return None
