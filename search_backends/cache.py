@@ -49,9 +49,12 @@ CREATE TABLE IF NOT EXISTS leases (
 PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA user_version = {_VERSION}
 """
-_CHECKED_BYTES = 1 << 28  # a larger file is checked when it is opened by its head only; `stats` reads all of it
+# Of a larger file only the head is checked when it is opened; `stats` reads all of it.
+_CHECKED_BYTES = 1 << 28
 _BUSY_S = 2.0  # for which another process may hold the file
-_PAUSE_S = 10.0  # without writes after one that failed, so that calls do not queue behind a disk that is full
+# After a failed write there are none for this long, so that calls do not queue behind a full
+# disk.
+_PAUSE_S = 10.0
 _HITS_S = 1.0  # between two counts that are written
 _POLL_S = (0.005, 0.25)  # first and longest pause of a call that waits for another process
 _LABEL_CHARS = 300
@@ -86,7 +89,8 @@ def _canonical(value: Any) -> Any:
         return " ".join(unicodedata.normalize("NFKC", value).split())
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, int) and value.bit_length() > _LONG_BITS:  # Python refuses to write thousands of digits
+    # Python refuses to print integers of thousands of digits.
+    if isinstance(value, int) and value.bit_length() > _LONG_BITS:
         return {"integer": hex(value)}
     if isinstance(value, Mapping):
         return {"mapping": sorted(([_canonical(str(name)), _canonical(item)] for name, item in value.items()), key=str)}

@@ -170,6 +170,7 @@ def _fit(entries: Sequence[str], label: str, limit_chars: int) -> str:
     room -= len(_GAP) * (len(kept) - 1)
     shares = [0] * len(kept)
     for done, position in enumerate(sorted(range(len(kept)), key=lambda position: len(kept[position]))):
-        shares[position] = min(len(kept[position]), room // (len(kept) - done))  # what the short leave, the long get
+        # Long entries get the room that short ones leave.
+        shares[position] = min(len(kept[position]), room // (len(kept) - done))
         room -= shares[position]
     return fence(_GAP.join(cut(entry, share) for entry, share in zip(kept, shares, strict=True)), label)

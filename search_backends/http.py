@@ -32,7 +32,8 @@ _DETAIL_BYTES = 4096  # of an error's body are read
 _DETAIL_CHARS = 200  # of its message are shown
 
 
-_SHORTEST_SECRET = 8  # a shorter one is a stand-in ("EMPTY", of a server without keys), and may be part of any word
+# A shorter key is a placeholder (such as "EMPTY"), and may be part of any word.
+_SHORTEST_SECRET = 8
 
 
 class _HiddenKeys(logging.Filter):

@@ -22,7 +22,8 @@ MAX_ASPECT = 200
 _MAX_SCANS = 64
 """The maximal number of scans of a JPEG file. Progressive files have about ten, each a pass over
 the whole image."""
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd8]")  # of those that a length follows, and of the end
+# Matches the end marker, and the markers that are followed by a length.
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd8]")
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?"
 _BBOX_CHARS = 200
 

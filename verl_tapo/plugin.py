@@ -252,7 +252,8 @@ def _load() -> None:
     import wrapt
 
     for hook in HOOKS:
-        wrapt.when_imported(hook.module)(partial(_install, hook))  # calls at once where the module is there already
+        # If the module is already imported, this calls back at once.
+        wrapt.when_imported(hook.module)(partial(_install, hook))
 
 
 try:

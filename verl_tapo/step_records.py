@@ -229,7 +229,8 @@ class StepRecorder:
         # A folder that cannot be listed cannot be written to either: that is logged with the first step.
         with contextlib.suppress(OSError):
             refuse_foreign_files(self._folder)
-        self._writer = ThreadPoolExecutor(1, "tapo-records")  # at the interpreter's normal end it is waited for
+        # The interpreter waits for this thread when it ends normally.
+        self._writer = ThreadPoolExecutor(1, "tapo-records")
         self._waiting: list[Future[None]] = []
         self._taken = self._lost = 0
         self._told = False

@@ -30,7 +30,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SUCCESS = re.compile(r"val-core/flags_and_facts/(\w+)/acc/mean@\d+")
 WARNING = re.compile(r"VERL_PLATFORM=cpu: (.+)")  # of verl_tapo.cpu.check: too little memory
-PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")  # veRL picks a free port, and someone else may take it
+# VeRL picks a free port, and another process may take it before veRL does.
+PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")
 
 
 class Failure(Exception):

@@ -34,7 +34,9 @@ from verl_tapo.cpu.processor import save_processor
 
 TOOLS = ("image_search", "text_search", "zoom")
 MADE_UP = 0.75  # of the trajectories
-CONTEXT_WEIGHT = 0.3  # of the loss on what the model does not say itself: answers repeat names, which teaches copying
+# The weight of the loss on text that is not the model's own: answers repeat names, which teaches
+# copying.
+CONTEXT_WEIGHT = 0.3
 
 
 @dataclass

@@ -108,7 +108,8 @@ def read_verdict(reply: Any) -> bool | None:
     if not isinstance(reply, str):
         return None
     thought, _, verdict = reply.rpartition("</think>")
-    if "<think>" in thought.strip().removeprefix("<think>"):  # in the middle: the reply repeats what it has read
+    # A mark in the middle means that the reply repeats what it has read.
+    if "<think>" in thought.strip().removeprefix("<think>"):
         return None
     return _VERDICTS.get(_DECORATION.sub(" ", verdict).strip().casefold())
 
@@ -258,7 +259,9 @@ class Judge:
             try:
                 reply = await self._client.post("chat/completions", body)
             except BackendError as error:
-                if error.status in (400, 413, 422):  # too long, or filtered: it is about this answer
+                # The answer was too long, or filtered: the fault lies with it, not with the
+                # judge.
+                if error.status in (400, 413, 422):
                     raise NoVerdict(str(error)) from None
                 raise
             try:

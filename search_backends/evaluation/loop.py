@@ -125,7 +125,8 @@ async def run(
                 in_a_row += 1
                 done(None)
                 if in_a_row > max_failures and not stopped:
-                    stopped = True  # for the others at once, so that one of them tells of it
+                    # This stops the others at once, so that only one reports it.
+                    stopped = True
                     raise Outage(f"{in_a_row} questions in a row could not be done, the last because {error}") from None
             else:
                 await asyncio.to_thread(store.finish, entry, images)
@@ -138,7 +139,8 @@ async def run(
         for worker in ended:
             worker.result()
     finally:
-        stopped = True  # `wait_for` before Python 3.12 loses a cancellation that comes as its task ends
+        # Before Python 3.12 `wait_for` loses a cancellation that arrives as its task ends.
+        stopped = True
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)

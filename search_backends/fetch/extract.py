@@ -23,7 +23,9 @@ _MAX_TAGS = 50_000  # of a page: about 3 s of a core; hardly any page of the web
 # tables, and some 20,000 elements that lie 15 deep.
 _MAX_TABLES = 1000
 _MAX_DEPTHS = 800_000  # of all elements together
-_MAX_PARTS = 2000  # of a tag, names and values of attributes: what they cost a parser grows with their square
+# The maximal number of attribute names and values of a tag. A parser's time grows with their
+# square.
+_MAX_PARTS = 2000
 _MAX_PARTS_IN_ALL = 10 * _MAX_TAGS
 _EXIT_S = 10.0  # for a process that has closed its output to be gone
 # How a process ends that a page has brought down: the first is that of its limit of CPU time.
@@ -234,7 +236,8 @@ def _main() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # it would stay ignored where our parent ignores it
+    # The signal would stay ignored if the parent process ignores it.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     _serve(sys.stdin.buffer, answers)

@@ -126,7 +126,8 @@ class SafeFetcher:
         host = url.host
         try:
             with anyio.fail_after(limit_s):
-                async with self._pool() as pool:  # its own: nothing is shared between fetches
+                # Every fetch has its own pool: fetches share nothing.
+                async with self._pool() as pool:
                     for _ in range(self._max_redirects + 1):
                         found = await self._hop(pool, url, limit_s, accepts)
                         if isinstance(found, Fetched):

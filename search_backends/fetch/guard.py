@@ -39,7 +39,8 @@ _GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
 _RESERVED_V6 = [ipaddress.IPv6Network(network) for network in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")]
 
 _NAME = re.compile(r"(?=.{1,253}$)(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
-_NUMERIC = re.compile(r"\d+|0x[0-9a-f]*")  # as a last label: C libraries read such hosts as numbers
+# C libraries read a host with such a last label as a number.
+_NUMERIC = re.compile(r"\d+|0x[0-9a-f]*")
 _PRIVATE_NAMES = "localhost localdomain local internal intranet private corp lan home home.arpa".split()
 
 

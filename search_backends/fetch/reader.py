@@ -196,5 +196,6 @@ class _Places:
     @asynccontextmanager
     async def take(self, host: str) -> AsyncIterator[None]:
         own = self._hosts.setdefault(host, asyncio.Semaphore(self._per_host))
-        async with own, self._total:  # in this order: those who wait for their host keep nobody else waiting
+        # The order matters: pages that wait for their host must not block the others.
+        async with own, self._total:
             yield

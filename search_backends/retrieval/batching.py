@@ -108,7 +108,8 @@ class Batcher(Generic[Item]):
                 for job, answer in zip(batch, answers, strict=True):
                     if not job.answer.done():  # its client may have gone
                         job.answer.set_result(answer)
-        self._running -= 1  # at once: whoever was answered just now may come again before this task counts as done
+        # This must happen at once: a client may ask again before this task counts as done.
+        self._running -= 1
 
     def _work(self, batch: Sequence[_Job[Item]]) -> list[bytes]:
         hits = iter(self._search([item for job in batch for item in job.items], max(job.topk for job in batch)))

@@ -143,7 +143,8 @@ class Service:
         self._texts = self._batcher("text", index.search_texts)
         self._images = self._batcher("image", index.search_images)
         gc.collect()
-        gc.freeze()  # the index stays: looking through it again and again for garbage stops everything for a while
+        # The index stays, and searching it for garbage again and again would cause pauses.
+        gc.freeze()
         self.index = index
         _log(f"ready after {time.monotonic() - started:.1f} s: {', '.join(index.loaded)}, identity {self.identity}")
 
@@ -378,7 +379,8 @@ def serve(settings: Settings, host: str, port: int) -> int:
     Raises:
         IndexProblem: The index cannot be served, or the port cannot be had.
     """
-    choose_text_search(settings.index, settings.text)  # what is certain to fail is told before anything is loaded
+    # Certain failures are reported before anything is loaded.
+    choose_text_search(settings.index, settings.text)
     service = Service(settings)
 
     def stop() -> None:
@@ -411,7 +413,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(BACKLOG)  # now: who asks while uvicorn starts shall wait, not be refused
+        # Listen now, so that requests wait while uvicorn starts, and are not refused.
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         raise IndexProblem(f"cannot listen on {host}:{port}: {error}") from error
     return listener

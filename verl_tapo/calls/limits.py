@@ -154,6 +154,7 @@ def strip_control(text: str, pattern: re.Pattern[str] = ANY_CONTROL) -> str:
     surrogate pair, which tokenizers refuse. A literal image token or end of turn in a web page would break the prompt.
     """
     text = text.encode("utf-8", "replace").decode()
-    while (stripped := pattern.sub("", text)) != text:  # taking one out may join another
+    # Removing one may join another.
+    while (stripped := pattern.sub("", text)) != text:
         text = stripped
     return text

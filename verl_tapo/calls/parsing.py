@@ -479,7 +479,8 @@ def parse_steps(
     image_parameters = frozenset(image_parameters)
     image_places = seen.of(IMAGE).position.tolist()
     images, sights = _Images(image_places, prompt_images), _Sights(parser, ids, image_places, evidence)
-    known: dict[bytes, tuple[list[Call], int]] = {}  # rollouts of a prompt often make the same calls
+    # Rollouts of a prompt often make the same calls.
+    known: dict[bytes, tuple[list[Call], int]] = {}
     steps: list[ToolStep] = []
     malformed = unanswered = unclosed = failed = 0
     current = -1

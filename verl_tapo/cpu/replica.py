@@ -43,7 +43,8 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
         )
         await server.set_global_steps.remote(0)  # raises here what its constructor raised
         self.servers = [server]
-        self._server_handle, self._server_address = server, name  # nothing listens: the name just identifies it
+        # Nothing listens at this address; the name only identifies the server.
+        self._server_handle, self._server_address = server, name
 
     def rollout_worker_use_gpu(self) -> bool:
         return False
@@ -94,7 +95,8 @@ class TransformersRollout(BaseRollout):  # type: ignore[misc]
             await server.begin_update.remote()
         part: dict[str, torch.Tensor] = {}
         size = 0
-        async for name, tensor in ensure_async_iterator(weights):  # on every rank: gathering a weight takes them all
+        # Every rank iterates, because gathering a weight needs them all.
+        async for name, tensor in ensure_async_iterator(weights):
             if server is None:
                 continue
             part[name] = tensor.detach()

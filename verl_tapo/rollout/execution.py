@@ -202,8 +202,10 @@ class Execution:
         self._task = task = asyncio.ensure_future(self._guarded(call))
         _SIGNALS.enter()
         task.add_done_callback(_SIGNALS.leave)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, so that none is logged
-        task.add_done_callback(lambda _: call.close())  # where it was cancelled before it began
+        # Reading the exception keeps asyncio from logging it.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # This closes a call that was cancelled before it began.
+        task.add_done_callback(lambda _: call.close())
         try:
             await asyncio.wait({task}, timeout=self.timeout_s)
         finally:

@@ -62,8 +62,12 @@ logger = logging.getLogger(__name__)
 
 _REPRODUCIBLE_ENGINE = "transformers"  # of verl_tapo.cpu
 _LONG_TEXT = 20_000
-_ERROR_CHARS = 256  # of an error's text are kept, whatever the limit for answers: it must still read as an error
-_ANSWER_CHARS = 4096  # of an answer are looked at, or as many as the limit allows and veRL's note that it was cut
+# The number of an error's characters that are kept, whatever the limit for answers: it must still
+# read as an error.
+_ERROR_CHARS = 256
+# The least number of an answer's characters that are cleaned; a higher limit for answers raises
+# it.
+_ANSWER_CHARS = 4096
 
 
 class RecordedCall(FunctionCall):  # type: ignore[misc]
@@ -378,7 +382,8 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         for number, call in enumerate(calls):
             record = self._record.steps[call.position]
             record.answer_tokens = tokens * (number + 1) // len(calls) - tokens * number // len(calls)
-            if state == AgentState.TERMINATED:  # the answers did not fit: the model never saw them
+            # The answers did not fit, so the model never saw them.
+            if state == AgentState.TERMINATED:
                 record.status = "malformed" if call.problem else "not_executed"
                 record.seen = self._evidence.no_sight
             elif call.position in self._answers:

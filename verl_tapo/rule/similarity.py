@@ -386,7 +386,8 @@ class Embedding(Kernel):
     def pairs(self, values: Sequence[Any], left: IntArray, right: IntArray) -> FloatArray:
         vectors = self._encode([value[:TEXT_LIMIT] for value in values])
         cosine: FloatArray = np.einsum("pd,pd->p", vectors[left], vectors[right])
-        return np.clip(np.nan_to_num(cosine), 0.0, 1.0)  # some models give no vector for an empty text
+        # Some models return no vector for an empty text.
+        return np.clip(np.nan_to_num(cosine), 0.0, 1.0)
 
     def check(self) -> None:
         if find_spec("sentence_transformers") is None:  # importing it takes seconds

@@ -77,7 +77,8 @@ def find_steps(rollout: RolloutBatch, settings: TapoSettings) -> list[ToolStep]:
             raise ValueError(
                 f"TAPO: {len(rest)} rollouts have no record of tool calls, and no responses to find them in"
             )
-        if not recorded:  # padding rows hold no calls: taking them out would copy all tokens for nothing
+        # Padding rows hold no calls, so removing them would only copy all tokens.
+        if not recorded:
             rest = np.arange(len(rollout.padding))
         chosen = tokens.rows(rest)
         parsed = parse_steps(

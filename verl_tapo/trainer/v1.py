@@ -35,7 +35,8 @@ def compute_advantage_hook(wrapped: Callable[..., Any], trainer: Any, args: Any,
     """Round ``PPOTrainer._compute_advantage(batch, metrics)``; other estimators pass through untouched."""
     if trainer.config.algorithm.adv_estimator == "tapo":
         return _with_rollout(wrapped, trainer, *args, **kwargs)
-    if trainer.config.algorithm.get("tapo") is not None:  # to compare with: the tools are watched all the same
+    # Another estimator may be a baseline for TAPO, so its tools are measured too.
+    if trainer.config.algorithm.get("tapo") is not None:
         _add_metrics(trainer, *args, **kwargs)
     return wrapped(*args, **kwargs)
 
@@ -115,7 +116,8 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
     offsets = response_mask.offsets().cpu().numpy().astype(np.int64)
     extra = _extra_fields(data, len(batch))
     infos = _reward_infos(extra)
-    if settings.success_key in data:  # a colocated reward model writes its extra info as fields of their own
+    # A colocated reward model writes its extra info into separate fields.
+    if settings.success_key in data:
         column = data.pop(settings.success_key).tolist()
         infos = [{settings.success_key: value, **info} for value, info in zip(column, infos, strict=True)]
 

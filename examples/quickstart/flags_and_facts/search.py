@@ -15,7 +15,8 @@ from PIL import Image
 from flags_and_facts.world import Split, World, load_world
 
 RESULTS = 3
-MAX_DISTANCE = 60.0  # root mean square over the channels, 0 to 255: what is farther is not a flag
+# The root mean square over the channels, 0 to 255. An image farther than this is not a flag.
+MAX_DISTANCE = 60.0
 ZOOM_SIZE = (84, 63)
 MIN_ZOOM = 8  # pixels
 

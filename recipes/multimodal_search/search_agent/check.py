@@ -288,7 +288,8 @@ def _template_problems(model: Any, tools: Sequence[Any]) -> Iterator[str]:
 
     template = model.custom_chat_template
     holder: Any = None
-    for kind in (AutoTokenizer, AutoProcessor):  # the processor's is the one that counts, where there is one
+    # If there is a processor, its template counts.
+    for kind in (AutoTokenizer, AutoProcessor):
         try:
             holder = kind.from_pretrained(
                 model.tokenizer_path or model.path, trust_remote_code=model.trust_remote_code, local_files_only=True

@@ -21,7 +21,8 @@ class SearchDataset(RLHFDataset):  # type: ignore[misc]
 
     def __init__(self, data_files: Any, tokenizer: Any, config: Any, processor: Any = None, max_samples: int = -1):
         tools = load_tools(config.tool_config_path) if config.get("tool_config_path") else []
-        self._tools = [tool.name for tool in tools]  # not the tools themselves: processes that filter get a copy
+        # The tools themselves are not kept, because filtering processes get a copy of this.
+        self._tools = [tool.name for tool in tools]
         settings: Any = config.get("tool_settings") or {}
         self._settings = OmegaConf.to_container(settings, resolve=True) if OmegaConf.is_config(settings) else settings
         self._prompt = system_prompt(tools, self._settings)

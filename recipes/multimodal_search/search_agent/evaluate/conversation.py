@@ -188,7 +188,8 @@ async def _run(
 ) -> list[dict[str, str]]:
     """The tool's answer, as parts of a message; its images join the conversation's."""
     record.images_at_hand = len(pictures.images)
-    if is_broken(call.arguments):  # no back end could be sent it, and none is to blame
+    # No back end can be sent this, so none is to blame.
+    if is_broken(call.arguments):
         record.status, record.metrics = "error", {"fault": "model"}
         return _said(failed(call.tool, BROKEN))
     values = create_kwargs(question.extra_info, call.tool, agent.tool_settings)

@@ -26,7 +26,8 @@ class SearchTool(Tool, BaseTool):  # type: ignore[misc]
 
     def __init__(self, config: Mapping[str, Any], tool_schema: OpenAIFunctionToolSchema | None = None):
         schema = tool_schema or OpenAIFunctionToolSchema.model_validate({"type": "function", "function": self.schema})
-        with redirect_stdout(None):  # veRL's prints the schema, in every worker
+        # VeRL's class prints the schema in every worker.
+        with redirect_stdout(None):
             BaseTool.__init__(self, dict(config), schema)
         Tool.__init__(self, config, schema.function.name)
         self._created: dict[str, dict[str, Any]] = {}

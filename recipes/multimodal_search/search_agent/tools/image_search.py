@@ -16,7 +16,8 @@ from search_backends.providers import CachedImages, make_image_provider
 from search_backends.results import ImageHit
 from search_backends.tools import Answer, Call, ImageSettings, ProviderSettings
 
-MAX_THUMBNAIL_PIXELS = 25_000_000  # of a provider's; larger ones are left out unread
+# Larger thumbnails of a provider are left out unread.
+MAX_THUMBNAIL_PIXELS = 25_000_000
 
 
 class ImageSearchSettings(ProviderSettings, ImageSettings):
