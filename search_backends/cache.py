@@ -73,9 +73,9 @@ def cache_key(tool: str, identity: str, arguments: Mapping[str, Any], images: Se
 
     Args:
         tool: its name.
-        identity: of the provider, see `search_backends.results`.
+        identity: the provider's identity, see `search_backends.results`.
         arguments: JSON.
-        images: what the call refers to, encoded.
+        images: the encoded images that the call refers to.
 
     Raises:
         TypeError: An argument is no JSON.
@@ -185,8 +185,8 @@ class Cache:
         Args:
             key: see `cache_key`.
             compute: asks for the answer: JSON.
-            label: what people read in listings.
-            read: makes of that JSON what is returned. What it raises an exception at is asked for anew.
+            label: a readable name for listings.
+            read: turns that JSON into the return value. An answer at which it raises is asked for again.
 
         Raises:
             ModelError, InfrastructureError: As ``compute`` does, in this call or in an equal one that it waited for.

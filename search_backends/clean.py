@@ -62,7 +62,7 @@ def clean_text(text: str, *, tokenizer: Any = None) -> str:
 
     Args:
         text: any.
-        tokenizer: whose added and special tokens are taken out, besides those of the known families.
+        tokenizer: its added and special tokens are removed, besides those of the known families.
     """
     text = _SURROGATES.sub("\ufffd", text)
     text = _UNSEEN.sub("", _LINE_ENDS.sub("\n", text))
@@ -126,7 +126,7 @@ def format_image_hits(
         hits: captions and images.
         first_image_number: in the conversation, of the first of these images. None where it is not known: then they
             are called the answer's first, second and so on.
-        limit_chars: of the text.
+        limit_chars: the maximal length of the text.
 
     Raises:
         ValueError: ``limit_chars`` is less than `MIN_LIMIT_CHARS`.

@@ -132,12 +132,12 @@ class JsonClient:
         base_url: http or https.
         timeout_s: of a call, with waiting for a place, attempts and pauses. An attempt gets half of it at most, so that
             there is time for another.
-        attempts: of a call, at most.
+        attempts: the maximal number of attempts of a call.
         concurrency: attempts at a time, in one event loop.
-        max_bytes: of an answer; a longer one is an error.
+        max_bytes: the maximal size of an answer; a longer one is an error.
         headers: sent with every request.
         key: the secret among headers or parameters: it appears in no message, and 401, 402 and 403 name its variable.
-        query_fault: what a refusal (400, 413, 422) reads like where the query is to blame: then it is a ModelError.
+        query_fault: a refusal (400, 413, 422) that it matches is the query's fault, and a ModelError.
 
     Raises:
         ValueError: ``base_url`` is no such address.

@@ -40,7 +40,7 @@ def load_picture(
     Args:
         data: a PNG, JPEG, WebP, GIF or BMP file's bytes or path, a row's ``{"bytes": ..., "path": ...}``, or an image.
         max_pixels: an image with more is refused before it is decoded.
-        error: what is raised.
+        error: the exception class to raise.
 
     Raises:
         ModelError, InfrastructureError: By ``error``: there is no such image, it is broken, cut off, too large, or
@@ -158,7 +158,7 @@ def crop(
     """The region ``bbox`` of the image; a small one is enlarged.
 
     Args:
-        image: as the model sees it.
+        image: the image as the model sees it.
         bbox: what the model wrote. Four numbers, in a list or a text; two opposite corners, in any order. What lies
             outside of the image is ignored, and a region that is too small is grown around its centre.
         coordinates: what they count: pixels ("absolute", Qwen2.5-VL), or thousandths of width and height

@@ -58,9 +58,9 @@ class Toolbox:
         """Calls a tool; whatever goes wrong is an answer.
 
         Args:
-            name: of the tool.
+            name: the tool's name.
             arguments: a mapping, or JSON as a model wrote it.
-            images: of the conversation so far.
+            images: the images of the conversation so far.
             create_kwargs: the question's ``tools_kwargs`` for this tool.
             alone: whether it is the turn's only call.
         """

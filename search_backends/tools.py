@@ -173,7 +173,7 @@ class Tool(ABC):
 
     Args:
         config: see ``Settings``.
-        name: in place of the schema's.
+        name: replaces the schema's name.
 
     Raises:
         ValueError: for a setting that is unknown or out of range, the provider's and the cache's file included.

@@ -218,7 +218,7 @@ class StepRecorder:
     Args:
         folder: made where it does not exist.
         record_format: ``jsonl`` (compressed) or ``parquet``.
-        keep: how many of the newest steps' files stay; 0: all.
+        keep: the number of the newest steps' files to keep; 0: all.
 
     Raises:
         ValueError: the folder holds a file that is named as one of ours and is none, see `refuse_foreign_files`.

@@ -96,8 +96,8 @@ def read_line(stream: BinaryIO, start: int, to_its_end: bool = True) -> Line | N
     """A line of a stream of `open_utf8`; None at the stream's end.
 
     Args:
-        stream: it stands where the line begins.
-        start: where that is.
+        stream: a stream at the beginning of the line.
+        start: the position of the stream, in bytes.
         to_its_end: go on to the next line, however long this one is; else the stream stays in a line that is too long.
     """
     data = stream.readline(MAX_LINE)

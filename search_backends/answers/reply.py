@@ -34,7 +34,7 @@ def read_reply(solution: str, calls: Sequence[Mapping[str, Any]] | None, *, thin
 
     Args:
         solution: turns and tools' answers.
-        calls: of the trajectory's record; None where there is none.
+        calls: the calls in the trajectory's record; None without a record.
         think: whether a well-formed turn has a thought, between ``<think>`` (which may belong to the prompt) and
             ``</think>``.
     """

@@ -51,7 +51,7 @@ class ChatModel:
             model of them, as in training, and the calls are read here; ``hermes``, both happen here. Calls that a
             native server left in the text are read too.
         request: further keys of every request, over the others; None takes one out.
-        timeout_s: of a request with all attempts at it; one gets half of it.
+        timeout_s: seconds for a request with all its attempts; one attempt gets half of it.
         concurrency: requests at a time.
         key: sent where there is one.
 

@@ -61,11 +61,11 @@ def serve(
 
     Args:
         checkpoint: a Hugging Face folder.
-        name: of the model at the server.
-        log: what the server prints goes there.
+        name: the model's name at the server.
+        log: receives what the server prints.
         arguments: further ones of ``vllm serve``.
         start_s: seconds it may take to come up.
-        waiting: is told every second what the server printed last.
+        waiting: called every second with what the server printed last.
 
     Raises:
         ServerFailed: with the end of the log.

@@ -102,7 +102,7 @@ async def run(
         store: keeps what is done.
         concurrency: questions at a time.
         max_failures: so many may fail one after the other.
-        done: is told of each that is finished, and None of each that failed.
+        done: called with each question that is finished, and with None for each that failed.
 
     Raises:
         Outage: More than ``max_failures`` failed one after the other.

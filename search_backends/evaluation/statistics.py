@@ -53,7 +53,7 @@ def sign_test(differences: Sequence[npt.NDArray[np.float64]], seed: int = 0) -> 
 
     Args:
         differences: see `interval`.
-        seed: of random signs, where there are too many combinations to count all.
+        seed: the seed of the random signs that are used if there are too many combinations to count.
     """
     observed = abs(sum(values.mean() for values in differences))
     # Differences of one size in one benchmark: how many there are, and what one of them adds.

@@ -144,7 +144,7 @@ def read_lines(file: Path, kinds: Mapping[str, Any] = {"id": str}) -> Iterator[d
 
     Args:
         file: is read as it is iterated over.
-        kinds: what each entry must have, and of which type.
+        kinds: the required keys of each entry, and their types.
 
     Raises:
         ValueError: naming the first line that is no such entry.

@@ -66,10 +66,10 @@ class Extractor:
 
         Args:
             body: HTML or any text.
-            content_type: with its charset, where it has one.
-            max_chars: of the text; the rest is left out.
+            content_type: the content type, with its charset if it has one.
+            max_chars: the maximal length of the text; the rest is left out.
             timeout_s: after which the process is killed, whatever it waited for.
-            cpu_s: of a core, that the page may cost.
+            cpu_s: seconds of a core that the page may use.
 
         Raises:
             PageAtFault: The page is built too large, took more than ``cpu_s``, or made the process crash.

@@ -52,13 +52,13 @@ class SafeFetcher:
     used. Tried again, with random growing pauses: 408, 425, 429, 5xx, lost and refused connections, timeouts.
 
     Args:
-        timeout_s: of a fetch, with all hops, attempts and pauses. An attempt gets half of it at most.
-        max_bytes: of a body, compressed or not; a longer one is refused.
-        max_redirects: of a fetch.
-        user_agent: how it introduces itself.
-        allowed_ports: of addresses.
-        attempts: of a fetch, at most.
-        resolver: of hosts; the system's.
+        timeout_s: seconds for a fetch, with all hops, attempts and pauses. An attempt gets half of it at most.
+        max_bytes: the maximal size of a body, compressed or not; a longer one is refused.
+        max_redirects: the maximal number of redirects of a fetch.
+        user_agent: the User-Agent header.
+        allowed_ports: the ports that addresses may have.
+        attempts: the maximal number of attempts of a fetch.
+        resolver: resolves hosts; the system's by default.
         connector: opens connections to addresses that were checked; plain TCP.
         proxy: an http or https address through which all is fetched. The proxy then resolves the names: it, and not
             this class, must keep requests out of private networks.

@@ -112,7 +112,7 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
     the certificate by the host's name.
 
     Args:
-        resolver: of hosts.
+        resolver: resolves hosts.
         connector: opens the connections; its hosts are addresses that were checked.
     """
 

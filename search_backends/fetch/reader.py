@@ -71,7 +71,7 @@ class DirectReader:
 
     Args:
         config: `DirectSettings`.
-        resolver: of hosts; the system's.
+        resolver: resolves hosts; the system's by default.
         connector: opens connections; plain TCP.
 
     Raises:

@@ -57,7 +57,7 @@ class Batcher(Generic[Item]):
         search: items and topk to hits of each item; runs in ``pool``. The best k must be the first k of the best k + 1.
         threads: batches at a time.
         max_batch: items of a batch, unless a single request has more.
-        observe: is told the items of each batch.
+        observe: called with the items of each batch.
     """
 
     def __init__(

@@ -216,8 +216,8 @@ class Bm25:
     bytes a passage.
 
     Args:
-        folder: of the index; it is read through once, so that no number in it can lead out of an array.
-        passages: how many there are.
+        folder: the index's folder. It is read through once, so that no number in it can lead out of an array.
+        passages: the number of passages.
 
     Raises:
         IndexProblem: A file is damaged, or they do not belong together.

@@ -62,7 +62,7 @@ class SentenceTransformerEncoder:
 
     Args:
         model: a folder or a name.
-        prompt: what is put before each text, as E5 models want it; None for the model's own for ``role``.
+        prompt: the text before each input, as E5 models need it; None for the model's own for ``role``.
         role: whether texts are queries or passages; images have none.
 
     Raises:

@@ -42,7 +42,7 @@ class Index:
     """Documents and the searches over them. Any number of threads may search.
 
     Args:
-        folder: of a finished index.
+        folder: the folder of a finished index.
         text: None for what `choose_text_search` chooses.
 
     Attributes:

@@ -43,7 +43,7 @@ def encode(
 
     Args:
         read: gives the items of a range of positions.
-        advance: is told of items done.
+        advance: called with the number of items done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file, start, stop in _shards(folder, count, shard):
@@ -127,7 +127,7 @@ def check_file(file: Path, sealed: Any, *, binary: bool) -> None:
     another.
 
     Args:
-        file: of an index.
+        file: the file of an index.
         sealed: what `seal` said when it was built. None for an index of before there were seals: a process of its own
             reads it then, and searches in it once.
         binary: whether it holds hashes.
@@ -182,7 +182,7 @@ class VectorSearch:
     last digits of a model's vectors depend on what is encoded in the same batch.
 
     Args:
-        file: of FAISS's; one that nobody vouches for is looked at by `check_file` first.
+        file: a FAISS index. One from an unknown source is checked by `check_file` first.
 
     Raises:
         IndexProblem: Damaged, or made for another encoder or number of documents.

@@ -116,7 +116,7 @@ class Evidence:
         What the call itself asked for may come back as an echo, and an image may show anything: neither can be told.
 
         Args:
-            arguments: of the call.
+            arguments: the call's arguments.
             text: the whole answer's.
             images: whether the answer holds images.
         """

@@ -109,7 +109,7 @@ def resolve_images(
             `image_index` reads it, or a list of such. Negative ones count from the end.
         images: identities of the trajectory's images, in order. Where it makes many calls, `Images` spares work.
         base: 0 or 1, what indices count from; None where not known: the one reading that exists, or both together.
-        at_hand: how many of the images there were when the call was made; None for all of them.
+        at_hand: the number of images that existed when the call was made; None for all of them.
     """
     count = len(images) if at_hand is None else min(at_hand, len(images))
     if count <= 0:

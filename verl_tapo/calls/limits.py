@@ -95,7 +95,7 @@ class CallCount:
 
         Args:
             tool: its name.
-            number: of the turn's well-formed calls before it.
+            number: the number of well-formed calls before it in the turn.
         """
         parallel = self._limits.max_parallel_calls
         if number >= parallel:
@@ -112,7 +112,7 @@ class CallCount:
         malformed calls.
 
         Args:
-            problems: what is wrong with each of its calls; None for a well-formed one.
+            problems: for each of its calls what is wrong with it, None for a well-formed one.
         """
         self._malformed_turns += bool(problems) and all(problems)
         return self._malformed_turns > self._limits.max_malformed_turns

@@ -18,7 +18,7 @@ def model_inputs(
     Args:
         prompt: token ids, with as many image tokens as the images have patches to be shown.
         images: PIL images, in the order of the prompt.
-        processor: as veRL's ``hf_processor`` returns it; None for a text model.
+        processor: the result of veRL's ``hf_processor``; None for a text model.
         processor_options: ``data.mm_processor_kwargs``.
 
     Returns:

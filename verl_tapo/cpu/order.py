@@ -16,8 +16,8 @@ def in_prompt_order(rows: Mapping[str, T], prompts: Mapping[str, Any]) -> dict[s
     """Sorts a partition's rows.
 
     Args:
-        rows: by key, ``{uid of the prompt}_{rollout}_{output}``.
-        prompts: by uid, in their order.
+        rows: the rows by key, ``{uid of the prompt}_{rollout}_{output}``.
+        prompts: the prompts by uid, in their order.
     """
     position = {uid: number for number, uid in enumerate(prompts)}
 

@@ -68,7 +68,7 @@ def build_processor(
     """A Qwen-VL processor round a tokenizer.
 
     Args:
-        tokenizer: with a chat template and Qwen's vision tokens (`VISION_TOKENS`).
+        tokenizer: a tokenizer with a chat template and Qwen's vision tokens (`VISION_TOKENS`).
         family: a key of `FAMILIES`.
         min_pixels: smaller images are enlarged to as many pixels, > 0.
         max_pixels: larger images are reduced to as many pixels; a token of the model sees 28 x 28 of them

@@ -47,7 +47,7 @@ class Sampling:
         Args:
             params: ``logprobs`` and ``seed`` are no business of this class; None counts as not given.
             max_tokens: that there is room for.
-            end_tokens: of the model.
+            end_tokens: the model's end tokens.
 
         Raises:
             ValueError: for a parameter that is out of range, or not known here: a run that silently samples otherwise
@@ -93,7 +93,7 @@ def draw(logits: Tensor, rows: Sequence[Sampling], seen: Sequence[Sequence[int]]
 
     Args:
         logits: (rows, vocabulary), float32; tokens that must not be drawn are -inf.
-        rows: how each is sampled.
+        rows: the sampling settings of each row.
         seen: each row's tokens so far, prompt included.
         noise: a uniform number in [0, 1) for each row.
 

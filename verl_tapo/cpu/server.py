@@ -54,7 +54,7 @@ class TransformersServer:
     Args:
         config: veRL's rollout configuration.
         model_config: veRL's model configuration.
-        replica_rank: of this server, from 0.
+        replica_rank: this server's number, from 0.
     """
 
     def __init__(self, config: Any, model_config: Any, replica_rank: int) -> None:

@@ -19,7 +19,7 @@ def knob(default: Any, sentence: str, check: Check) -> Any:
 
     Args:
         default: its default.
-        sentence: what it does; `verl_tapo/conf/tapo.yaml` is made from it.
+        sentence: a description; `verl_tapo/conf/tapo.yaml` is made from it.
         check: asked whenever settings are made.
     """
     return field(default=default, metadata={"sentence": " ".join(sentence.split()), "check": check})

@@ -135,9 +135,9 @@ class RunMonitor:
         """Warns where rollouts come without a record, although the recording agent loop is the default.
 
         Args:
-            records: of real rows.
+            records: the records of real rows.
             agent_loop: the default agent loop, where it is known.
-            agent_names: what the data set's rows have in the column ``agent_name``; none where there is none.
+            agent_names: returns the data set's column ``agent_name``; empty without one.
         """
         missing = sum(not isinstance(record, Mapping) for record in records)
         if agent_loop != RECORDING_LOOP or not missing or "unrecorded" in self._told:

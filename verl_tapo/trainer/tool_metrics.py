@@ -73,7 +73,7 @@ def tool_metrics(records: Sequence[Any], tools: Collection[str] = ()) -> dict[st
     without a record.
 
     Args:
-        records: of real rows only, no padding.
+        records: the records of real rows only, without padding.
         tools: those that were executed in earlier batches: they have metrics where they are not called, too.
     """
     known = [record for record in records if isinstance(record, Mapping)]

@@ -205,7 +205,7 @@ def write(
     """Writes ``NAME.parquet``.
 
     Args:
-        name, place, options: of the source.
+        name, place, options: the source's name, its location and its options.
         out: the folder.
         evaluated: questions of evaluation; those of this source are added, or left out where it is for training.
         dropped: a text file that gets a line for each row that is left out.

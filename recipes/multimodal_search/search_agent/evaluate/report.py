@@ -85,7 +85,7 @@ def results(
     Args:
         entries: finished questions.
         failures: attempts that failed: their tool calls count for the tools.
-        undone: how many questions are not finished.
+        undone: the number of questions that are not finished.
         about: label, settings, versions.
     """
     by_benchmark: dict[str, list[Mapping[str, Any]]] = {}

@@ -18,7 +18,7 @@ class SearchTool(Tool, BaseTool):  # type: ignore[misc]
 
     Args:
         config: see ``Settings``.
-        tool_schema: in place of the class's own: another description for the model, say.
+        tool_schema: replaces the class's own schema, for example with another description.
 
     Raises:
         ValueError: as `Tool`.
