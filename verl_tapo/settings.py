@@ -46,15 +46,15 @@ class TapoSettings(Knobs):
     )
     success_key: str = knob(
         "acc",
-        """Key in the reward function's returned dict that says whether a rollout succeeded; the score where it is
-        missing.""",
+        """Key in the reward function's returned dict that says whether a rollout succeeded. Without the key the score
+        decides.""",
         text("a non-empty string"),
     )
-    success_threshold: float = knob(0.5, "A rollout succeeded where that value is at least this.", finite)
+    success_threshold: float = knob(0.5, "A rollout succeeded if that value is at least this.", finite)
     step_source: StepSource = knob(
         "auto",
-        """"recorded": by the agent loop tapo_tool_agent; "parsed": out of the tokens; "auto": recorded where there is a
-        record, else parsed.""",
+        """"recorded": from the records of the agent loop tapo_tool_agent; "parsed": from the tokens; "auto": recorded
+        if there is a record, else parsed.""",
         choice(*get_args(StepSource)),
     )
     tool_format: str | None = knob(
@@ -64,43 +64,39 @@ class TapoSettings(Knobs):
     )
     error_markers: tuple[str, ...] = knob(
         (),
-        "Texts that a failing tool's answer starts with, besides those of veRL's own loop; such calls get no credit.",
+        "Texts that begin a failing tool's answer, besides those of veRL's own loop; such calls get no credit.",
         texts,
     )
     image_parameters: tuple[str, ...] = knob(
         ("image", "images", "image_index", "image_idx", "image_id", "img", "img_idx"),
-        "Call parameters that hold the index of an image: compared by the image, not by the index.",
+        "Call parameters that hold the index of an image. They are compared by the image, not by the index.",
         texts,
     )
     image_index_base: int | None = knob(
         None,
-        """Whether such indices count from 0 or from 1; null: not known, two are the same only where both readings
-        agree.""",
+        """The first index of an image, 0 or 1. null: unknown; two calls are then equal only if both readings agree.""",
         choice(None, 0, 1),
     )
     write_tool_mask: bool = knob(True, "Write the tool mask to the batch, as the field tapo_tool_mask.", truth)
-    patience: int = knob(
-        20, "Training steps after which a tool named in `tools` that never occurred is reported; 0: never.", whole
-    )
+    patience: int = knob(20, "Training steps after which unused tools of `tools` are reported; 0: never.", whole)
     max_fault_rate: float | None = knob(
         None,
-        """Share of a step's tool calls, recorded by tapo_tool_agent, that may fail through no fault of the model (a
-        search service that is down), and of its prompts' rollouts that may be missing (an inference server that died),
-        0 to 1; beyond it the run ends. null: no limit. Under other estimators too, but for a veRL that patches/ has
-        changed.""",
+        """End the run if more than this share of a step's tool calls, recorded by tapo_tool_agent, failed for
+        infrastructure reasons (a search service that is down), or of its rollouts is missing (an inference server that
+        died), 0 to 1. null: no limit. It holds under other estimators too, except in a veRL changed by patches/.""",
         number(1, null=True),
     )
     record_dir: str | None = knob(
         None,
-        """A folder for a file of records in every training step, which `verl-tapo audit` reads; null: none. Of its own:
-        only records of a step that is done again are replaced, and a folder with other files of such names is
-        refused.""",
+        """A folder for a file of records in every training step, which `verl-tapo audit` reads; null: none. It must be
+        the records' own folder: only records of a repeated step are replaced, and a folder with other files of such
+        names is refused.""",
         text("a folder or null", null=True),
     )
     record_format: RecordFormat = knob(
-        "jsonl", "Of these files: jsonl (compressed) or parquet.", choice(*get_args(RecordFormat))
+        "jsonl", "The format of these files: jsonl (compressed) or parquet.", choice(*get_args(RecordFormat))
     )
-    record_keep: int = knob(0, "How many of the newest steps' files stay; 0: all.", whole)
+    record_keep: int = knob(0, "The number of newest steps whose files are kept; 0: all.", whole)
 
     def to_mapping(self) -> dict[str, Any]:
         """All settings as the block that `from_mapping` takes."""

@@ -28,18 +28,19 @@ class Grounding(Knobs):
 
     witnesses: bool = knob(
         False,
-        """Successes in which no tool's answer held an accepted answer are no witnesses, and do not count in the
-        support.""",
+        """If true, successes in which no tool's answer held an accepted answer are no witnesses, and do not count in
+        the support.""",
         truth,
     )
     own: bool = knob(
         False,
-        "In a failing rollout the calls up to the one whose answer held an accepted answer lose their penalty.",
+        "If true, a failing rollout's calls up to the first whose answer held an accepted answer lose their penalty.",
         truth,
     )
     luck: bool = knob(
         False,
-        "Calls of a success in which no tool's answer held an accepted answer earn no reward. It lowers advantages.",
+        """If true, calls of a success in which no tool's answer held an accepted answer earn no reward. This lowers
+        advantages.""",
         truth,
     )
 
@@ -84,12 +85,12 @@ class TapoConfig(Knobs):
 
     beta: float = knob(
         0.8,
-        "Scale of the transfer, >= 0; 0 turns TAPO off, but for `grounding`. [paper: 0.8 was the best of those tried]",
+        "Scale of the transfer, >= 0; 0 turns TAPO off, except `grounding`. [paper: 0.8 was the best of those tried]",
         number(),
     )
     theta: float = knob(
         0.8,
-        "Similarity from which on two calls are the same action, 0 to 1. [paper has it; the value is ours]",
+        "The least similarity at which two calls are the same action, 0 to 1. [paper has it; the value is ours]",
         number(1),
     )
     alpha_min: float = knob(
@@ -106,30 +107,30 @@ class TapoConfig(Knobs):
     )
     scope: Scope = knob(
         "group",
-        'Where witnesses are looked for: "group" is the rollouts of the same prompt, "batch" all of them. [ours]',
+        'Which rollouts give witnesses: "group", those of the same prompt; "batch", all. [ours]',
         choice(*get_args(Scope)),
     )
     use_support: bool = knob(
         True,
-        "Weigh the transfer with the share of successful rollouts that hold the call; false is the paper's ablation.",
+        "Weight the transfer by the share of successful rollouts that hold the call; false is the paper's ablation.",
         truth,
     )
     clip: bool = knob(True, "Never lift an advantage past 0; false is the paper's ablation (unstable there).", truth)
     tools: Mapping[str, Mapping[str, KernelSpec]] | None = knob(
         None,
-        """Information-acquisition tools and how their parameters compare, {tool: {parameter: kernel}}; kernels: exact,
-        text, iou, {kernel: number, scale: S}, embedding, ignore; parameters not named: exact. null takes what the
-        tools' classes declare (an attribute `kernels`, {parameter: kernel}; None stays out); else it decides by
-        name, and logs it once a tool [ours]: tools stay out whose names say that they end the rollout, or run, make
-        or change things (finish, answer, python, click, write_file ...); what is named like a query, keyword,
-        question or prompt compares as text, like a box as iou; a reason or thought does not count, nor does a label
-        beside a box; calls without any argument that counts are left out.""",
+        """Information-acquisition tools and how their parameters compare, {tool: {parameter: kernel}}. Kernels: exact,
+        text, iou, {kernel: number, scale: S}, embedding, ignore. Parameters that are not named: exact. null takes what
+        the tools' classes declare (an attribute `kernels`, {parameter: kernel}, or None to stay out). Otherwise names
+        decide, and the log says so once for each tool [ours]. Tools stay out if their names say that they end the
+        rollout, or run, make or change things (finish, answer, python, click, write_file ...). Parameters named like
+        a query, keyword, question or prompt compare as text, those named like a box as iou. A reason or thought is
+        ignored, and so is a label beside a box. Calls without any argument that counts are left out.""",
         _tools,
     )
     grounding: Grounding = knob(
         Grounding(),
-        """What follows where a tool's answer held an accepted answer of the prompt, or none did; what cannot be told
-        (yes, a colour, a year; no ground truth; images) changes nothing. [ours]""",
+        """What the rule does if a tool's answer held an accepted answer of the prompt, or none did. Unknown cases
+        (yes, a colour, a year; no ground truth; images) change nothing. [ours]""",
         _grounding,
     )
     _kernels: dict[str, dict[str, Kernel]] = field(init=False, repr=False, compare=False, default_factory=dict)
