@@ -123,7 +123,7 @@ class Call:
         if len(value) > longest:
             raise ModelError(f"{name} has {len(value)} characters; at most {longest} are allowed")
         try:
-            # Both halves of a pair, escaped one by one, are a character; one alone is none, and cannot be sent.
+            # Both halves of a surrogate pair, escaped one by one, are a character. One alone cannot be sent.
             value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
         except UnicodeDecodeError:
             raise ModelError(f"{name} contains an unpaired surrogate, which is not valid text") from None

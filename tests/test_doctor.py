@@ -193,7 +193,7 @@ GOOD = "tools:\n  - class_name: MODULE.Search\n    config: {type: native}" + SCH
         (GOOD.replace("MODULE", "nowhere_at.all"), "there is no module 'nowhere_at.all'; is its folder on PYTHONPATH?"),
         (GOOD.replace("MODULE.Search", "Search"), "there is no module 'Search'; is its folder on PYTHONPATH?"),
         (GOOD.replace("MODULE.Search", "MODULE.Serach"), "veRL cannot load the tools of "),
-        (GOOD.replace("        name: search\n", ""), "tools[0] (MODULE.Search): its tool_schema is none: "),
+        (GOOD.replace("        name: search\n", ""), "tools[0] (MODULE.Search): its tool_schema is invalid: "),
         (GOOD.replace("type: native", "type: native, fail: raise"), "ConnectionError: the index is not there"),
         (GOOD.replace("type: native", "type: native, fail: exit"), "SystemExit: no key"),
         ("tools:\n  - config: {type: native}", "tools[0] has no class_name"),

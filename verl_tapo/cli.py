@@ -315,7 +315,7 @@ def _examine_tools(config: Any, rule: TapoConfig, findings: Findings) -> _Rows:
     from verl_tapo.trainer.tools_check import config_problems, load, participation, rule_problems
 
     if config_problems(config)[0]:
-        return []  # told already
+        return []  # already reported
     try:
         tools = load(config)
     except ValueError as error:

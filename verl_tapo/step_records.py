@@ -221,7 +221,7 @@ class StepRecorder:
         keep: the number of the newest steps' files to keep; 0: all.
 
     Raises:
-        ValueError: the folder holds a file that is named as one of ours and is none, see `refuse_foreign_files`.
+        ValueError: the folder holds a foreign file with a name like ours, see `refuse_foreign_files`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], record_format: RecordFormat = "jsonl", keep: int = 0) -> None:

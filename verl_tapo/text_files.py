@@ -52,7 +52,7 @@ def open_utf8(path: str | os.PathLike[str], in_order: bool = True) -> Iterator[B
 
     Args:
         path: a file, whatever its name.
-        in_order: it is read from front to back. Otherwise what is compressed is copied first, as far as it can be read.
+        in_order: True to read from front to back. Otherwise a compressed file is first decompressed to a copy.
 
     Raises:
         UnknownCompression: it is compressed, and not with gzip.

@@ -170,7 +170,7 @@ class Judge:
         """The verdict.
 
         Raises:
-            NoVerdict: There is none on this answer, and there is no use in waiting.
+            NoVerdict: The judge gives no verdict on this answer, and waiting would not help.
             JudgeOutage: See the class.
         """
         start = time.monotonic()

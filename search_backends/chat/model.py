@@ -56,7 +56,7 @@ class ChatModel:
         key: sent where there is one.
 
     Raises:
-        ValueError: ``base_url`` is none.
+        ValueError: ``base_url`` is not an address.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ def find_vllm() -> str:
     """The command ``vllm``: this environment's, or one on the PATH.
 
     Raises:
-        ServerFailed: There is none.
+        ServerFailed: vLLM is not installed.
     """
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     command = shutil.which("vllm", path=places)

@@ -50,7 +50,7 @@ def read_results(file: Path) -> Mapping[str, Mapping[str, Any]]:
     """Reads the results in a pickle, by the question's id.
 
     Raises:
-        ValueError: It is none, or holds something else.
+        ValueError: It is not a pickle, or holds something else.
     """
     try:
         with file.open("rb") as stream:
@@ -83,7 +83,7 @@ def keyed(results: Mapping[str, Mapping[str, Any]], questions: Sequence[Path]) -
     first.
 
     Raises:
-        ValueError: A file of questions is none of ours.
+        ValueError: `search_agent.data.prepare` did not write a file of questions.
     """
     done = set()
     for file in questions:

@@ -121,7 +121,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     )
     few = [f"{name} ({count})" for name, count in found["questions"].items() if count < FEW_QUESTIONS]
     if few:
-        parts.append(f"**Few questions**: {', '.join(few)}. Only large differences can be told from chance there.")
+        parts.append(f"**Few questions**: {', '.join(few)}. Only large differences exceed chance there.")
     for row in found["rows"]:
         if row["left_out"]:
             parts.append(f"{row['label']}: {row['left_out']} question(s) left out, others have not done them.")

@@ -43,7 +43,7 @@ class Store:
     - ``settings.json``.
 
     Args:
-        folder: made where there is none.
+        folder: the output folder; it is created if missing.
         settings: what must be the same whenever the evaluation is continued; plain JSON. The hashes under ``data``
             must agree for the files that both runs name.
 

@@ -57,7 +57,7 @@ def is_public(address: str) -> bool:
 
 
 def check_url(url: str | httpx.URL, allowed_ports: Collection[int]) -> httpx.URL:
-    """The address, parsed, if it may be read as far as can be told without asking for its host.
+    """Parses an address that may be read, as far as is known without resolving its host.
 
     Raises:
         ModelError: It may not.

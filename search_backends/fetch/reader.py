@@ -143,7 +143,7 @@ class DirectReader:
         if rules is None:
             try:
                 text = (await self._fetcher.fetch(str(site))).body[:_ROBOTS_BYTES].decode("utf-8", "replace")
-            except ModelError:  # there is none
+            except ModelError:  # the site has no robots.txt
                 text = ""
             rules = RobotFileParser()
             await asyncio.to_thread(rules.parse, text.splitlines())

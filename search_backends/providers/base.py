@@ -125,7 +125,7 @@ class ImageAddresses:
         """The address of the image ``key``.
 
         Raises:
-            ModelError: It is none of the prompt's.
+            ModelError: It is not an image of the prompt.
             InfrastructureError: The file does not know it.
         """
         address: str | None = self._addresses.get(require_key(key))

@@ -41,7 +41,7 @@ def accepted_answers(ground_truth: Any) -> list[str | Range]:
             ``{"wikidata": 324, "range": [291.6, 356.4]}``, as InfoSeek has it; or one of these as JSON in a text.
 
     Raises:
-        ValueError: There is none, or something that is no answer.
+        ValueError: The answer is missing, or is not an answer.
     """
     try:
         read = list(islice(_read(ground_truth), MOST_ANSWERS + 1))

@@ -71,7 +71,7 @@ class Evidence:
         """Returns whether the text holds an accepted answer.
 
         Returns:
-            True: it holds one that means something. None: nothing can be told; it holds one that many texts hold, or
+            True: it holds one that means something. None: unknown, because it holds one that many texts hold, or
             only its beginning was searched. False: it holds none.
         """
         if not self._telling:
@@ -113,7 +113,7 @@ class Evidence:
     def sight(self, arguments: Mapping[str, Any], text: str, *, images: bool = False) -> bool | None:
         """Returns whether the answer to a call showed an accepted answer (`ToolStep.seen`).
 
-        What the call itself asked for may come back as an echo, and an image may show anything: neither can be told.
+        The answer may echo what the call asked for, and an image may show anything; both cases are unknown.
 
         Args:
             arguments: the call's arguments.

@@ -39,7 +39,7 @@ IMAGE_STARTS = (
 )
 """Tokens that occur once for each image."""
 IMAGE_PLACEHOLDERS = ("[IMG]", "<image>", "<|image|>")
-"""Tokens that are repeated for an image's patches; looked at where the vocabulary has none of `IMAGE_STARTS`."""
+"""Tokens that are repeated for an image's patches. They count if the vocabulary has none of `IMAGE_STARTS`."""
 
 Fallback: TypeAlias = Callable[[Sequence[int]], list[tuple[str, str]]]
 
@@ -173,7 +173,7 @@ class ToolCallParser:
             (answer, ANSWER << number)
             for number, answer in enumerate((expected | {answer.marker: answer for answer in KNOWN_ANSWERS}).values())
         ]
-        # An observation is no answer where answers begin with a token of their own, and it has none.
+        # An observation is not an answer if answers begin with a token of their own, and it has no such token.
         added = tuple(tokenizer.get_added_vocab())
         self._always_marked = any(marker.decode().startswith(added) for marker in expected)
         markers = [(answer.marker, bit) for answer, bit in self._answers]

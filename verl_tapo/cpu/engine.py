@@ -14,7 +14,7 @@ class _CpuEngine:
     engine_config: Any
 
     def _build_fsdp_module(self, module: Any) -> Any:
-        # A reference policy would be offloaded to pinned memory of the CPU: there is none without an accelerator.
+        # A reference policy would be offloaded to pinned CPU memory, which does not exist without an accelerator.
         config = self.engine_config
         self.engine_config = copy.copy(config)
         for name in ("forward_only", "offload_policy"):

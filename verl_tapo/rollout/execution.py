@@ -194,7 +194,7 @@ class Execution:
         """Returns the call's result.
 
         Raises:
-            ToolFailed: whatever it raised; SystemExit and KeyboardInterrupt as well, but for those of a real signal.
+            ToolFailed: for whatever it raised, also SystemExit and KeyboardInterrupt unless a real signal caused them.
             NoAnswer: it did not return in time.
         """
         # In a task of its own, a tool's cancellation is not the trajectory's; and one that does not heed its own is

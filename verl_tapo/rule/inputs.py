@@ -23,7 +23,7 @@ _ROW_BLOCK = 16
 
 
 class Batch(NamedTuple):
-    """A batch: B rows, L tokens, T rollouts (one a row, unless told otherwise), S tool-use steps."""
+    """A batch: B rows, L tokens, T rollouts (one per row by default), S tool-use steps."""
 
     policy: TokenArray
     """(B, L) the response mask, 1 on policy tokens."""

@@ -110,7 +110,7 @@ class Reference:
         return self.success[row] and self.a[row] > 0 and not lucky
 
     def grounded(self, row: int) -> bool | None:
-        """(9) Whether some tool's answer held an accepted answer; None where that cannot be told."""
+        """(9) Returns whether some tool's answer held an accepted answer; None if that is unknown."""
         sights = [step.seen for step in self.steps if step.row == row]
         if True in sights:
             return True

@@ -40,7 +40,7 @@ class ToolStep(NamedTuple):
     ok: bool = True
     """The call was executed and answered without an error."""
     seen: bool | None = None
-    """The whole answer of the tool held an accepted answer of the prompt; None where that cannot be told."""
+    """True if the whole answer of the tool held an accepted answer of the prompt; None if that is unknown."""
 
     def span(self, token_scope: TokenScope) -> tuple[int, int]:
         """The half-open token span that this step covers under ``token_scope``."""

@@ -148,7 +148,7 @@ def _entry_problem(entry: Any) -> str | None:
         try:
             OpenAIFunctionToolSchema.model_validate(entry["tool_schema"])
         except Exception as error:  # pydantic's
-            return f"({name}): its tool_schema is none: {_line(error)}"
+            return f"({name}): its tool_schema is invalid: {_line(error)}"
     return None
 
 

@@ -18,7 +18,7 @@ def system_prompt(tools: Iterable[Any], settings: Settings | None = None) -> str
     """The system prompt, which tells of these tools; of one that has no ``prompt`` it says nothing.
 
     Raises:
-        ValueError: A setting is none.
+        ValueError: A setting is invalid.
     """
     sentences = [tool.prompt((settings or {}).get(tool.name) or {}) for tool in tools if hasattr(tool, "prompt")]
     sentences = list(filter(None, sentences))

@@ -187,7 +187,7 @@ def marks_of(file: Path) -> Iterator[tuple[str, Mark]]:
     """Yields the marks by which the questions of an earlier file are recognised.
 
     Raises:
-        ValueError: It is none of ours.
+        ValueError: `prepare` did not write the file.
     """
     for where, row, _ in read_rows(str(file)):
         try:

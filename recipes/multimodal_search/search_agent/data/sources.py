@@ -109,7 +109,7 @@ def source_of(name: str) -> Source:
     """The source of a name; ``custom_...`` are custom ones.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No such source.
     """
     key = "custom" if name.startswith("custom_") else name
     if key not in SOURCES:
@@ -145,7 +145,7 @@ def answers_of(row: Mapping[str, Any], source: Source) -> list[str]:
     """Accepted answers as `accepted_answers` reads them again, the canonical one first, none twice.
 
     Raises:
-        ValueError: There is none, or something that is no answer.
+        ValueError: The answer is missing, or is not an answer.
     """
     found = [find(row, [column]) for column in source.answer]
     return [answer.to_json() if isinstance(answer, Range) else answer for answer in accepted_answers(found)]

@@ -240,7 +240,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     limits = Limits.from_agent_loop(args.agent_loop, max_turns=args.max_turns, max_parallel_calls=args.calls_per_turn)
     settings = _settings(args, limits)
     if args.checkpoint and not args.policy:
-        console.print("without --policy the tools do not know what training told them (data.tool_settings)")
+        console.print("without --policy the tools lack training's settings (data.tool_settings)")
     rewards = {"match": settings["match"], "judge": args.judge}
     try:
         read_settings(rewards)

@@ -50,7 +50,7 @@ class Limits(CallLimits):
         """Returns the limits that the agent loop's YAML sets, and others.
 
         Raises:
-            ValueError: for a file that is no such YAML, or a limit that is none.
+            ValueError: The file is not such a YAML, or a limit is invalid.
         """
         try:
             loops = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -29,7 +29,7 @@ def load_tools(path: str | Path) -> list[Any]:
     """The tools of a file as veRL's ``multi_turn.tool_config_path`` takes it.
 
     Raises:
-        ValueError: The file is none, there is no such class, its settings are wrong, or its provider's key is missing.
+        ValueError: The file is no tools YAML, a class or a provider's key is missing, or settings are wrong.
         FileNotFoundError
     """
     if not Path(path).is_file():
