@@ -49,7 +49,8 @@ class Part:
 
 
 def medians(*functions: Callable[[], Any], repeats: int) -> list[float]:
-    """Median seconds of each, taken in turn so that the machine's moods strike all alike; after one call to warm up."""
+    """Returns the median seconds of each function. They are called in turn, after one warm-up call,
+    so that changes in the machine's load affect all alike."""
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
         function()

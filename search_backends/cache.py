@@ -227,7 +227,7 @@ class Cache:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     async def _find_or_lease(self, key: str, read: Callable[[Any], Any]) -> _Found | _Failed | _Lease:
-        """The answer; or how the call failed that was waited for; or our lease."""
+        """Returns the answer, or the failure of the call that was waited for, or our lease."""
         token, seen, pause_s = uuid4().hex, "", _POLL_S[0]
         while True:
             state = await self._run(self._look, key, token, seen, read)

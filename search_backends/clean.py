@@ -71,7 +71,8 @@ def clean_text(text: str, *, tokenizer: Any = None) -> str:
 
 
 def cut(text: str, limit_chars: int) -> str:
-    """The text's beginning, with a note that says how much is missing, at most ``limit_chars`` long.
+    """Returns the text's beginning, at most ``limit_chars`` long, with a note of how much is
+    missing.
 
     The cut is at the end of a line or a word, if one ends in the last quarter. The note is left out
     if it does not fit.
@@ -162,7 +163,8 @@ def _entry(title: str, url: str, text: str) -> str:
 
 
 def _fit(entries: Sequence[str], label: str, limit_chars: int) -> str:
-    """The entries in a fence, at most ``limit_chars`` long together; the last are left out where there are too many."""
+    """Returns the entries in a fence, at most ``limit_chars`` long together. If there are too many,
+    the last are left out."""
     if limit_chars < MIN_LIMIT_CHARS:
         raise ValueError(f"limit_chars must be at least {MIN_LIMIT_CHARS}, got {limit_chars}")
     room = limit_chars - len(fence("", label))

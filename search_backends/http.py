@@ -1,4 +1,4 @@
-"""JSON over HTTP: bounded in time and size, retried where that may help, and every failure is somebody's."""
+"""JSON over HTTP: limited in time and size, repeated if that may help, with a fault for every failure."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class ImageHit:
     text: str = ""
     url: str = ""
     image: bytes | None = None
-    """The thumbnail, as PNG, JPEG or WebP, where the provider has one."""
+    """The thumbnail, as PNG, JPEG or WebP; None if the provider has none."""
     score: float | None = None
 
     def to_json(self) -> dict[str, Any]:

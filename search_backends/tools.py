@@ -152,7 +152,7 @@ class Call:
 
     @property
     def next_image(self) -> int | None:
-        """The number that a new image gets; None where another call of the turn may return one first."""
+        """The number of the next new image; None if another call of the turn may return one first."""
         return len(self.images) + 1 if self.alone else None
 
 
@@ -245,7 +245,7 @@ class Tool(ABC):
         return found, {"cache_hit": hit}
 
     async def check(self) -> str | None:
-        """The provider's identity, where there is one; a service is asked for it.
+        """Returns the provider's identity, or None without a provider; a service is asked for it.
 
         Raises:
             InfrastructureError: It does not answer.

@@ -113,7 +113,7 @@ def _audit(parser: argparse.ArgumentParser, audit: argparse.ArgumentParser, give
 
 
 def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False) -> int:
-    """Prints the examination; 0 where TAPO would run, else 1."""
+    """Prints the examination; returns 0 if TAPO would run, else 1."""
     findings = Findings()
     _show("Versions", [("python", sys.version.split()[0]), ("verl-tapo", __version__), *_versions()])
     with contextlib.nullcontext() if verbose else _quiet():
@@ -254,7 +254,7 @@ def _compose(name: str, overrides: Sequence[str], findings: Findings) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    """An error's first paragraph; Hydra and OmegaConf add where in their object tree they were, on lines of its own."""
+    """Returns an error's first paragraph; Hydra and OmegaConf append their position in the object tree."""
     lines = [line.strip() for line in str(error).strip().partition("\n\n")[0].splitlines()]
     lines = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type="))]
     return " ".join(lines) or type(error).__name__

@@ -26,7 +26,7 @@ itself then, and nothing is wrapped but the constructors."""
 
 @dataclass
 class Hook:
-    """One place where the plug-in meets veRL."""
+    """One place where the plug-in changes veRL."""
 
     module: str
     target: str

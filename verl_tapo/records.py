@@ -1,7 +1,8 @@
 """The record of a trajectory's tool calls, as `tapo_tool_agent` writes it to ``extra_fields["tapo_steps"]``.
 
-One plain dict per trajectory (plain, so that it crosses veRL's TransferQueue, Ray and JSON dumps unharmed; a dict, not
-a list, because veRL V0 packs lists of equal length into broken object arrays)::
+A record is one plain dict per trajectory. It is plain, so that it crosses veRL's TransferQueue, Ray
+and JSON dumps unharmed. It is a dict, because veRL V0 packs lists of equal length into broken
+object arrays::
 
     {"version": 1,
      "images": ["<identity>", ...],            # every image of the trajectory, in order, prompt images first

@@ -1,4 +1,4 @@
-"""All of ``algorithm.tapo``: the rule's settings, and how a run feeds it.
+"""All settings in ``algorithm.tapo``: those of the rule, and those of a run.
 
 In a run it is one block of veRL's Hydra configuration. Its file is generated from this module and
 `verl_tapo.rule.config`::

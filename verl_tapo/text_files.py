@@ -1,4 +1,5 @@
-"""Text files as people have them: compressed or not, whatever the name says; with a byte order mark; of Windows."""
+"""Reads text files of any origin: compressed or not, whatever the name; with a byte order mark;
+with Windows line ends."""
 
 from __future__ import annotations
 

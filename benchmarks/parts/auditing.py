@@ -63,7 +63,7 @@ def write_dump(folder: Path, trajectories: int) -> None:
 
 
 def in_a_process(code: str, folder: Path) -> tuple[float, float | None]:
-    """Seconds, and the most memory in MB, of a process of its own on one core; without the imports' seconds."""
+    """Returns seconds, without those of imports, and the peak memory in MB, of a separate process on one core."""
     settings = {"tools": {tool: dict(kernels) for tool, kernels in CONFIG.tools.items()}}
     command = [sys.executable, "-c", CHILD.format(code=code), str(folder), json.dumps(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

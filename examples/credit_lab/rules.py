@@ -118,7 +118,7 @@ def calib_adv(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable])
 
 @register_kernel("lab_product")
 class Product(Kernel):
-    """The product of the parameters' kernels, where the project takes their minimum."""
+    """The product of the parameters' kernels; the project uses their minimum."""
 
     def __init__(self, kernels: Mapping[str, KernelSpec]) -> None:
         self._kernels = {name: make_kernel(spec) for name, spec in kernels.items()}

@@ -137,7 +137,7 @@ def timed(run: Run, warm_starts: Path) -> pd.DataFrame:
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Exits where another study writes to ``folder``."""
+    """Exits if another study writes to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:

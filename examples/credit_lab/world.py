@@ -70,19 +70,19 @@ class World:
     group: int = 8
     """Rollouts a prompt, G."""
     skip: float = 0.1
-    """Warm start: how often an agent answers instead of making the next call."""
+    """Warm start: the probability that the agent answers instead of making the next call."""
     wrong: float = 0.3
-    """Warm start: how often a parameter of a call is wrong."""
+    """Warm start: the probability that a parameter of a call is wrong."""
     near: float = 0.3
-    """Warm start: how often a region is one beside the right one; it does as well."""
+    """Warm start: the probability that a region is one beside the right one, which works as well."""
     wrong_answer: float = 0.3
-    """Warm start: how often the answer is the distractor: misassignment that training can remove."""
+    """Warm start: the probability that the answer is the distractor: misassignment that training can remove."""
     guess: float = 0.0
-    """Warm start: how often the answer is the popular entity, whatever was found."""
+    """Warm start: the probability that the answer is the popular entity, whatever was found."""
     chance: float = 0.0
-    """Grounding: how often a tool's answer without the right entity is taken to hold it."""
+    """Grounding: the probability that a tool's answer without the right entity is taken to hold it."""
     reworded: float = 0.0
-    """Grounding: how often a tool's answer with the right entity is not seen to hold it."""
+    """Grounding: the probability that a tool's answer with the right entity is not seen to hold it."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -234,7 +234,7 @@ class Episode:
         return len(self.right) == self.world.calls and all(self.right)
 
     def token(self, token: int) -> list[int]:
-        """Takes the agent's next token; returns the tool's answer where that token ended a call."""
+        """Takes the agent's next token, and returns the tool's answer if that token ended a call."""
         self._turn.append(token)
         self.position += 1
         if token != END:

@@ -1,4 +1,5 @@
-"""Trains the quickstart's model through veRL's own trainer, shows how it goes, and sums it up.
+"""Trains the quickstart's model with veRL's own trainer, shows the progress, and summarizes the
+result.
 
     python examples/quickstart/run.py                                # TAPO, 10 steps
     python examples/quickstart/run.py --advantage grpo --loss gspo --steps 40 --seed 2
@@ -35,7 +36,7 @@ PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")
 
 
 class Failure(Exception):
-    """Something a person can mend; the message says how."""
+    """A problem that the user can fix; the message says how."""
 
 
 def quoted(path: Path) -> str:
@@ -223,7 +224,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def validation(entry: dict[str, Any]) -> float | None:
-    """Success rate on the validation questions, where this step has one."""
+    """The success rate on the validation questions, if this step has one."""
     return next((float(value) for key, value in entry.items() if SUCCESS.fullmatch(key)), None)
 
 

@@ -152,7 +152,7 @@ class Judge:
         self._warned_at = -_WARN_S
 
     def require(self) -> None:
-        """Does nothing but raise `JudgeOutage` where the judge was given up."""
+        """Raises `JudgeOutage` if the judge was given up."""
         if self._given_up:
             raise JudgeOutage(self._given_up)
 
@@ -252,7 +252,7 @@ class Judge:
         return verdict, not hit
 
     async def _ask(self, asked: list[dict[str, str]]) -> bool:
-        """One question, and another where the reply is no verdict."""
+        """Asks once, and again if the reply is not a verdict."""
         for reminder in ("", _REMINDER):
             content = [*asked[:-1], {**asked[-1], "content": asked[-1]["content"] + reminder}]
             body = {**self._request, "model": self._settings.model, "messages": content}

@@ -1,7 +1,8 @@
 """Messages of a conversation, in the forms that different servers expect.
 
-A message's content is a list of parts, ``{"type": "text", "text": ...}`` or ``{"type": "image", "image": NAME}``, where
-the name is that of the image's content: so conversations can be kept without their images.
+A message's content is a list of parts, ``{"type": "text", "text": ...}`` or ``{"type": "image",
+"image": NAME}``. The name is derived from the image's content, so conversations can be stored
+without their images.
 """
 
 from __future__ import annotations

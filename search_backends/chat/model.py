@@ -35,7 +35,7 @@ class Refused(Exception):
 
 
 def _arguments(call: RequestedCall, written: Any) -> str:
-    """A call's arguments as they are sent back: the model's own text where a server can read it."""
+    """A call's arguments as they are sent back: the model's own text if a server can read it."""
     if isinstance(written, str) and written and not is_broken(call.arguments):
         return whole(written)
     return whole(json.dumps(call.arguments, ensure_ascii=False))
@@ -92,7 +92,7 @@ class ChatModel:
         await self._client.close()
 
     async def check(self) -> None:
-        """Finds out whether the server is there and has the model, as far as it says.
+        """Checks that the server runs and, if it says so, has the model.
 
         Raises:
             InfrastructureError: It is not there.

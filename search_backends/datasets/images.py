@@ -166,7 +166,7 @@ def read_picture(data: bytes) -> Image.Image:
 
 
 def encoded(data: bytes, picture: Image.Image, max_pixels: int) -> bytes:
-    """The image's own bytes where the model can take them as they are, else JPEG."""
+    """Returns the image's own bytes if the model can take them, else a JPEG."""
     small = fit(picture, max_pixels=max_pixels, min_side=28)
     with Image.open(io.BytesIO(data)) as original:
         upright = original.getexif().get(0x0112, 1) == 1

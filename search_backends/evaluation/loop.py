@@ -47,7 +47,7 @@ class Task(Protocol):
 
 
 class Watch:
-    """Shows how far it is: a bar on a terminal, now and then a line elsewhere."""
+    """Shows the progress: a bar on a terminal, an occasional line elsewhere."""
 
     def __init__(self, console: Console, total: int, done: int):
         self._console, self._total, self._done = console, total, done

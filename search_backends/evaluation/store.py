@@ -118,7 +118,7 @@ class Store:
         _append(self._failed_file, entry)
 
     def failures(self) -> Iterator[dict[str, Any]]:
-        """All of them, of earlier runs too."""
+        """All entries, including those of earlier runs."""
         return read_lines(self.folder / FAILED, _OF_FAILURE)
 
     def write(self, name: str, text: str) -> None:

@@ -86,7 +86,7 @@ def _is_public_name(host: str) -> bool:
 
 
 class SystemResolver:
-    """The system's resolver, in threads of its own: one that hangs holds up nobody else."""
+    """The system's resolver in its own threads, so that a hanging lookup blocks nothing else."""
 
     def __init__(self, threads: int = 16) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="search-resolve")

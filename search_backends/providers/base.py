@@ -135,7 +135,7 @@ class ImageAddresses:
 
 
 def require_key(key: str | None) -> str:
-    """``key``, where the image has one: only the prompt's own images do.
+    """Returns ``key`` if the image has one, as only the prompt's own images do.
 
     Raises:
         ModelError

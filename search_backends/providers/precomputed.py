@@ -29,7 +29,7 @@ class PrecomputedSettings(Settings):
 
 
 def write(path: str | Path, results: Iterable[tuple[str, list[ImageHit]]]) -> int:
-    """Writes a file of results, whole or not at all; returns how many images it has.
+    """Writes a file of results, completely or not at all; returns the number of images.
 
     Args:
         path: replaced where it exists.

@@ -118,7 +118,7 @@ async def drive(url: str, queries: Sequence[str], concurrency: int, requests: in
 
 
 def memory(process: int) -> str:
-    """A process's resident memory, and how much of it is not just files that are mapped."""
+    """Returns a process's resident memory, and the part of it that is not mapped files."""
     try:
         status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except OSError:  # not Linux

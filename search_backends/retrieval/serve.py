@@ -305,7 +305,7 @@ class _Measured:
 
 
 def make_app(service: Service, failed: Callable[[], None]) -> FastAPI:
-    """The application; ``failed`` is called where the index cannot be loaded."""
+    """Returns the application. It calls ``failed`` if the index cannot be loaded."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

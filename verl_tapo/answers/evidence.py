@@ -141,7 +141,7 @@ class _Phrase:
 
 
 def _written(arguments: Mapping[str, Any]) -> str:
-    """The texts and numbers in a call's arguments, as far as anyone looks."""
+    """Returns the texts and numbers in a call's arguments, up to a limit."""
     texts: list[str] = []
     waiting: list[Any] = list(arguments.values())
     for _ in range(_MOST_PARTS):

@@ -80,7 +80,8 @@ _BETWEEN_WORDS = re.compile(r"(?<!\d) | (?!\d)")
 
 
 def tokens(text: str) -> Tokens:
-    """The words of an answer in the form in which they are compared; one character each where spaces mark no words.
+    """Returns an answer's words in the form in which they are compared; single characters in
+    scripts without spaces.
 
     Empty only for blank text: a text of nothing but punctuation stays as it is.
     """

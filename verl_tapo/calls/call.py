@@ -25,9 +25,9 @@ class Call(NamedTuple):
     """One call as an assistant turn holds it."""
 
     tool: str
-    """Name of the called tool, `MALFORMED` where the call could not be parsed."""
+    """The name of the called tool; `MALFORMED` if the call could not be parsed."""
     arguments: dict[str, Any]
-    """Parsed arguments, empty where malformed."""
+    """The parsed arguments; empty if the call is malformed."""
     start: int
     """Where the call begins in the turn, opening marker included: in bytes of the text, or in tokens."""
     end: int

@@ -1,4 +1,5 @@
-"""Tool-call formats: how calls are written, in text. `verl_tapo.calls.tokens` finds them in tokens.
+"""Tool-call formats: the written form of calls in text. `verl_tapo.calls.tokens` finds them in
+tokens.
 
 What counts as a call, its name and its arguments agree with veRL's own parser of the same name
 (``verl/experimental/agent_loop/tool_parser.py``, the contract). Different from it, a call that cannot be used is not
@@ -435,7 +436,7 @@ class Format(NamedTuple):
     inner: bytes = b""
     """Stands between opening and closing."""
     section: bytes = b""
-    """Stands somewhere in the turn, before its calls where they are written as they should be."""
+    """A marker in the turn, which well-written turns have before their calls."""
     unclosed: bool = False
     """A block may be closed by the turn's end."""
     responses: tuple[bytes, ...] = (b"<tool_response>",)
@@ -532,6 +533,6 @@ def read_call(fmt: Format, text: str, start: int, end: int) -> Call:
 
 
 def read_text(fmt: Format, text: bytes) -> tuple[list[Call], int]:
-    """The calls of a turn's text, and 1 where a last opening marker begins no call, else 0."""
+    """Returns the calls of a turn's text, and 1 if a last opening marker begins no call, else 0."""
     found, unclosed = fmt.find(fmt, text)
     return [read_call(fmt, decode(part), start, stop) for start, stop, part in found], int(unclosed)

@@ -23,9 +23,9 @@ _PLAIN_INDEX = re.compile(r"-?\d+(\.0*)?")
 
 
 def image_index(value: Any) -> int | None:
-    """The index of an image that an argument gives, however a model writes it: a whole number, of any type, its text
-    (also with the word ``image`` before it), or a list of one. None for anything else, truth values included.
-    """
+    """Reads the index of an image in any form that models write: a whole number of any type, its
+    text (also after the word ``image``), or a list of one. None for anything else, including truth
+    values."""
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     if isinstance(value, str):

@@ -1,7 +1,7 @@
 """Tool-use steps out of a rollout's tokens, for rollouts that did not record them.
 
-How a call is written is the business of `verl_tapo.calls.formats`, how markers are found in tokens that of
-`verl_tapo.calls.tokens`. Here calls get their spans in tokens, and their answers.
+`verl_tapo.calls.formats` knows the written form of calls, and `verl_tapo.calls.tokens` finds
+markers in tokens. Here calls get their spans in tokens, and their answers.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class ToolCallParser:
         return _Turns(*(column.tolist() for column in columns)), seen
 
     def read(self, ids: list[int]) -> tuple[list[Call], int]:
-        """The calls in the tokens from a turn's first marker on, and 1 where a last one begins no call, else 0."""
+        """Returns the calls in the tokens from a turn's first marker on, and 1 if a last one begins no call, else 0."""
         if self._fallback and not self.native:
             return self._read_by_fallback(ids), 0
         places: Sequence[int] = range(len(ids))
@@ -337,7 +337,7 @@ def _flat(name: str, values: Any) -> IntArray:
 
 
 class ParsedBatch(NamedTuple):
-    """Tool-use steps of a batch, and how many calls went wrong, and how."""
+    """Tool-use steps of a batch, and the numbers of calls that went wrong."""
 
     steps: list[ToolStep]
     """The steps found so far, ordered by the given rows, then by token; malformed calls included."""
@@ -439,11 +439,12 @@ def parse_steps(
 ) -> ParsedBatch:
     """The tool-use steps of a batch of rollouts, out of their tokens.
 
-    A maximal run of policy tokens is an assistant turn; what the mask leaves out between it and the next turn is the
-    observation. The k-th call of a turn has the k-th answer of its observation. Stock loops answer only the calls
-    that veRL's parser returns, `tapo_tool_agent` all of them: where there are as many answers as calls, they belong
-    together one by one, else the calls that veRL drops are left out. A step is ``ok`` where its call could be parsed,
-    has an answer, and the answer is no error.
+    A maximal run of policy tokens is an assistant turn, and the masked tokens up to the next turn
+    are the observation. The k-th call of a turn gets the k-th answer of its observation. Stock
+    loops answer only the calls that veRL's parser returns; `tapo_tool_agent` answers all of them.
+    If there are as many answers as calls, they are paired one by one; otherwise the calls that veRL
+    drops are skipped. A step is ``ok`` if its call could be parsed, has an answer, and the answer
+    is no error.
 
     Args:
         parser: for the rollouts' tool format and tokenizer.

@@ -1,8 +1,8 @@
 """A tokenizer's tokens as bytes, and a search for markers in token ids.
 
-Speed: a table over the vocabulary flags the few token ids in which a marker may begin, so that one ``take`` over the
-flat batch finds every place worth looking at; only tokens between markers are ever turned into text, by joining their
-bytes.
+For speed, a table over the vocabulary flags the few token ids in which a marker may begin. One
+``take`` over the flat batch then finds all candidates, and only tokens between markers are turned
+into text, by joining their bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images of prompts, read by Pillow alone where qwen-vl-utils, which veRL uses, lacks torchvision."""
+"""Reads the images of prompts with Pillow alone if qwen-vl-utils, which veRL uses, lacks torchvision."""
 
 from __future__ import annotations
 

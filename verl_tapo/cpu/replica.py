@@ -1,4 +1,4 @@
-"""``actor_rollout_ref.rollout.name=transformers``: where veRL finds the server, and how weights get there."""
+"""``actor_rollout_ref.rollout.name=transformers``: makes the server known to veRL, and transfers the weights."""
 
 from __future__ import annotations
 

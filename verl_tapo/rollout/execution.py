@@ -25,7 +25,7 @@ from verl_tapo.calls.call import CallStatus
 logger = logging.getLogger(__name__)
 
 _STALL_S = 1.0
-"""Seconds beyond its timeout from which on a tool is said to hold the event loop; and how often that is looked at."""
+"""Seconds beyond its timeout after which a tool is reported to block the event loop, and the interval of checks."""
 _INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 _told: set[tuple[str, str]] = set()
@@ -76,8 +76,8 @@ def _named(error: BaseException) -> str:
 class _Signals:
     """Tells an interrupt of the process from one that a tool raises itself.
 
-    Python raises the exception of a signal wherever the main thread happens to be, in a tool's code as well. So while
-    tools run in the main thread, its handlers also note that a signal came.
+    Python raises a signal's exception wherever the main thread happens to be, even in a tool's
+    code. So while tools run in the main thread, its handlers also note that a signal came.
     """
 
     def __init__(self) -> None:

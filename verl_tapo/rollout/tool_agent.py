@@ -1,10 +1,11 @@
 """``tapo_tool_agent``: veRL's tool agent loop, with a record of every tool call, and no call left unanswered.
 
-What it does differently from the stock loop: malformed calls and calls beyond ``max_parallel_calls`` are answered with
-a message, where the stock loop drops them silently; every tool has a timeout, and plain functions a thread of their own
-(see `verl_tapo.rollout.execution`); whatever a tool raises or returns is an answer, never a crash; control tokens in a
-tool's text do not reach the prompt; and each call's exact token spans, parsed arguments, status, latency and images are
-written to ``extra_fields["tapo_steps"]`` (see `verl_tapo.records`).
+It differs from the stock loop in five points. Malformed calls and calls beyond
+``max_parallel_calls`` are answered with a message; the stock loop drops them silently. Every tool
+has a timeout, and plain functions have their own thread (see `verl_tapo.rollout.execution`).
+Whatever a tool raises or returns becomes an answer, never a crash. Control tokens in a tool's text
+do not reach the prompt. Each call's exact token spans, parsed arguments, status, latency and images
+are written to ``extra_fields["tapo_steps"]`` (see `verl_tapo.records`).
 
 A tool is given a copy of ``agent_data``. As in the stock loop, its next call in the trajectory sees
 what it stored in ``extra_fields`` or as an attribute of its own. It cannot change the trajectory's
@@ -71,7 +72,7 @@ _ANSWER_CHARS = 4096
 
 
 class RecordedCall(FunctionCall):  # type: ignore[misc]
-    """A call as the stock loop handles it, and where its record is."""
+    """A call in the stock loop's form, with the position of its record."""
 
     position: int
     """The index of the call's record in the trajectory's record."""
@@ -475,7 +476,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         return _Answer(response, number, status, kept, seen)
 
     async def _sight(self, arguments: Mapping[str, Any], text: str, images: bool) -> bool | None:
-        """`Evidence.sight`; of long texts in a thread, as it takes a second for a million characters."""
+        """Returns `Evidence.sight`. Long texts are searched in a thread, because a million characters take a second."""
         looking = partial(self._evidence.sight, arguments, text, images=images)
         if not self._evidence.tells or len(text) < _LONG_TEXT:
             return looking()

@@ -68,7 +68,7 @@ def read_batch(
 
 
 def as_array(tensor: torch.Tensor) -> TokenArray:
-    """The tensor as an array: a view of its memory, a copy only where NumPy cannot have one."""
+    """Returns the tensor as an array: a view of its memory, or a copy if NumPy cannot have one."""
     tensor = tensor.detach().cpu().resolve_neg()
     small = tensor.is_floating_point() and tensor.dtype not in _NUMPY_FLOATS
     return (tensor.float() if small else tensor).numpy()

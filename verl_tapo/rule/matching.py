@@ -222,9 +222,8 @@ def compared_pairs(calls: Calls, is_witness: BoolArray) -> Iterator[tuple[IntArr
 
 
 def _similarities(left: IntArray, right: IntArray, parameters: list[Parameter]) -> FloatArray:
-    """(P,) ``s(u, v)`` of pairs of calls: the minimum over the parameters; 0 where only one call has a parameter;
-    1 for calls without parameters.
-    """
+    """(P,) ``s(u, v)`` of pairs of calls: the minimum over the parameters; 0 if only one call has a
+    parameter; 1 for calls without parameters."""
     result = np.ones(len(left))
     for name, kernel, values, of_call in parameters:
         try:

@@ -45,7 +45,7 @@ class _Group(NamedTuple):
 
 
 def call_similarity(u: ToolStep, v: ToolStep, cfg: TapoConfig) -> float:
-    """``s(u, v)`` of two calls of one tool: the minimum over the parameters that count; 0 where only one has one."""
+    """``s(u, v)`` of two calls of one tool: the minimum over the parameters that count, 0 if only one call has one."""
     values = [1.0]
     for name in {**u.arguments, **v.arguments}:
         kernel = cfg.kernel(u.tool, name)
@@ -157,7 +157,7 @@ class Reference:
         return step.tool == other.tool and (self.cfg.scope == "batch" or self.index[step.row] == self.index[other.row])
 
     def linked(self, witnesses: list[int]) -> list[list[int]]:
-        """(3) Connected components of the witness steps, linked where ``s >= theta``."""
+        """(3) Connected components of the witness steps, linked if ``s >= theta``."""
         components, left = [], list(witnesses)
         while left:
             component, frontier = [], [left.pop(0)]

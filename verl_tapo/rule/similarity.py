@@ -1,4 +1,4 @@
-"""Parameter kernels: how alike two values of one tool parameter are, in [0, 1].
+"""Parameter kernels: the similarity of two values of one tool parameter, in [0, 1].
 
 A kernel is a *class*: an instance is made from the options a configuration gives it (``scale`` for ``number``), and it
 compares pairs of values, many at a time. Values pass through `Kernel.prepare` first; two values with equal prepared
@@ -41,16 +41,17 @@ class Kernel(ABC):
     name: str = ""
     """Under which it was made, see `make_kernel`."""
     identity_only: ClassVar[bool] = False
-    """True where the similarity of different values is 0: `pairs` is not asked then."""
+    """True if different values always have similarity 0: then `pairs` is not called."""
     ignores: ClassVar[bool] = False
-    """True where the parameter does not count at all, present or absent."""
+    """True if the parameter does not count at all, present or absent."""
 
     def prepare(self, value: Any) -> Hashable:
         """The value's canonical, hashable form: values with equal forms are equal. Default:
         `verl_tapo.rule.values.canonical`.
 
-        None for a value that is not of the kernel's kind, and so for one over which `prepare` raises: it is equal to
-        values with the same canonical form, and unlike all others. Models write values of any type.
+        None for a value that is not of the kernel's kind, or for which `prepare` raises. Such a
+        value is equal to those with the same canonical form, and unlike all others. Models write
+        values of any type.
         """
         return canonical(value)
 

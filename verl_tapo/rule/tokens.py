@@ -1,4 +1,4 @@
-"""Parts 8 and 9 of the rule on tokens: which are corrected, and by how much."""
+"""Parts 8 and 9 of the rule on tokens: the corrected tokens, and the size of the correction."""
 
 from __future__ import annotations
 

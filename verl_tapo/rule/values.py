@@ -41,7 +41,7 @@ def canonical(value: Any) -> Hashable:
     NaN [ours]. Bytes, arrays, tensors and images compare by type and content, values of other types by type and text.
     A value with more than `MAX_ITEMS` parts, or one that cannot be read, equals only itself.
 
-    The form of a container is flat, so that neither hashing nor printing it depends on how deep the value is.
+    The form of a container is flat, so that hashing and printing it do not depend on its depth.
     """
     if isinstance(value, str):
         return fold_text(value)
@@ -180,7 +180,7 @@ _SIDES = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "
 def finite_number(value: Any) -> float | None:
     """A number that a tool or a reward function returned, as a float.
 
-    None where it is no number, complex, NaN, infinite or beyond what a float can hold.
+    None if it is not a number, complex, NaN, infinite or beyond a float.
     """
     try:
         if hasattr(value, "item") and not isinstance(value, str | bytes | Mapping):

@@ -18,7 +18,7 @@ _NO_GROUP_ESTIMATORS = frozenset({"gae", "remax", "optimal_token_baseline", "tir
 
 
 def check_run(config: Any) -> TapoSettings | None:
-    """Checks the configuration of a run; None where the run does not use TAPO.
+    """Checks the configuration of a run; None if the run does not use TAPO.
 
     Raises:
         ValueError: naming the setting, where TAPO would not run or would do nothing.

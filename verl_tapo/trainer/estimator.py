@@ -49,7 +49,7 @@ def make_parser(rollout: RolloutBatch, settings: TapoSettings) -> ToolCallParser
 
 
 def find_steps(rollout: RolloutBatch, settings: TapoSettings) -> list[ToolStep]:
-    """The tool-use steps of a batch, recorded or parsed, by row; none of padding rows."""
+    """Returns the tool-use steps of a batch's real rows, recorded or parsed, by row."""
     steps: list[ToolStep] = []
     real = np.flatnonzero(~rollout.padding)
     recorded = []
@@ -270,7 +270,7 @@ def _record(
     steps: Sequence[ToolStep],
     report: CreditReport,
 ) -> None:
-    """Hands the step to the recorder. Where the trainer does not tell the step's number, steps are counted."""
+    """Hands the step to the recorder. If the trainer does not give the step's number, steps are counted."""
     if _RecorderCache.recorder is None or _RecorderCache.settings is not settings:
         _RecorderCache.settings = settings
         _RecorderCache.recorder = StepRecorder(str(settings.record_dir), settings.record_format, settings.record_keep)

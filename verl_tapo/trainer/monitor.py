@@ -132,7 +132,7 @@ class RunMonitor:
     def check_records(
         self, records: Sequence[Any], agent_loop: str | None, agent_names: Callable[[], Iterable[Any]]
     ) -> None:
-        """Warns where rollouts come without a record, although the recording agent loop is the default.
+        """Warns if rollouts come without a record although the recording agent loop is the default.
 
         Args:
             records: the records of real rows.

@@ -68,7 +68,7 @@ class RolloutBatch:
     reward_infos: Sequence[Mapping[str, Any]]
     """B mappings: the reward function's extra info."""
     records: Sequence[Any]
-    """B records of `verl_tapo.records`, None where the agent loop wrote none."""
+    """B records of `verl_tapo.records`; None if the agent loop wrote none."""
     tokens: Callable[[], Tokens | None]
     """The response tokens, None if the trainer has none. It is called only if steps have to be parsed."""
     prompt_ids: Callable[[int], Sequence[int]]
@@ -81,29 +81,29 @@ class RolloutBatch:
     """Groups the rows that are outputs of one trajectory, for loops that return several. None: each
     row is one."""
     keys: Sequence[str] | None = None
-    """(B,) veRL's ``{uid}_{session}_{output}``, where the trainer has them."""
+    """(B,) veRL's ``{uid}_{session}_{output}``; None if the trainer has none."""
     reward_model: Callable[[int], Any] = lambda row: None
     """The data set's column ``reward_model`` of a row, which holds the ground truth. It is called
     only if steps have to be parsed."""
     step: int | None = None
-    """Number of the training step; None where the trainer does not tell."""
+    """The number of the training step; None if the trainer does not give it."""
     part: int = 0
     """Number of the batch within the training step."""
     tokenizer: Any = None
     tool_format: str | None = None
     """The tool format the rollout is configured for."""
     tools: Tools | None = None
-    """Names of the tools, and the parameters that each requires, where the configuration tells."""
+    """The tools' names and the parameters that each requires; None if the configuration does not say."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Filled by the estimator, for the trainer's logger."""
     fields: dict[str, torch.Tensor] = field(default_factory=dict)
     """(B, L) tensors, filled by the estimator, to be written to the batch."""
     agent_loop: str | None = None
-    """The default agent loop, where the trainer's configuration names one."""
+    """The default agent loop; None if the trainer's configuration names none."""
     agent_names: Callable[[], Iterable[Any]] = tuple
     """The data set's column ``agent_name``, which overrides the default loop. It is asked for once."""
     unreadable: str | None = None
-    """A success value that is no number, where `success` met one."""
+    """A success value that is not a number, if `success` met one."""
 
     def success(self, settings: TapoSettings) -> npt.NDArray[np.bool_]:
         """(B,) success ``y``: the reward info's ``success_key``, else the score, at ``success_threshold`` or above.

@@ -41,7 +41,7 @@ class RolloutOutage(RuntimeError):
 
 
 def check_rollouts(sessions: int, prompts: int, each: int, max_fault_rate: float | None) -> None:
-    """Ends the run where rollouts got lost, as when an inference server died.
+    """Ends the run if rollouts got lost, for example because an inference server died.
 
     Args:
         sessions: rollouts that came.
@@ -122,7 +122,7 @@ def odd_reward_parts(infos: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int,
 
 
 def check_outage(metrics: Mapping[str, float], max_fault_rate: float | None) -> None:
-    """Ends the run where tools are down.
+    """Ends the run if tools are down.
 
     Raises:
         ToolOutage: where more executed calls than ``max_fault_rate`` (None: no limit) failed through no fault of the

@@ -153,7 +153,8 @@ def _entry_problem(entry: Any) -> str | None:
 
 
 def load(config: Any) -> Parameters | None:
-    """Loads the tools as veRL's agent loops do, with whatever their constructors do; None where none are configured.
+    """Loads the tools as veRL's agent loops do, including their constructors; None if none are
+    configured.
 
     Raises:
         ValueError: veRL cannot load them.

@@ -48,7 +48,8 @@ def declared_tools(multi_turn: Any) -> Tools | None:
     """Returns the tools of a run as veRL's configuration ``multi_turn`` declares them, or None if
     it does not.
 
-    It does not where tools are functions or bring their schema with them: neither is imported here.
+    It does not declare tools that are functions or bring their own schema: neither is imported
+    here.
     """
     path = multi_turn.get("tool_config_path")
     if not path or multi_turn.get("function_tool_path"):

@@ -15,7 +15,7 @@ Settings = Mapping[str, Mapping[str, Any]]
 
 
 def system_prompt(tools: Iterable[Any], settings: Settings | None = None) -> str:
-    """The system prompt, which tells of these tools; of one that has no ``prompt`` it says nothing.
+    """Returns the system prompt for these tools. A tool without ``prompt`` is not mentioned.
 
     Raises:
         ValueError: A setting is invalid.

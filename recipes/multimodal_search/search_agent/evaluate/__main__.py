@@ -51,7 +51,7 @@ PACKAGES = ("verl", "verl-tapo", "vllm", "transformers")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, checked as far as they go without the disk."""
+    """Parses the arguments, with all checks that need no disk."""
     parser = argparse.ArgumentParser(
         "python -m search_agent.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -107,7 +107,7 @@ def opening(question: Question, prompt: str, pictures: Pictures) -> list[Message
 
 
 async def converse(question: Question, agent: Agent) -> Conversation:
-    """Asks the model, runs the tools it calls, and so on until it calls none or a limit is reached.
+    """Asks the model and runs the tools it calls, until it calls none or a limit is reached.
 
     Raises:
         Undone: The server or a tool's back end failed: this says nothing of the model.
