@@ -47,7 +47,7 @@ _COMMON = frozenset(
 )
 _ALONE = re.compile(f"[{ALONE}]")
 _EDGE = re.compile(rf"\s+|[{ALONE}]|[^\w\s.,'\u2019+#&%$-]")
-"""Between words; not within a number."""
+"""Matches what separates words, and never matches within a number."""
 _POSSESSIVE = re.compile("['\u2019]s\\b")
 _AROUND = " \t\r\n.,;:!?"
 _LETTERS_ONLY = re.compile(r"[^\W\d_]+")
@@ -90,7 +90,8 @@ class Evidence:
         return None if len(text) > LONGEST_TEXT else False
 
     def place_in(self, text: str) -> tuple[int, int] | None:
-        """Where the first accepted answer stands that means something, nearly: with what is written without a space.
+        """Finds the first accepted answer that means something, including adjacent text without a
+        space.
 
         Returns:
             the first and the last + 1 of its characters; None where `seen_in` is not True.

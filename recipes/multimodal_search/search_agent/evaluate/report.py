@@ -52,7 +52,7 @@ def _summary(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _grounding(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Whether the tools' answers held an accepted answer, as in training's metrics ``tapo/grounding/``."""
+    """Returns whether the tools' answers held an accepted answer, as in training's metrics ``tapo/grounding/``."""
     sights = [(row, SIGHTS[step.get("seen")]) for row, entry in enumerate(entries) for step in _steps(entry)]
     holder, seen = np.array(sights, dtype=np.int64).reshape(-1, 2).T
     success = np.array([entry["acc"] >= TapoSettings.success_threshold for entry in entries], dtype=bool)
@@ -115,7 +115,7 @@ def results(
 
 
 def _grounding_table(found: Mapping[str, Any]) -> list[str]:
-    """What the tools found, by benchmark; nothing where that cannot be told."""
+    """Returns the table of the tools' findings by benchmark; empty if they are unknown."""
     if not found["all"]["grounding"].get("told"):
         return []
     summaries = {**found["benchmarks"], "**all**": found["all"]}
