@@ -111,7 +111,7 @@ def _read_json_call(text: str) -> tuple[str, Any]:
     if not isinstance(call, dict):
         raise _BadCall("the call is not a JSON object", dropped=True)
     if not isinstance(call.get("name"), str):
-        raise _BadCall("the call has no 'name' that is a string", dropped=True)
+        raise _BadCall("the call has no string 'name'", dropped=True)
     if "arguments" not in call:
         raise _BadCall("the call has no 'arguments'", dropped=True)
     return call["name"], call["arguments"]
@@ -517,7 +517,7 @@ def _check(text: str, name: str, arguments: Any) -> None:
         try:
             (name + json.dumps(arguments, ensure_ascii=False)).encode()
         except UnicodeEncodeError:
-            raise _BadCall("the call holds half a surrogate pair") from None
+            raise _BadCall("the call contains an unpaired surrogate") from None
 
 
 def read_call(fmt: Format, text: str, start: int, end: int) -> Call:
