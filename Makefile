@@ -22,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE :=
 INSTALL := -m pip install --quiet --no-compile
 CONSTRAINED := $(INSTALL) $(if $(LATEST),--upgrade,--constraint constraints.txt)
 
-# For example: make quickstart ARGS="--loss gspo --steps 40"; make test ARGS="tests/test_similarity.py"
+# For example: make quickstart ARGS="--loss gspo --steps 40"; make test ARGS="tests/rule/test_similarity.py"
 ARGS ?=
 # Test processes. More than cores make nothing faster; each takes up to 2 GB.
 JOBS ?= 2

@@ -1,7 +1,7 @@
 """The recipe, its retrieval service and its data, as in its own tests; and what the text-only runs share."""
 
 import pytest
-from multimodal_search.test_recipe_run import data, index, recipe, service
+from recipe.test_recipe_run import data, index, recipe, service
 
 __all__ = ["data", "index", "recipe", "service", "text_world"]
 

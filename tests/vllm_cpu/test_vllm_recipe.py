@@ -7,7 +7,7 @@ import yaml
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs this, in an environment of its own")
 
-from multimodal_search.test_recipe_run import MODEL, train
+from recipe.test_recipe_run import MODEL, train
 from transformers import AutoTokenizer
 from vllm_cpu.vllm_runs import (
     OVERRIDES,

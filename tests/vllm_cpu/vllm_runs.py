@@ -33,7 +33,7 @@ ANSWER_END = "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
 def environment(trajectories: Path, *folders: Path) -> dict[str, str]:
     """What a run gets besides: where to write its trajectories, and our modules, after those of other folders."""
     return {
-        "PYTHONPATH": os.pathsep.join(map(str, [*folders, HERE.parent])),
+        "PYTHONPATH": os.pathsep.join(map(str, [*folders, HERE.parent, HERE.parent / "support"])),
         FILE_VARIABLE: str(trajectories),
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_NO_USAGE_STATS": "1",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-RULE_TESTS = ["tests/test_credit_golden.py", "tests/test_credit_laws.py", "tests/test_bad_input.py"]
+ROOT = Path(__file__).parents[2]
+RULE_TESTS = ["tests/rule/test_credit_golden.py", "tests/rule/test_credit_laws.py", "tests/rule/test_bad_input.py"]
 
 
 def run(*command: object, cwd: Path, **variables: str) -> str:

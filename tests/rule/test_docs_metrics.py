@@ -18,7 +18,7 @@ from verl_tapo.trainer.estimator import compute_tapo_advantage
 
 pytest.importorskip("verl.trainer.ppo.ray_trainer")
 
-TEXT = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| `([a-z]+/[^`]+)`( †)? \| .+? \| ([^|]+?) \|", re.MULTILINE)
 RANGES = {"0 to 1": (0, 1), "-1 to 1": (-1, 1), "0 or more": (0, float("inf")), "any": (-float("inf"), float("inf"))}
 

@@ -41,7 +41,7 @@ def test_each_comes_first_some_day_however_often_tests_run(count, every):
 def test_long_tests_come_last_and_are_skipped_by_name_after_the_deadline(tmp_path, until, skipped):
     for name in ("test_a.py", "test_b.py"):
         (tmp_path / name).write_text(SUITE)
-    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text(encoding="utf-8"))
+    (tmp_path / "conftest.py").write_text((Path(__file__).parents[1] / "conftest.py").read_text(encoding="utf-8"))
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = long\naddopts = --import-mode=importlib\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TESTS_", "PYTEST_"))}
     command = [sys.executable, "-m", "pytest", "-v", "-rs", "-p", "no:cacheprovider", str(tmp_path)]
@@ -63,7 +63,7 @@ def test_output_that_is_no_text_passes_between_test_processes(tmp_path):
     (tmp_path / "test_a.py").write_text(
         "import logging\n\ndef test_a():\n    logging.warning('half a \\ud83d pair')\n    raise ValueError('\\udc00')\n"
     )
-    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text(encoding="utf-8"))
+    (tmp_path / "conftest.py").write_text((Path(__file__).parents[1] / "conftest.py").read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--numprocesses", "1", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "INTERNALERROR" not in done.stdout

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "credit_lab"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "credit_lab"))
 
 import report
 import study

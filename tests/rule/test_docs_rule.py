@@ -1,12 +1,12 @@
 """`docs/rule.md` links each part of the rule to its lines: each link is to the first line of the function it names.
 
-python tests/test_docs_rule.py mends the lines.
+python tests/rule/test_docs_rule.py mends the lines.
 """
 
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "rule.md"
 LINK = re.compile(r"\[`(\w+)`\]\(\.\./([\w/]+\.py)#L(\d+)\)")
 

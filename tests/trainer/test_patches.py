@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WHEELS = Path(os.environ.get("VERL_WHEELS", Path(sys.prefix) / "wheels"))
 HOOKS = """
 import importlib, verl, verl_tapo.plugin as plugin
@@ -60,15 +60,21 @@ def run(tree, *arguments):
 @pytest.mark.parametrize(
     ("patch", "version", "tests", "least", "status"),
     [
-        ("verl-0.8.0.patch", "0.8.0", ["test_trainer_v0.py", "patched_trainers.py"], 45, "not needed: veRL is patched"),
+        (
+            "verl-0.8.0.patch",
+            "0.8.0",
+            ["trainer/test_trainer_v0.py", "support/patched_trainers.py"],
+            45,
+            "not needed: veRL is patched",
+        ),
         (
             "verl-0.9.1.patch",
             "0.9.1",
-            ["test_trainer_v0.py", "test_trainer_v1.py", "patched_trainers.py"],
+            ["trainer/test_trainer_v0.py", "trainer/test_trainer_v1.py", "support/patched_trainers.py"],
             70,
             "not needed: veRL is patched",
         ),
-        ("verl-0.9.1-pr7473.patch", "0.9.1", ["test_trainer_v0.py"], 35, "active"),
+        ("verl-0.9.1-pr7473.patch", "0.9.1", ["trainer/test_trainer_v0.py"], 35, "active"),
     ],
 )
 def test_patch(tmp_path, patch, version, tests, least, status):
@@ -93,7 +99,7 @@ def test_other_estimators_are_untouched_by_the_patch(tmp_path, version):
     ]
     script = """
 import hashlib, sys, torch
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/support"]
 from rollouts import data_proto, fake_batch
 import conftest, verl
 from omegaconf import OmegaConf

@@ -559,7 +559,7 @@ def test_the_rule_needs_no_verl():
 def test_the_demonstration_prints_what_its_readme_shows():
     from pathlib import Path
 
-    folder = Path(__file__).parent.parent / "examples" / "recorded_batch"
+    folder = Path(__file__).parents[2] / "examples" / "recorded_batch"
     done = subprocess.run([sys.executable, str(folder / "demo.py")], capture_output=True, text=True, check=True)
     shown = (folder / "README.md").read_text().split("```\n")[-2]
     assert shown in done.stdout

@@ -18,9 +18,9 @@ from pathlib import Path
 import pandas as pd
 import prepare
 import pytest
-from multimodal_search.evaluation_server import Server
-from multimodal_search.flags_corpus import write_corpus
 from PIL import Image
+from recipe.evaluation_server import Server
+from recipe.flags_corpus import write_corpus
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -1940,7 +1940,7 @@ class TestFrames:
 class TestExample:
     """``examples/audit``: its data are of a real run, and its README says what it prints."""
 
-    FOLDER = Path(__file__).parents[1] / "examples" / "audit"
+    FOLDER = Path(__file__).parents[2] / "examples" / "audit"
 
     @pytest.mark.parametrize("source", ["data", "data/rollouts"])
     def test_what_the_run_logged(self, source):

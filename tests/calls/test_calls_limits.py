@@ -19,7 +19,7 @@ from verl_tapo.calls.limits import (
 )
 from verl_tapo.calls.parsing import NOT_EXECUTED_PREFIX, answer_is_error
 
-MODEL = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "flags_and_facts" / "model"
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "flags_and_facts" / "model"
 
 
 def test_calls_are_counted_by_tool_and_together():

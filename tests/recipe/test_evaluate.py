@@ -17,9 +17,9 @@ import pandas as pd
 import pytest
 from flags_and_facts.model import CHAT_TEMPLATE
 from jinja2 import Environment
-from multimodal_search import evaluation_stand_ins
-from multimodal_search.evaluation_server import SCRIPTS, ZOOMS, Server, answer, search
 from PIL import Image
+from recipe import evaluation_stand_ins
+from recipe.evaluation_server import SCRIPTS, ZOOMS, Server, answer, search
 from search_agent.evaluate import __main__ as command
 from search_agent.evaluate.questions import read_questions
 from search_agent.prompts import create_kwargs

@@ -16,7 +16,7 @@ from verl_tapo.rule import figures
 from verl_tapo.rule.figures import FIGURES, FOUND, GROUNDING, Figure
 from verl_tapo.rule.report import StepCredit
 
-DOCS = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 
 def undocumented():

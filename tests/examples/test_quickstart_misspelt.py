@@ -7,7 +7,7 @@ from pathlib import Path
 
 import misspelt
 
-DATA = Path(__file__).parent.parent / "examples" / "audit" / "data"
+DATA = Path(__file__).parents[2] / "examples" / "audit" / "data"
 
 
 def test_searches_for_names_that_are_none():

@@ -221,7 +221,7 @@ def test_tools_that_fail_neither_stop_nor_poison_a_run(finished, tmp_path):
     loop = tmp_path / "agent_loop.yaml"
     settings = {"name": "tapo_tool_agent", "_target_": "verl_tapo.rollout.tool_agent.TapoToolAgentLoop"}
     loop.write_text(yaml.safe_dump([{**settings, "tool_timeout_s": 2.0}]))
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Run.environment keeps it
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1] / "support")  # Run.environment keeps it
     try:
         run, metrics = finished(
             "flaky",

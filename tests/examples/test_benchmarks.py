@@ -11,7 +11,7 @@ from measuring import Fact, Part, Sweep, medians, sweep
 from PIL import Image
 from rendering import markdown, write_readme
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
