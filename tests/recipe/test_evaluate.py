@@ -21,10 +21,10 @@ from PIL import Image
 from recipe import evaluation_stand_ins
 from recipe.evaluation_server import SCRIPTS, ZOOMS, Server, answer, search
 from search_agent.evaluate import __main__ as command
-from search_agent.evaluate.questions import read_questions
 from search_agent.prompts import create_kwargs
 
 from search_backends.chat.messages import calls_in_text
+from search_backends.evaluation.questions import read_questions
 from verl_tapo.calls.limits import strip_control
 
 STAND_INS = Path(evaluation_stand_ins.__file__)

@@ -32,7 +32,6 @@ import yaml
 from rich.console import Console
 
 from search_agent.evaluate.conversation import Agent, Limits, Score, Task
-from search_agent.evaluate.questions import Question, read_questions
 from search_agent.evaluate.report import markdown, results
 from search_agent.prompts import system_prompt
 from search_agent.rewards.settings import read_settings
@@ -40,6 +39,7 @@ from search_backends.chat.model import ChatModel, Refused
 from search_backends.chat.vllm import ServerFailed, fingerprint, serve
 from search_backends.errors import InfrastructureError
 from search_backends.evaluation.loop import Outage, Watch, run
+from search_backends.evaluation.questions import Question, read_questions
 from search_backends.evaluation.store import Store, file_hash
 from search_backends.http import ApiKey
 from search_backends.toolbox import Toolbox

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import yaml
 
-from search_agent.evaluate.questions import PLACEHOLDER, Question
 from search_agent.prompts import create_kwargs, with_system
 from search_backends.chat.messages import Message, Pictures, RequestedCall, answers, is_broken, text_part
 from search_backends.chat.model import ChatModel
 from search_backends.errors import InfrastructureError, ModelError
 from search_backends.evaluation.loop import Undone
+from search_backends.evaluation.questions import PLACEHOLDER, Question
 from search_backends.toolbox import Toolbox
 from verl_tapo.answers.evidence import evidence_of
 from verl_tapo.calls.call import CallStatus, fault_of
