@@ -332,6 +332,7 @@ class TestText:
         *('<invoke name="a">', "<arg_key>", "</arg_key>", "<arg_value>", "<|observation|>"),
     )
 
+    @pytest.mark.long
     @pytest.mark.parametrize("tool_format", FORMATS)
     def test_time_grows_with_the_text_whatever_repeats(self, tool_format):
         fmt = FORMATS[tool_format]
@@ -1595,6 +1596,7 @@ class TestCommand:
         terminal.show(audit(write_dump(tmp_path / "1.jsonl", two_of_four())).result, Console(width=140))
         assert "grounded" not in capsys.readouterr().out
 
+    @pytest.mark.long
     def test_in_a_pipe_and_in_any_encoding(self, tmp_path):
         lines = [{**e, "output": e["output"].replace('"search"', '"suche_für_東京"')} for e in two_of_four()]
         path = write_dump(tmp_path / "1.jsonl", lines)
@@ -1780,6 +1782,7 @@ class TestCommand:
         after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
         assert after == before
 
+    @pytest.mark.long
     @pytest.mark.parametrize("option", ["--html", "--json"])
     def test_standard_output_by_its_name(self, tmp_path, option):
         path = write_dump(tmp_path / "1.jsonl", two_of_four())
@@ -1859,6 +1862,7 @@ class TestCommand:
         assert result["totals"]["corrected_steps"] == 2
         assert sorted({row["theta"] for row in result["sweeps"]}) == [0.2, 0.9]
 
+    @pytest.mark.long
     def test_without_the_extra(self, tmp_path):
         code = "import sys; sys.modules['rich'] = None; from verl_tapo.cli import main; main(['audit', 'x'])"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -1965,6 +1969,7 @@ class TestExample:
         assert code == 0
         assert overview in (self.FOLDER / "README.md").read_text()
 
+    @pytest.mark.long
     def test_explore(self, tmp_path):
         for name in ("explore.py", "data"):
             (tmp_path / name).symlink_to(self.FOLDER / name)

@@ -797,6 +797,7 @@ def test_search_looks_in_prompts_arguments_and_texts(open_report: Any) -> None:
     assert report.page.input_value("#filter-text") == ""
 
 
+@pytest.mark.long
 @needs_browser
 def test_keyboard(open_report: Any) -> None:
     result = audit_result(groups=25)
@@ -974,6 +975,7 @@ def test_plots_with_nothing_to_show_say_so(open_report: Any) -> None:
     assert page.locator("#sweep-plots").inner_text() == "No call is corrected under any of the settings tried."
 
 
+@pytest.mark.long
 @needs_browser
 @pytest.mark.parametrize("width", [390, 800, 1024, 1366, 1920])
 def test_no_card_stands_beside_a_hole(open_report: Any, width: int) -> None:

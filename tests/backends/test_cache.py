@@ -138,6 +138,7 @@ def test_equal_calls_ask_once_and_agree(count: int, tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("error", [ModelError("too long"), InfrastructureError("down"), KeyError("a defect")])
 def test_those_who_wait_fail_alike_and_the_next_call_asks(error: Exception, count: int, tmp_path: Path) -> None:
@@ -424,6 +425,7 @@ asyncio.run(Cache(sys.argv[1], lease_s=2.0).get_or_compute("key", compute, label
 """
 
 
+@pytest.mark.long
 def test_another_asks_when_the_process_that_did_is_killed(tmp_path: Path) -> None:
     holder = spawn(HOLDER, tmp_path / "cache")
     assert holder.stdout is not None

@@ -249,6 +249,7 @@ def test_pages_that_cost_more_than_their_tags_are_refused_once_parsed(extractor:
     assert "330 metres" in _extract(extractor, ARTICLE)[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "body",
     [

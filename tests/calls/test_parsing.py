@@ -362,6 +362,7 @@ ODD_VALUES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fmt", NATIVE_FORMATS)
 def test_odd_values_are_those_that_verl_reads(fmt, qwen_like_tokenizer, verl_calls):
     tokenizer = qwen_like_tokenizer
@@ -812,6 +813,7 @@ def test_garbage_never_raises(fmt, qwen_like_tokenizer, data):
         canonical(step.arguments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fmt", NATIVE_FORMATS)
 @pytest.mark.timeout(60)
 def test_endless_calls_take_linear_time(fmt, qwen_like_tokenizer):
@@ -843,6 +845,7 @@ def grows_linearly(function, few, many):
     return any(cpu_time(function, many) < 16 * max(cpu_time(function, few), 1e-3) for _ in range(6))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fmt", NATIVE_FORMATS)
 def test_reading_a_turn_takes_linear_time(fmt):
     opening, closing = FORMATS[fmt].opening.decode(), FORMATS[fmt].closing.decode()

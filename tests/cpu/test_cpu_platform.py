@@ -60,6 +60,7 @@ assert torch.distributed.get_backend() == "gloo"
 """
 
 
+@pytest.mark.long
 def test_it_is_registered_and_every_hook_holds():
     done = python(REGISTRIES, VERL_PLATFORM="cpu")
     assert done.returncode == 0, done.stderr

@@ -460,6 +460,7 @@ def test_verl_reads_the_rows(tmp_path):
     assert row["reward_model"]["ground_truth"] == ["builder 1", "Mr Builder 1"]
 
 
+@pytest.mark.long
 def test_a_row_s_own_prompt_and_tools_stay_as_they_are(tmp_path):
     """As rows were prepared once, with the prompt and the tools' names in them."""
     told = {"image_search": {"create_kwargs": {"image_keys": ["k"]}}}

@@ -387,6 +387,7 @@ class TestNothingThatAModelWritesRaises:
         assert similarities(pairs, {"t": {}}) == [1.0] * len(names) + [0.0]
         assert similarities(pairs, {"t": {"p": "text"}}) == [1.0] * len(names) + [0.0]
 
+    @pytest.mark.long
     @pytest.mark.parametrize("spec", BUILT_IN, ids=str)
     def test_of_ten_megabytes(self, spec, stand_in):
         texts = list(odd_values.huge_texts().values())

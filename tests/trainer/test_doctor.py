@@ -334,6 +334,7 @@ def data_file(path, names):
     return path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_rows_that_override_the_recording_loop(capsys, tmp_path, suffix):
     recording = "actor_rollout_ref.rollout.agent.default_agent_loop=tapo_tool_agent"
@@ -355,6 +356,7 @@ def test_rows_that_override_the_recording_loop(capsys, tmp_path, suffix):
     assert "agent_name" not in out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "content", [b"", b"PAR1", b"{", b'[{"agent_name": "tool_agent"}]', b"\xff\xfe{}", b'"text"\n3']
 )
@@ -467,6 +469,7 @@ def test_wrong_usage():
         main(["doktor"])
 
 
+@pytest.mark.long
 def test_a_plugin_that_cannot_load_says_so_on_stderr():
     """veRL itself would log it at DEBUG, and fail later with an unknown estimator."""
     done = run("import sys\nsys.modules['wrapt'] = None\nimport verl\nprint('verl is there')")
