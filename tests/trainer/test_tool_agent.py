@@ -160,15 +160,19 @@ def record_of(output):
 def assert_parses_alike(tokenizer, output):
     """What was recorded is what parsing finds in the tokens."""
     recorded = recorded_steps(output.extra_fields["tapo_steps"], 0, len(output.response_ids), (), None)
-    parsed = parse_steps(
+    assert parsed_steps(tokenizer, output) == recorded
+
+
+def parsed_steps(tokenizer, output):
+    """The steps in the output's tokens."""
+    return parse_steps(
         cached_parser("hermes", tokenizer),
         torch.tensor(output.response_ids),
         torch.tensor(output.response_mask),
         [0, len(output.response_ids)],
         [0],
         evidence=lambda row: evidence_of(GROUND_TRUTH),
-    )
-    assert parsed.steps == recorded
+    ).steps
 
 
 def test_tokens_are_those_of_the_stock_loop_on_a_well_behaved_script(qwen_like_tokenizer):
@@ -211,15 +215,7 @@ def test_answers_are_cut_as_the_stock_loop_cuts_them_and_grounded_before(qwen_li
     assert "(truncated)" in text_of(qwen_like_tokenizer, model)
     assert "found Paris in the end" not in text_of(qwen_like_tokenizer, model)
     assert [step["seen"] for step in record_of(ours)] == [True, True]
-    parsed = parse_steps(
-        cached_parser("hermes", qwen_like_tokenizer),
-        torch.tensor(ours.response_ids),
-        torch.tensor(ours.response_mask),
-        [0, len(ours.response_ids)],
-        [0],
-        evidence=lambda row: evidence_of(GROUND_TRUTH),
-    )
-    assert [step.seen for step in parsed.steps] == [None, True]
+    assert [step.seen for step in parsed_steps(qwen_like_tokenizer, ours)] == [None, True]
 
 
 @pytest.mark.parametrize(

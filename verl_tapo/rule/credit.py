@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from verl_tapo.rule.arrays import FloatArray, IntArray, distinct_pairs, link
+from verl_tapo.rule.arrays import BoolArray, FloatArray, IntArray, distinct_pairs, link
 from verl_tapo.rule.config import TapoConfig
 from verl_tapo.rule.grounding import forgiven, successes, withheld
 from verl_tapo.rule.inputs import Batch, copied, read_batch
@@ -78,31 +78,32 @@ def transfer_credit(
     if not isinstance(cfg, TapoConfig):
         raise ValueError(f"cfg must be a TapoConfig, got {type(cfg).__name__}")
     batch = read_batch(base, response_mask, index, success, steps, trajectory)
-    role = _roles(batch, cfg)
+    declared, won = takes_part(batch.steps, cfg), successes(batch, cfg)
+    role = _roles(batch, declared, won)
     with copied(base) as copy:
-        match = _match(batch, role, cfg)
+        match = _match(batch, role, won, cfg)
     alpha = match.similarity * match.support
     gate = _gates(role, match, alpha, cfg)
     transfer = np.where(gate == Gate.CORRECTED, cfg.beta * alpha * match.reference_advantage, 0.0)
-    advantages, free, lucky = copy(), forgiven(batch, role, cfg), withheld(batch, cfg)
+    advantages, free, lucky = copy(), forgiven(batch, role, cfg), withheld(batch, declared, cfg)
     changed = correct_tokens(advantages, batch, np.where(free, np.inf, transfer), cfg)
     changed += withhold_rewards(advantages, batch, lucky, cfg)
     report = CreditReport(batch, role, gate, match, alpha, transfer, free, lucky, changed)
     return torch.from_numpy(advantages).to(base.device, base.dtype), report
 
 
-def _roles(batch: Batch, cfg: TapoConfig) -> IntArray:
+def _roles(batch: Batch, declared: BoolArray, won: BoolArray) -> IntArray:
     """Parts 1 and 2: the role of each step, (S,)."""
     holder = batch.holder
     failures = ~batch.success & (batch.advantage < 0)
-    eligible = batch.steps.ok & takes_part(batch.steps, cfg)
+    eligible = batch.steps.ok & declared
     role = np.full(len(eligible), Role.NONE)
-    role[eligible & successes(batch, cfg)[holder]] = Role.WITNESS
+    role[eligible & won[holder]] = Role.WITNESS
     role[eligible & failures[holder]] = Role.FAILING
     return role
 
 
-def _match(batch: Batch, role: IntArray, cfg: TapoConfig) -> Match:
+def _match(batch: Batch, role: IntArray, won: BoolArray, cfg: TapoConfig) -> Match:
     """Parts 3 to 6: the best reference group of each failing step."""
     # Equal calls are one node: rollouts of a prompt repeat each other, so this is most of the speed.
     calls = distinct_calls(batch, role, cfg)
@@ -125,7 +126,7 @@ def _match(batch: Batch, role: IntArray, cfg: TapoConfig) -> Match:
         nearest[node[is_best]] = other[is_best]
         tied.append(np.stack([node, other])[:, near & is_best])
     reference_group = component[calls.of_step[witness]]
-    abar, sup, earliest = _reference_groups(batch, calls.number, witness, reference_group, cfg)
+    abar, sup, earliest = _reference_groups(batch, calls.number, won, witness, reference_group, cfg)
 
     failing_node, witness_node = np.concatenate(tied, axis=1)
     candidate = component[witness_node]
@@ -138,7 +139,7 @@ def _match(batch: Batch, role: IntArray, cfg: TapoConfig) -> Match:
 
 
 def _reference_groups(
-    batch: Batch, nodes: int, witness: IntArray, reference_group: IntArray, cfg: TapoConfig
+    batch: Batch, nodes: int, won: BoolArray, witness: IntArray, reference_group: IntArray, cfg: TapoConfig
 ) -> tuple[FloatArray, FloatArray, IntArray]:
     """Parts 4 and 5 for all reference groups, (N,) by their least node: abar, sup, and the earliest row."""
     holder = batch.holder[witness]
@@ -148,8 +149,8 @@ def _reference_groups(
     abar = np.bincount(held, batch.advantage[rollout], nodes) / np.maximum(holders, 1)
     # Of several prompts only under scope="batch".
     spread, prompt = distinct_pairs(reference_group, batch.group[holder])
-    won = np.bincount(batch.group, successes(batch, cfg))
-    sup = holders / np.maximum(np.bincount(spread, won[prompt], nodes), 1)
+    successful = np.bincount(batch.group, won)
+    sup = holders / np.maximum(np.bincount(spread, successful[prompt], nodes), 1)
     earliest = np.full(nodes, np.iinfo(np.int64).max)
     np.minimum.at(earliest, reference_group, batch.steps.row[witness])
     return abar, sup if cfg.use_support else np.ones(nodes), earliest

@@ -14,7 +14,6 @@ from verl_tapo.rule import figures
 from verl_tapo.rule.arrays import BoolArray, IntArray
 from verl_tapo.rule.config import TapoConfig
 from verl_tapo.rule.inputs import Batch
-from verl_tapo.rule.matching import takes_part
 from verl_tapo.rule.roles import Role
 from verl_tapo.rule.steps import SEEN, UNKNOWN, UNSEEN
 
@@ -71,12 +70,13 @@ def forgiven(batch: Batch, role: IntArray, cfg: TapoConfig) -> BoolArray:
     return free
 
 
-def withheld(batch: Batch, cfg: TapoConfig) -> BoolArray:
-    """(S,) the steps of declared tools in ungrounded successes, which earn no reward (``grounding.luck``)."""
+def withheld(batch: Batch, declared: BoolArray, cfg: TapoConfig) -> BoolArray:
+    """(S,) the steps of declared tools, ``declared`` (S,), in ungrounded successes: they earn no reward
+    (``grounding.luck``)."""
     if not cfg.grounding.luck:
         return np.zeros(len(batch.holder), dtype=bool)
     lucky = batch.success & (batch.advantage > 0) & (_grounded(batch) == UNSEEN)
-    unearned: BoolArray = lucky[batch.holder] & takes_part(batch.steps, cfg)
+    unearned: BoolArray = lucky[batch.holder] & declared
     return unearned
 
 
