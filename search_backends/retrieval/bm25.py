@@ -79,8 +79,10 @@ def build(texts: Iterable[str], folder: Path, advance: Callable[[int], None]) ->
         idf = np.log(1 + (passages - frequency + 0.5) / (frequency + 0.5)).astype(np.float32)
         starts = np.concatenate([[0], np.cumsum(frequency)])
         shape = (int(starts[-1]),)
-        data = np.lib.format.open_memmap(folder / "data.csc.index.npy", "w+", np.float32, shape)
-        indices = np.lib.format.open_memmap(folder / "indices.csc.index.npy", "w+", np.int32, shape)
+        # NumPy gives it no types before 2.3.
+        open_memmap: Any = np.lib.format.open_memmap
+        data = open_memmap(folder / "data.csc.index.npy", "w+", np.float32, shape)
+        indices = open_memmap(folder / "indices.csc.index.npy", "w+", np.int32, shape)
         heads, average = starts[:-1].copy(), float(lengths.mean())
         for first, tokens, counts in _chunks(file, distinct):
             chunk = slice(first, first + _CHUNK)

@@ -167,7 +167,8 @@ def choose_kind(count: int, dimension: int) -> str:
 def _sample(shards: Sequence[Path], count: int, wanted: int) -> Vectors:
     """Vectors at even distances through all shards."""
     step = max(1, count // wanted)
-    return np.concatenate([np.load(file, mmap_mode="r")[::step] for file in shards]).astype(np.float32)
+    sampled: Vectors = np.concatenate([np.load(file, mmap_mode="r")[::step] for file in shards]).astype(np.float32)
+    return sampled
 
 
 def _shards(folder: Path, count: int, shard: int) -> Iterator[tuple[Path, int, int]]:

@@ -391,7 +391,7 @@ def _without(opening: bytes, closing: bytes, text: bytes, origin: IntArray) -> t
 
 def _harmony_calls(fmt: Format, text: bytes) -> tuple[list[Element], bool]:
     """Calls outside of thoughts, and other messages that end like one."""
-    origin = np.arange(len(text))
+    origin: IntArray = np.arange(len(text))
     for thought in (_HARMONY + b"analysis<|message|>", b"<|channel|>analysis<|message|>"):
         text, origin = _without(thought, b"<|end|>", text, origin)
     calls: list[Element] = []

@@ -33,7 +33,7 @@ def image_index(value: Any) -> int | None:
         return int(found["index"]) if found else None
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         return None
-    return int(value) if value == value and abs(value) < 1e9 and value == int(value) else None
+    return int(value) if -1e9 < value < 1e9 and value == int(value) else None
 
 
 class Images:

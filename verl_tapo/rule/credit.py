@@ -116,7 +116,7 @@ def _match(batch: Batch, role: IntArray, won: BoolArray, cfg: TapoConfig) -> Mat
     # (6) Of a failing node: the best similarity to any witness, a witness node at it, and the pairs of failing and
     # witness nodes at it, if that is theta or more. All pairs of a node come in one block.
     best, nearest = np.full(calls.number, -np.inf), np.full(calls.number, -1)
-    tied = [np.zeros((2, 0), np.int64)]
+    tied: list[IntArray] = [np.zeros((2, 0), np.int64)]
     for node, other, similarity in compared_pairs(calls, is_witness):
         near = similarity >= cfg.theta
         edge = near & is_witness[node] & (node != other)

@@ -158,7 +158,8 @@ def distinct_calls(batch: Batch, role: IntArray, cfg: TapoConfig) -> Calls:
 def _combined(columns: list[IntArray]) -> tuple[IntArray, IntArray]:
     """(K,) numbers from 0 of the distinct combinations of K entries of the columns, in the columns' order, and the
     position where each combination comes first."""
-    number, size = np.zeros(len(columns[0]), dtype=np.int64), 1
+    number: IntArray = np.zeros(len(columns[0]), dtype=np.int64)
+    size = 1
     for column in columns:
         low = int(column.min(initial=0))
         span = int(column.max(initial=0)) - low + 1
