@@ -11,17 +11,16 @@ import base64
 import hashlib
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from PIL import Image
 
+from verl_tapo.calls.formats import FORMATS, read_text
+
 Message = dict[str, Any]
 ToolCalls = Literal["native", "template", "hermes"]
-
-_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -123,19 +122,9 @@ def is_broken(arguments: Mapping[str, Any]) -> bool:
 
 
 def calls_in_text(text: str) -> tuple[RequestedCall, ...]:
-    """Calls written as ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``; one cut off is malformed."""
-    calls = []
-    for match in _CALL.finditer(text):
-        try:
-            call = json.loads(match[1])
-        except (ValueError, RecursionError) as error:
-            calls.append(RequestedCall("", {}, f"it is not valid JSON ({error})"))
-            continue
-        if not isinstance(call, dict):
-            calls.append(RequestedCall("", {}, "it is not a JSON object"))
-        else:
-            calls.append(read_call(call.get("name"), call.get("arguments", {})))
-    return tuple(calls)
+    """The calls of a turn's text, read as in training with ``multi_turn.format=hermes``."""
+    found = read_text(FORMATS["hermes"], text.encode())[0]
+    return tuple(RequestedCall("" if call.error else call.tool, call.arguments, call.error) for call in found)
 
 
 def tools_in_text(schemas: Sequence[Mapping[str, Any]]) -> str:

@@ -312,7 +312,9 @@ def test_half_a_surrogate_pair_is_the_model_s_fault_and_told_to_it(stand_ins, fo
     (entry,) = transcripts(folder).values()
     named, *searches = entry["tapo_steps"]["steps"]
     assert (named["tool"], named["status"]) == ("?", "unknown_tool")
-    assert [(step["status"], step["metrics"]) for step in searches] == [("error", {"fault": "model"})] * 3
+    # A call in the text is read as in training, where it is malformed.
+    assert [step["status"] for step in searches] == ["error", "error", "malformed"]
+    assert [step["metrics"] for step in searches[:2]] == [{"fault": "model"}] * 2
     assert entry["ending"] == "answered"
     told = [message for message in entry["messages"] if message["role"] in ("tool", "user")]
     assert sum("an unpaired surrogate" in json.dumps(message) for message in told) == 3
@@ -758,9 +760,10 @@ def test_what_a_question_tells_a_tool(folder):
     ("text", "expected"),
     [
         ('<tool_call>{"name": "a", "arguments": {"x": 1}}</tool_call>', [("a", {"x": 1}, True)]),
-        ('<tool_call>{"name": "a", "arguments": "{\\"x\\": 1}"}</tool_call>', [("a", {"x": 1}, True)]),
-        ('<tool_call>{"name": "a"}</tool_call> and <tool_call>[]</tool_call>', [("a", {}, True), ("", {}, False)]),
-        ('<tool_call>{"name": "a", "argu', [("", {}, False)]),
+        # As in training: veRL's parser refuses these, and ends a rollout at a call that is cut off.
+        ('<tool_call>{"name": "a", "arguments": "{\\"x\\": 1}"}</tool_call>', [("", {}, False)]),
+        ('<tool_call>{"name": "a"}</tool_call> and <tool_call>[]</tool_call>', [("", {}, False)] * 2),
+        ('<tool_call>{"name": "a", "argu', []),
         ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', [("", {}, False)]),
         ("no call </tool_call>", []),
     ],
