@@ -39,7 +39,7 @@ demo: $(VENV)/.core
 	$(BIN)/python examples/recorded_batch/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not long" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not long" --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -m long $(ARGS)

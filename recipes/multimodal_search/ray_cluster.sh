@@ -1,50 +1,113 @@
 #!/usr/bin/env bash
-# Starts Ray for a run on several nodes: on the first `./ray_cluster.sh head`, on the others `./ray_cluster.sh join IP`.
-# The recipe's folder must have the same path on all of them. `ray stop` ends it. Further options are for `ray start`.
+# Starts Ray for a run on several nodes: on the first `./ray_cluster.sh head [ITS_ADDRESS]`, on the others
+# `./ray_cluster.sh join FIRST_ADDRESS [ITS_ADDRESS]`. The recipe's folder must have the same path on all of them.
+# `ray stop` ends it. Further options are for `ray start`.
 # `./ray_cluster.sh wait N [SECONDS]`, with RAY_ADDRESS, ends once N nodes are there, or fails after 300 s.
 set -euo pipefail
 
 RECIPE="$(dirname "$(realpath "$0")")"
 PORT="${RAY_PORT:-6379}"
+# Seconds that a step may take.
+LIMIT="${RAY_START_LIMIT:-120}"
 export PYTHONPATH="$RECIPE${PYTHONPATH:+:$PYTHONPATH}"
-case "${1:-}" in
+
+fail() {
+  echo "ray_cluster.sh: $1" >&2
+  exit "${2:-1}"
+}
+
+# This node's address: the one given, or the one by which it reaches $1, or its first.
+own_address() {
+  python3 - "$1" <<'END'
+import socket, subprocess, sys
+
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    try:
+        probe.connect((sys.argv[1], 9))  # sends nothing
+        address = probe.getsockname()[0]
+    except OSError:
+        address = (subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split() or [""])[0]
+print("" if address.startswith("127.") else address)
+END
+}
+
+# Torch looks up the host's name to find its address, which on many a machine is 127.0.1.1. Workers inherit this.
+name_interface() {
+  local interface
+  interface="$(python3 - "$1" <<'END'
+import sys, psutil
+
+print(*[name for name, found in psutil.net_if_addrs().items() if any(each.address == sys.argv[1] for each in found)])
+END
+  )" || fail "python3 with this package's requirements is not on the PATH"
+  [ -z "$interface" ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
+}
+
+# Ray lets in who has the token. Without one, everybody who reaches its ports can run programs here.
+with_token() {
+  export RAY_AUTH_MODE=token
+  [ -z "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ] || return 0
+  [ -s ~/.ray/auth_token ] || "$@"
+}
+
+# Waits until the first node answers, and takes our token.
+reach() {
+  until timeout 5 bash -c "exec 3<>/dev/tcp/$1/$PORT" 2>/dev/null; do
+    [ "$SECONDS" -lt "$LIMIT" ] || fail "nothing listens at $1:$PORT: is Ray started there, and the port open?"
+    sleep 1
+  done
+  local said
+  said="$(timeout "$LIMIT" ray health-check --address "$1:$PORT" 2>&1)" || case "$said" in
+    *Authentication*) fail "the token here is not the first node's: $bring" ;;
+    *) fail "Ray does not answer at $1:$PORT: ${said##*$'\n'}" ;;
+  esac
+}
+
+# Ray waits for a minute and more where it cannot go on; with --block it goes on until it is stopped.
+start() {
+  local limit=(timeout "$LIMIT")
+  case " $* " in *" --block "*) limit=() ;; esac
+  "${limit[@]}" ray start "$@" --disable-usage-stats || fail "Ray did not start (exit code $?), see above"
+}
+
+command="${1:-}"
+[ $# -eq 0 ] || shift
+case "$command" in
   head)
-    ray start --head --port "$PORT" --disable-usage-stats "${@:2}"
-    address="$(hostname -I | awk '{print $1}')"
+    address=""
+    case "${1:-}" in '' | -*) ;; *) address="$1" && shift ;; esac
+    address="${address:-$(own_address 192.0.2.1)}"
+    [ -n "$address" ] || fail "this node has no address that others could reach: head ADDRESS"
+    name_interface "$address"
+    make_token() (umask 077 && ray get-auth-token --generate >/dev/null 2>&1)
+    with_token make_token || fail "Ray made no token: it needs 2.52 or newer"
     echo "On every other node:   $0 join $address"
+    echo "  without a shared home, before it:   scp -p $address:.ray/auth_token ~/.ray/"
     echo "Then here:             RAY_ADDRESS=$address:$PORT ./train.sh --nodes N ..."
+    start --head --port "$PORT" --node-ip-address "$address" "$@"
     ;;
   join)
-    [ -n "${2:-}" ] || { echo "ray_cluster.sh: join needs the first node's address" >&2 && exit 2; }
-    ray start --address "$2:$PORT" --disable-usage-stats "${@:3}"
+    first="${1:-}"
+    case "$first" in '' | -*) fail "join needs the first node's address" 2 ;; esac
+    shift
+    address=""
+    case "${1:-}" in '' | -*) ;; *) address="$1" && shift ;; esac
+    address="${address:-$(own_address "$first")}"
+    [ -n "$address" ] || fail "this node has no address that others could reach: join $first ADDRESS"
+    bring="mkdir -p ~/.ray && scp -p $first:.ray/auth_token ~/.ray/"
+    no_token() { fail "the first node's token is missing here: $bring"; }
+    with_token no_token
+    reach "$first"
+    name_interface "$address"
+    start --address "$first:$PORT" --node-ip-address "$address" "$@"
     ;;
   wait)
-    [ -n "${2:-}" ] || { echo "ray_cluster.sh: wait needs the number of nodes" >&2 && exit 2; }
+    case "${1:-}" in '' | *[!0-9]*) fail "wait needs the number of nodes" 2 ;; esac
     : "${RAY_ADDRESS:?is where the first node listens, ADDRESS:PORT}"
-    python3 - "$2" "${3:-300}" <<'END'
-import os, socket, sys, time
-
-wanted, limit = int(sys.argv[1]), time.monotonic() + float(sys.argv[2])
-host, _, port = os.environ["RAY_ADDRESS"].rpartition(":")
-alive = []
-while len(alive) < wanted and time.monotonic() < limit:
-    try:
-        # Ray itself would wait for a minute where nobody listens.
-        socket.create_connection((host, int(port)), 1).close()
-        import ray
-
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, logging_level="ERROR")
-        alive = sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
-    except OSError:
-        pass
-    time.sleep(1)
-if len(alive) < wanted:
-    sys.exit(f"ray_cluster.sh: {len(alive)} of {wanted} nodes are there: {', '.join(alive) or 'none'}")
-END
+    python3 -m search_backends.nodes wait "$1" --limit "${2:-300}"
     ;;
   *)
-    sed -n '2,4s/^# //p' "$0" >&2
+    sed -n '2,5s/^# //p' "$0" >&2
     exit 2
     ;;
 esac

@@ -74,6 +74,28 @@ for variable in RECIPE OUT PYTHONPATH SEARCH_URL SEARCH_CACHE; do
   [ -z "${!variable:-}" ] ||
     arguments+=("++ray_kwargs.ray_init.runtime_env.env_vars.$variable=$(quoted "${!variable}")")
 done
+if [ "$nodes" -gt 1 ]; then
+  # As ray_cluster.sh starts them. Clusters that others start may have none.
+  if [ -n "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ] || [ -s ~/.ray/auth_token ]; then
+    export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
+  fi
+  python3 -m search_backends.nodes check "$nodes" "$RECIPE" "$data" "$val" || fail "the nodes are not ready, see above"
+  arguments+=("++ray_kwargs.ray_init.address=$(quoted "$RAY_ADDRESS")")
+  # The cluster has these already; Ray refuses them.
+  for setting in num_cpus num_gpus object_store_memory include_dashboard; do
+    arguments+=("++ray_kwargs.ray_init.$setting=null")
+  done
+fi
 python3 -m search_agent.check "${arguments[@]}" "$@"
 [ -z "$dry_run" ] || exit 0
-exec python3 -m verl.trainer.main_ppo "${arguments[@]}" "$@"
+[ "$nodes" -gt 1 ] || exec python3 -m verl.trainer.main_ppo "${arguments[@]}" "$@"
+python3 -m verl.trainer.main_ppo "${arguments[@]}" "$@" &
+trap 'kill $! 2>/dev/null' INT TERM
+code=0
+wait $! || code=$?
+# A signal ends the waiting, not yet the run.
+wait $! 2>/dev/null || true
+if [ "$code" != 0 ] && ! python3 -m search_backends.nodes gone "$nodes"; then
+  echo "train.sh: a node was lost. Once ray_cluster.sh has joined it again, the same command goes on from the last checkpoint." >&2
+fi
+exit "$code"

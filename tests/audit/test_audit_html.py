@@ -925,6 +925,7 @@ def test_lift_is_in_points_with_its_sign_everywhere(open_report: Any) -> None:
     assert outcome.locator("tbody tr").first.locator("td").last.inner_text() == "+31 points"
 
 
+@pytest.mark.long
 @needs_browser
 def test_ticks_have_as_many_decimals_as_they_need(open_report: Any) -> None:
     result = audit_result()
@@ -1096,6 +1097,7 @@ def test_long_lines_are_cut_until_asked_for(open_report: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@pytest.mark.long
 @needs_browser
 def test_a_rollout_of_ten_thousand_calls(open_report: Any) -> None:
     result = audit_result()
@@ -1113,6 +1115,7 @@ def test_a_rollout_of_ten_thousand_calls(open_report: Any) -> None:
 # Size, width, access
 
 
+@pytest.mark.long
 @needs_browser
 def test_ten_thousand_trajectories(open_report: Any) -> None:
     result = audit_result(groups=1250, rollouts=8, steps=50, filler=400)
@@ -1129,6 +1132,7 @@ def test_ten_thousand_trajectories(open_report: Any) -> None:
     assert report.page.evaluate(count) < 5_000
 
 
+@pytest.mark.long
 @needs_browser
 def test_a_group_of_a_thousand_rollouts_is_shown_in_parts(open_report: Any) -> None:
     report = open_report(audit_result(groups=1, rollouts=1000))
@@ -1149,6 +1153,7 @@ def test_no_width_scrolls_the_page_sideways(open_report: Any, width: int) -> Non
         assert 200 < report.page.locator(".rollout").first.bounding_box()["width"] < width
 
 
+@pytest.mark.long
 @needs_browser
 def test_it_prints(open_report: Any) -> None:
     report = open_report(audit_result(), "#g0t0c0", viewport={"width": 680, "height": 1000})  # A4, about

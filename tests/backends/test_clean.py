@@ -226,6 +226,7 @@ hits = st.lists(st.builds(ImageHit, texts, texts, texts, st.none() | st.binary(m
 limits = st.integers(MIN_LIMIT_CHARS, 700)
 
 
+@pytest.mark.long
 @settings(max_examples=300, deadline=None)
 @given(passages, hits, limits, st.none() | st.integers(1, 9))
 def test_answers_keep_to_their_limit_and_fence(

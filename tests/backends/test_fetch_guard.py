@@ -294,6 +294,7 @@ def test_unix_sockets_are_not_opened() -> None:
         asyncio.run(GuardedBackend(_resolver(PUBLIC), _NeverConnects()).connect_unix_socket("/run/docker.sock"))
 
 
+@pytest.mark.long
 @settings(max_examples=2000)
 @given(st.ip_addresses(v=4) | st.ip_addresses(v=6))
 def test_public_addresses_are_global(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:

@@ -270,6 +270,7 @@ def test_large_pages_are_no_monsters(extractor: Extractor, body: str) -> None:
     assert text.startswith("The word.")
 
 
+@pytest.mark.long
 def test_a_page_that_costs_too_much_is_to_blame_and_not_the_machine(extractor: Extractor) -> None:
     body = b"<p>some words</p>" * 40_000
     with pytest.raises(PageAtFault):

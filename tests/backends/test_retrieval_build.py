@@ -460,7 +460,9 @@ class TestDense:
         finally:
             weight.data[0, 0] = before
 
-    @pytest.mark.parametrize("kind", [None, "IVF4,Flat", "IVF4,SQ8", "IVF4,PQ2", "HNSW8"])
+    @pytest.mark.parametrize(
+        "kind", [None, "IVF4,Flat", "IVF4,SQ8", pytest.param("IVF4,PQ2", marks=pytest.mark.long), "HNSW8"]
+    )
     def test_kinds_of_faiss_index_find_what_is_there(self, tmp_path, kind):
         encoder = Fixed(np.random.default_rng(0).normal(size=(300, 8)))
         vectors.encode(tmp_path / "shards", 300, lambda a, b: range(a, b), encoder, 64, lambda _: None)

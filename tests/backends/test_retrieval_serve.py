@@ -425,6 +425,7 @@ class TestStarting:
         assert code == 2
         assert "not finished" in said[0]
 
+    @pytest.mark.long
     def test_an_index_of_another_version(self, tmp_path):
         (tmp_path / MANIFEST).write_text('{"version": 99}')
         code, said = self.start(tmp_path)
@@ -447,6 +448,7 @@ class TestStarting:
         assert code == 2
         assert "the index is damaged" in said[-1]
 
+    @pytest.mark.long
     def test_an_index_that_is_damaged_in_another_way(self, tmp_path):
         index = build_index(tmp_path)
         manifest = json.loads((index / MANIFEST).read_text())
@@ -494,6 +496,7 @@ class TestStarting:
         assert code == 2
         assert option[0] in said[0]
 
+    @pytest.mark.long
     def test_sigterm_while_loading(self, index):
         command = [sys.executable, "-m", "search_backends.retrieval.serve", str(index), "--port", "0"]
         with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:

@@ -258,6 +258,7 @@ def test_a_run_under_each_loss_is_its_seeds_alone(warm_starts, loss):
     assert not first["success"].equals(other["success"]) or not first["entropy"].equals(other["entropy"])
 
 
+@pytest.mark.long
 def test_beta_zero_trains_as_grpo_and_rules_differ_from_the_first_update_on(warm_starts):
     runs = {
         rule: train(Run("one_hop", "vanilla", rule, 1e-3, 0, steps=2), warm_starts)

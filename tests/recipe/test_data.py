@@ -443,6 +443,7 @@ def read_by_verl(file, *settings):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 def test_verl_reads_the_rows(tmp_path):
     file = write_parquet(tmp_path / "fvqa.parquet", [fvqa(number) for number in range(4)])
     assert run(tmp_path, f"fvqa_train={file}") == 0

@@ -11,8 +11,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -65,27 +66,33 @@ def service(recipe, index, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "search_backends.retrieval.serve", index, "--port", str(port)]
-    with (tmp_path / "serve.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=recipe, env=environment(recipe), stdout=log, stderr=subprocess.STDOUT)
-    try:
-        wait_until_up(f"http://127.0.0.1:{port}", process, tmp_path / "serve.log")
+    with serving(recipe, index, tmp_path / "serve.log", "127.0.0.1", port) as process:
         yield f"http://127.0.0.1:{port}", process
+
+
+@contextmanager
+def serving(recipe, index, log, host, port, inside=()):
+    command = [*inside, sys.executable, "-m", "search_backends.retrieval.serve", index]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--host", host, "--port", str(port)],
+            cwd=recipe,
+            env=environment(recipe),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        for _ in range(720):
+            assert process.poll() is None, log.read_text()
+            if "ready after" in log.read_text():
+                break
+            time.sleep(0.25)
+        else:
+            raise AssertionError(log.read_text())
+        yield process
     finally:
         process.kill()
         process.wait(30)
-
-
-def wait_until_up(url, process, log):
-    for _ in range(720):
-        assert process.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.25)
-    raise AssertionError(log.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +102,11 @@ def data(tmp_path_factory):
     return folder
 
 
-def train(recipe, data, out, env, *overrides, meanwhile=None, **options):
+def train(recipe, data, out, env, *overrides, meanwhile=None, inside=(), **options):
     """Runs ``train.sh``; its exit code, its output and veRL's metrics. ``meanwhile`` is called with the log's text."""
     out.mkdir(parents=True, exist_ok=True)
     metrics = out / "metrics.jsonl"
-    command = [recipe / "train.sh", "--data", data / "train.parquet", "--val", data / "heldout.parquet"]
+    command = [*inside, recipe / "train.sh", "--data", data / "train.parquet", "--val", data / "heldout.parquet"]
     for name, value in options.items():
         command += [f"--{name}", value]
     settings = {
@@ -215,3 +222,128 @@ def test_evaluates_with_the_real_tools_and_rewards(recipe, service, tmp_path):
     assert found["silly"][0]["metrics"] == {"fault": "model"}
     assert [step["status"] for step in found["unknown"]] == ["unknown_tool"]
     assert "FVQA-test" in (tmp_path / "results" / "results.md").read_text()
+
+
+class Host:
+    """A host of the test's own: a network namespace with one address, a home and a folder for Ray."""
+
+    def __init__(self, name, address, folder, recipe):
+        self.name, self.address, self.home, self.recipe = name, address, folder / name, recipe
+        self.folders = []
+        self.home.mkdir()
+        self.inside = ["ip", "netns", "exec", name]
+
+    def env(self):
+        return environment(self.recipe, HOME=str(self.home), VERL_PLATFORM="cpu", OMP_NUM_THREADS="1")
+
+    def ray(self, *arguments):
+        """Runs ``ray_cluster.sh``; its exit code and output."""
+        command = [*self.inside, self.recipe / "ray_cluster.sh", *arguments]
+        if arguments[0] in ("head", "join"):
+            command += ["--num-cpus", "8", "--num-gpus", "1", "--object-store-memory", "200000000"]
+            # A short name: the paths of Ray's sockets may have 107 bytes.
+            self.folders.append(Path(tempfile.mkdtemp(prefix="ray")))
+            command += ["--temp-dir", self.folders[-1]]
+        # Into a file: Ray's processes would keep a pipe open.
+        log = self.home / "ray.log"
+        with log.open("w") as file:
+            done = subprocess.run(command, env=self.env(), stdout=file, stderr=file, timeout=300, check=False)
+        return done.returncode, log.read_text()
+
+    def kill(self):
+        pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False).stdout
+        subprocess.run(["kill", "-9", *pids.split()], capture_output=True, check=False)
+
+    def close(self):
+        self.kill()
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def hosts(recipe, tmp_path):
+    """Two, joined by a cable, without a route to anywhere else."""
+    names = [f"tapo-{os.getpid()}-{end}" for end in "ab"]
+    wire = [["link", "add", "veth-a", "netns", names[0], "type", "veth", "peer", "veth-b", "netns", names[1]]]
+    made = [["netns", "add", name] for name in names] + wire
+    for name, end, number in zip(names, "ab", (1, 2), strict=True):
+        made += [
+            ["-n", name, "link", "set", f"veth-{end}", "name", "eth0"],
+            ["-n", name, "addr", "add", f"10.99.0.{number}/24", "dev", "eth0"],
+            ["-n", name, "link", "set", "eth0", "up"],
+            ["-n", name, "link", "set", "lo", "up"],
+        ]
+    hosts = []
+    try:
+        for arguments in made:
+            done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"this process may make no network namespaces: ip {' '.join(arguments)}: {done.stderr}")
+        hosts += [Host(name, f"10.99.0.{number}", tmp_path, recipe) for number, name in enumerate(names, 1)]
+        yield hosts
+    finally:
+        for host in hosts:
+            host.close()
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("ip") is None, reason="no `ip` (Debian's iproute2), which makes network namespaces")
+def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data, hosts, tmp_path):
+    first, second = hosts
+    code, said = first.ray("head")
+    assert code == 0, said
+    token = (first.home / ".ray" / "auth_token").read_text()
+    assert f"ray_cluster.sh join {first.address}" in said
+    assert token not in said
+    code, said = second.ray("join", first.address)
+    assert code == 1
+    assert "the first node's token is missing here" in said
+    shutil.copytree(first.home / ".ray", second.home / ".ray")
+    code, said = second.ray("join", first.address)
+    assert code == 0, said
+
+    env = {"HOME": str(first.home), "RAY_ADDRESS": f"{first.address}:6379", "OMP_NUM_THREADS": "1"}
+    env["SEARCH_URL"], env["SEARCH_CACHE"] = f"http://{first.address}:8111", str(tmp_path / "cache.sqlite")
+    out = tmp_path / "out"
+    overrides = [
+        "trainer.total_training_steps=4",
+        "trainer.save_freq=1",
+        "actor_rollout_ref.rollout.agent.num_workers=2",
+        f"algorithm.tapo.record_dir={out / 'records'}",
+    ]
+
+    def kill(log):
+        if "step:1 " in log:
+            second.kill()
+            return True
+        return False
+
+    with serving(recipe, index, tmp_path / "serve.log", first.address, 8111, first.inside):
+        run = {"inside": first.inside, "nodes": "2"}
+        code, said, _ = train(recipe, data, out, env, *overrides, meanwhile=kill, **run)
+        assert code != 0
+        assert "a node was lost. Once ray_cluster.sh has joined it again" in said, said[-6000:]
+        assert second.address in said[-2000:]
+        before = sorted(path.name for path in (out / "tapo-vanilla" / "checkpoints").glob("global_step_*"))
+        assert before
+
+        code, said, _ = train(recipe, data, out, env, *overrides, **run)
+        assert code == 2
+        assert "1 of 2 nodes are there" in said
+
+        code, said = second.ray("join", first.address)
+        assert code == 0, said
+        code, said, steps = train(recipe, data, out, env, *overrides, **run)
+    assert code == 0, said[-6000:]
+    assert f"Resuming from {out / 'tapo-vanilla' / 'checkpoints' / before[-1]}" in said
+    assert "(WorkerDict pid=" in said
+    assert f"ip={second.address})" in said or f"ip={first.address})" in said
+    assert [step["training/global_step"] for step in steps][-1] == 4
+    for step in steps:
+        assert step["training/rollout_probs_diff_max"] < 1e-4
+        assert step["tools/infrastructure_faults"] == 0
+        assert step["tapo/recorded_rollouts"] == 1.0
+    assert sum(step["tools/text_search/ok"] for step in steps) > 0
+    assert len(list((out / "records").iterdir())) >= 4

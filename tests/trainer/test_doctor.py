@@ -257,7 +257,7 @@ class Clock(Calculator):
 """
 
 
-@pytest.mark.parametrize("with_code", [False, True])
+@pytest.mark.parametrize("with_code", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_what_a_tool_s_class_declares_takes_part(capsys, tools_file, monkeypatch, with_code):
     """Where ``tools`` is null; what stands there counts alone."""
     from verl_tapo.trainer.check import check_run

@@ -14,6 +14,7 @@ from verl_tapo.rule.checks import hint
 from verl_tapo.rule.config import TapoConfig
 from verl_tapo.rule.names import acquires_information, default_kernel
 from verl_tapo.trainer.monitor import RECORDING_LOOP, shown_kernels, unrecorded
+from verl_tapo.trainer.verl_parser import read_yaml
 
 Parameters = Mapping[str, Collection[str]]
 """The parameters of each tool, by its schema."""
@@ -39,7 +40,7 @@ def config_problems(config: Any) -> tuple[list[str], Parameters | None]:
         return [], None
     setting = f"actor_rollout_ref.rollout.multi_turn.tool_config_path={path}"
     try:
-        entries = _read_yaml(path)
+        entries = read_yaml(path)
         listed = entries["tools"] if isinstance(entries, Mapping) else None
     except Exception as error:  # the file system's, YAML's, OmegaConf's
         return [f"{setting} cannot be read: {_line(error)}"], None
@@ -95,7 +96,7 @@ def declared_kernels(config: Any) -> dict[str, dict[str, Any]] | None:
     declared: dict[str, Any] = {}
     parameters: Parameters = {}
     complete = functions is None
-    for entry in _read_yaml(path)["tools"]:
+    for entry in read_yaml(path)["tools"]:
         known, cls = _function(entry), _class(entry)
         complete &= known is not None
         if known is not None:
@@ -114,13 +115,6 @@ def declared_kernels(config: Any) -> dict[str, dict[str, Any]] | None:
         if acquires_information(tool)
     }
     return {tool: dict(kernels) for tool, kernels in {**by_name, **declared}.items() if kernels is not None}
-
-
-def _read_yaml(path: str) -> Any:
-    from omegaconf import OmegaConf
-    from verl.utils.import_utils import resolve_config_path
-
-    return OmegaConf.to_container(OmegaConf.load(resolve_config_path(path)), resolve=True)
 
 
 def _entry_problem(entry: Any) -> str | None:
@@ -218,7 +212,7 @@ def recording_warning(config: Any) -> str | None:
 def _redefined(path: str | None) -> set[str]:
     """Names of agent loops that the run gives another loop to, which may record."""
     try:
-        return set() if path is None else {entry["name"] for entry in _read_yaml(path)}
+        return set() if path is None else {entry["name"] for entry in read_yaml(path)}
     except Exception:  # veRL will complain
         return set()
 

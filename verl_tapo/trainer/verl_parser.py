@@ -44,6 +44,18 @@ def cached_parser(tool_format: str, tokenizer: Any, tools: Tools | None = None) 
     return _parser(tool_format, tokenizer, tuple((name, tuple(required)) for name, required in (tools or {}).items()))
 
 
+def read_yaml(path: str) -> Any:
+    """Returns what a file of the configuration holds, found and resolved as veRL does it."""
+    from omegaconf import OmegaConf
+
+    try:
+        from verl.utils.import_utils import resolve_config_path
+    except ImportError:  # veRL 0.8
+        from verl.experimental.agent_loop.utils import resolve_config_path
+
+    return OmegaConf.to_container(OmegaConf.load(resolve_config_path(path)), resolve=True)
+
+
 def declared_tools(multi_turn: Any) -> Tools | None:
     """Returns the tools of a run as veRL's configuration ``multi_turn`` declares them, or None if
     it does not.
@@ -55,11 +67,7 @@ def declared_tools(multi_turn: Any) -> Tools | None:
     if not path or multi_turn.get("function_tool_path"):
         return None
     try:
-        from omegaconf import OmegaConf
-        from verl.experimental.agent_loop.utils import resolve_config_path
-
-        tools = OmegaConf.to_container(OmegaConf.load(resolve_config_path(path)), resolve=True)["tools"]
-        functions = [tool["tool_schema"]["function"] for tool in tools]
+        functions = [tool["tool_schema"]["function"] for tool in read_yaml(path)["tools"]]
         return {str(each["name"]): tuple(each["parameters"].get("required") or ()) for each in functions}
     # Another veRL, or a file that veRL has read already, or will say what is wrong with.
     except Exception as error:

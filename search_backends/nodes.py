@@ -1,0 +1,124 @@
+"""The nodes of a Ray cluster: waits for them, says which lacks what a run needs, and which has gone.
+
+    python -m search_backends.nodes wait 2 --limit 300
+    python -m search_backends.nodes check 2 /data/train.parquet /recipe
+    python -m search_backends.nodes gone 2
+
+The cluster is that of ``$RAY_ADDRESS``, ADDRESS:PORT of the first node. Exit code 1, with a line a problem, where
+something is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("verl-tapo", "verl", "torch", "transformers", "ray", "TransferQueue", "vllm", "sglang")
+"""A run's processes exchange objects of these, so that all nodes need the same."""
+_ANSWER_S = 60.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the problems and returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["wait", "check", "gone"])
+    parser.add_argument("nodes", type=int, help="how many there should be")
+    parser.add_argument("paths", nargs="*", help="files and folders that each node must see")
+    parser.add_argument("--limit", type=float, default=_ANSWER_S, help="seconds to wait for them")
+    arguments = parser.parse_args(argv)
+    problems = list(_problems(arguments))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _problems(arguments: argparse.Namespace) -> Iterator[str]:
+    end = time.monotonic() + arguments.limit
+    alive: list[Mapping[str, Any]] = []
+    listens = _listens()
+    while not alive or len(alive) < arguments.nodes:
+        if listens:
+            alive = [node for node in nodes() if node["Alive"]]
+        if arguments.command == "gone" or time.monotonic() > end:
+            break
+        time.sleep(1)
+        listens = _listens()
+    there = ", ".join(sorted(node["NodeManagerAddress"] for node in alive)) or "none"
+    if not listens:
+        yield f"nothing listens at {os.environ.get('RAY_ADDRESS')}: the first node is down, or Ray is not started there"
+    elif len(alive) < arguments.nodes:
+        gone = [node["NodeManagerAddress"] for node in nodes() if not node["Alive"]]
+        lost = f"; gone: {', '.join(gone)}" if gone else ""
+        yield f"{len(alive)} of {arguments.nodes} nodes are there: {there}{lost}"
+    elif arguments.command != "wait":
+        # Of a node that has just gone Ray learns only after a while.
+        yield from missing(alive, arguments.paths)
+
+
+def _listens() -> bool:
+    """Ray itself would wait for a minute where nobody does."""
+    host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), 2).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def nodes() -> list[Mapping[str, Any]]:
+    """All nodes that the cluster has or had, as Ray describes them."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+    found: list[Mapping[str, Any]] = ray.nodes()
+    return found
+
+
+def facts(paths: Iterable[str]) -> dict[str, str]:
+    """What there is on this node: versions, and for each path "there" or "missing"."""
+    found = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return {**found, **{path: "there" if os.path.exists(path) else "missing" for path in paths}}
+
+
+def missing(alive: Iterable[Mapping[str, Any]], paths: Sequence[str]) -> Iterator[str]:
+    """Yields a line for everything that another node has not as this one has it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # The other node may have no such module.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    here = facts(paths)
+    asked = {}
+    for node in alive:
+        where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        task = ray.remote(facts).options(num_cpus=0, scheduling_strategy=where, max_retries=0)
+        asked[node["NodeManagerAddress"]] = task.remote(paths)
+    end = time.monotonic() + _ANSWER_S
+    for address, answer in sorted(asked.items()):
+        try:
+            there = ray.get(answer, timeout=max(1.0, end - time.monotonic()))
+        except Exception as error:  # Ray's, of many kinds
+            yield f"node {address} runs no task: {str(error).strip().splitlines()[-1] or type(error).__name__}"
+            continue
+        for name, value in here.items():
+            if name in paths and there[name] == "missing":
+                yield f"node {address}: there is no {name}"
+            elif name not in paths and there[name] != value:
+                yield f"node {address}: {name} is {there[name]}, {value} on the node that starts the run"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
