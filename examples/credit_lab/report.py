@@ -279,8 +279,6 @@ COLUMNS = {
     "grounding": ["world", "rule", "seeds", "final", "above .5", "early - GRPO", "early - TAPO", "final - TAPO"],
     "switches": ["rule", "seeds", "final", "above .5", "early - GRPO", "final - GRPO"],
     "errors": ["rule", "seeds", "final", "above .5", "early - GRPO", "early - TAPO"],
-    "rivals": ["world", "rule", "success early - GRPO", "success final - GRPO"],
-    "ablations": ["rule", "success early - GRPO", "success final - GRPO", "success early - TAPO"],
 }
 """What of each table stands in the document; ``tables.md`` has all of it."""
 
@@ -349,12 +347,9 @@ def write(folder: Path) -> tuple[str, dict[str, str]]:
         rivals, ablations = (
             list(dict.fromkeys(run.rule for run in sweeps()[name])) for name in ("rivals", "ablations")
         )
-        studied_worlds = [world for world in plain if world != "lucky"]
-        documented["rivals"] = rules_table(summary, studied_worlds, ["tapo", "clamp", "step_groups"])
         parts += ["## Rivals and gates (vanilla)", rules_table(summary, plain, ["tapo", *rivals])]
         ablated = [world for world in plain if world in STUDIED]
         together = summary[summary["world"].isin(ablated)]
-        documented["ablations"] = rules_table(together, [None], ["tapo", *ablations])
         parts += ["## Ablations (vanilla)", rules_table(together, [None, *ablated], ["tapo", *ablations])]
         for figure in ("success", "proficiency", "entropy", "agreement"):
             plot_curves(studied, plain, figure, folder / f"{figure}.png")
