@@ -70,7 +70,7 @@ arguments=(
   "trainer.nnodes=$nodes"
 )
 # To the workers of a cluster that was started without them.
-for variable in RECIPE OUT PYTHONPATH SEARCH_URL SEARCH_CACHE; do
+for variable in RECIPE OUT PYTHONPATH SEARCH_URL SEARCH_CACHE VERL_FILE_LOGGER_PATH; do
   [ -z "${!variable:-}" ] ||
     arguments+=("++ray_kwargs.ray_init.runtime_env.env_vars.$variable=$(quoted "${!variable}")")
 done
