@@ -848,6 +848,28 @@ def test_a_tool_s_wrong_settings_are_told_without_the_password() -> None:
     assert "cret" not in str(raised.value)
 
 
+def test_tls_by_address(tmp_path: Path) -> None:
+    """With the server's certificate, without it, and without TLS."""
+    server = RedisServer(tmp_path, "--requirepass", PASSWORD)
+    try:
+        address = server.speak_tls().replace("rediss://", f"rediss://:{WRITTEN}@")
+
+        async def run() -> None:
+            async with caches(address, 2) as (cache, other):
+                assert await get(cache, Backend("kept")) == ("kept", False)
+                assert await get(other, Backend("asked")) == ("kept", True)
+                assert cache.path == server.address.replace("redis:", "rediss:")
+
+        asyncio.run(run())
+        with pytest.raises(ValueError, match="certificate verify failed") as raised:
+            Cache(address.partition("?")[0])
+        assert "cret" not in str(raised.value)
+        with pytest.raises(ValueError, match="cannot be used: "):
+            Cache(address.partition("?")[0].replace("rediss:", "redis:"))
+    finally:
+        server.kill()
+
+
 def test_without_redis_py_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "redis", None)
     with pytest.raises(

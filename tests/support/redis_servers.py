@@ -25,7 +25,7 @@ class RedisServer:
         if self.program is None:
             pytest.skip("needs the program redis-server (Debian: apt-get install redis-server)")
         pytest.importorskip("redis")
-        self.folder, self.options = folder, options
+        self.folder, self.options = folder, list(options)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -55,6 +55,19 @@ class RedisServer:
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)
+
+    def speak_tls(self) -> str:
+        """Starts again with a certificate of its own; returns the address with it, which alone is accepted then."""
+        openssl = shutil.which("openssl") or pytest.skip("needs the program openssl")
+        key, certificate = self.folder / "key.pem", self.folder / "certificate.pem"
+        what = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+        what += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+        subprocess.run([openssl, *what], check=True, capture_output=True)
+        self.kill()
+        self.options += ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no"]
+        self.options += ["--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
+        self.start()
+        return f"rediss://127.0.0.1:{self.port}/0?ssl_ca_certs={certificate}"
 
     def client(self, password=None):
         import redis
