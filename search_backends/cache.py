@@ -1,4 +1,4 @@
-"""The answers of a run's tools, shared by all processes of a machine: equal calls get equal answers.
+"""The answers of a run's tools, shared by all its processes: equal calls get equal answers.
 
 TAPO compares trajectories by their calls, and so assumes that an answer depends on the call alone.
 Live search breaks that within minutes. This cache restores it and saves the cost of repeated calls.
@@ -9,9 +9,11 @@ another takes over. If the call fails, all waiters get its error, without asking
 again; if it is cancelled, one takes over. Failures are never stored: the next call asks. An answer
 that cannot be read, because it is damaged or from another version, is asked for again and replaced.
 
-    python -m search_backends.cache stats|list|show|purge PATH
+    python -m search_backends.cache stats|list|show|purge PLACE
 
-Any local disk will do; network file systems do not (SQLite's write-ahead log needs shared memory).
+A place is a file, for the processes of one machine, or an address ``redis://HOST:6379/0``, for those of
+many (`search_backends.redis_cache`). A file may be on any local disk, not on a network file system:
+SQLite's write-ahead log needs shared memory.
 """
 
 from __future__ import annotations
@@ -19,22 +21,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import heapq
 import json
 import logging
+import math
 import sqlite3
 import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
-from search_backends.errors import InfrastructureError, ModelError
+from search_backends.errors import InfrastructureError, ModelError, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -140,14 +144,20 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
+def is_address(place: str | Path) -> bool:
+    """Returns whether a cache's place is the address of a server."""
+    return isinstance(place, str) and place.startswith(("redis://", "rediss://"))
+
+
 class Cache:
     """A file of answers. One object serves any number of tasks; any number of processes may share the file.
 
     A file that cannot be read or written later on does not stop a run: calls are answered without it, `failures` counts
-    them, and a warning is logged.
+    them, and a warning is logged. With an address it is a `search_backends.redis_cache.RedisCache`, of which the same
+    holds.
 
     Args:
-        path: made where it is missing, with its folders.
+        path: made where it is missing, with its folders. Or ``redis://HOST:6379/0``.
         max_age_s: answers older than that are asked for again. None: they stay.
         lease_s: after which a call that died with its process is made by another. A living one renews its lease.
 
@@ -155,10 +165,20 @@ class Cache:
         ValueError: The file is damaged, is something else, or cannot be used.
     """
 
+    _errors: tuple[type[Exception], ...] = (sqlite3.Error,)
+    """What the file or the server may raise."""
+
+    def __new__(cls, path: str | Path, **settings: Any) -> Cache:
+        """Makes a cache of the place's kind."""
+        if cls is Cache and is_address(path):
+            from search_backends.redis_cache import RedisCache
+
+            return object.__new__(RedisCache)
+        return object.__new__(cls)
+
     def __init__(self, path: str | Path, *, max_age_s: float | None = None, lease_s: float = 15.0) -> None:
         if lease_s <= 0 or (max_age_s is not None and max_age_s <= 0):
             raise ValueError(f"cache: max_age_s and lease_s must be positive, got {max_age_s!r} and {lease_s!r}")
-        self.path = Path(path)
         self.failures = 0
         """Calls that the file could not serve."""
         self.healed = 0
@@ -167,7 +187,7 @@ class Cache:
         self._flights: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Future[_Found | _Failed | None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search-cache")
         # What follows is used in that thread alone.
-        self._database = _open(self.path)
+        self._connect(path)
         self._hits: Counter[str] = Counter()
         self._unreadable: set[str] = set()  # keys of such answers that were seen
         self._counted_at = self._no_writes_until = 0.0
@@ -260,6 +280,10 @@ class Cache:
         while True:
             await asyncio.sleep(self._lease_s / 3)
             await self._run(self._extend, key, token)
+
+    def _connect(self, path: str | Path) -> None:
+        self.path: Path | str = Path(path)
+        self._database = _open(Path(path))
 
     # In the thread.
 
@@ -374,10 +398,10 @@ class Cache:
     def _tolerant(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except self._errors as error:
             self._report(error)
 
-    def _report(self, error: sqlite3.Error) -> None:
+    def _report(self, error: Exception) -> None:
         now = time.monotonic()
         if now >= self._no_writes_until:
             logger.warning(
@@ -442,15 +466,16 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see the module."""
     parser = argparse.ArgumentParser(
-        prog="python -m search_backends.cache", description="Looks into a cache of answers."
+        prog="python -m search_backends.cache",
+        description="Looks into a cache of answers: a file, or redis://HOST:6379/0.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    stats = commands.add_parser("stats", help="how much there is; checks the whole file")
+    stats = commands.add_parser("stats", help="how much there is; checks the whole of a file")
     listing = commands.add_parser("list", help="answers, the latest first")
     show = commands.add_parser("show", help="one answer")
     purge = commands.add_parser("purge", help="deletes answers")
     for command in (stats, listing, show, purge):
-        command.add_argument("path", type=Path)
+        command.add_argument("place", metavar="PLACE")
     show.add_argument("key", help="or its first digits")
     which = purge.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true")
@@ -459,59 +484,143 @@ def main(argv: Sequence[str] | None = None) -> int:
     listing.add_argument("--match", metavar="TEXT", help="in the label")
     listing.add_argument("--limit", type=int, default=50)
     arguments = parser.parse_args(argv)
+    errors: tuple[type[Exception], ...] = (ValueError,)
     try:
-        with closing(_open(arguments.path, create=False)) as database:
-            return _COMMANDS[arguments.command](database, arguments)
-    except (ValueError, sqlite3.Error) as error:
-        print(f"search_backends.cache: {error}", file=sys.stderr)
+        with closing(_contents(arguments.place)) as contents:
+            errors += contents.errors
+            return _COMMANDS[arguments.command](contents, arguments)
+    except errors as error:
+        print(f"search_backends.cache: {without_secrets(str(error))}", file=sys.stderr)
         return 1
 
 
-def _print_stats(database: sqlite3.Connection, arguments: argparse.Namespace) -> int:
-    query = "SELECT count(*), coalesce(sum(length(value)), 0), coalesce(sum(hits), 0), min(stored_at) FROM answers"
-    answers, size, hits, oldest = database.execute(query).fetchone()
-    query = "SELECT count(*) FROM leases WHERE fault IS NULL AND expires_at > ?"
-    (asking,) = database.execute(query, (time.time(),)).fetchone()
-    damage = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    print(f"answers {answers}\nhits {hits}\ncharacters {size}\noldest {_age(oldest) if answers else '-'}")
-    print(f"being asked {asking}\nfile {damage}")
-    return 0 if damage == "ok" else 1
+class Answer(NamedTuple):
+    """An answer in a listing."""
+
+    key: str
+    label: str
+    stored_at: float
+    size: int
+    """In characters."""
+    hits: int
 
 
-def _print_list(database: sqlite3.Connection, arguments: argparse.Namespace) -> int:
+class Contents(Protocol):
+    """A place as the command line sees it."""
+
+    errors: tuple[type[Exception], ...]
+    """What its methods raise where it fails."""
+
+    def answers(self, match: str = "") -> Iterable[Answer]:
+        """Returns the answers with that text in their labels."""
+        ...
+
+    def value(self, key: str) -> str | bytes:
+        """Returns the JSON under a key."""
+        ...
+
+    def asking(self) -> int:
+        """Returns how many calls are being made."""
+        ...
+
+    def health(self) -> tuple[str, bool]:
+        """Returns the state of the place in words, and whether all is well."""
+        ...
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Deletes answers."""
+        ...
+
+    def close(self) -> None:
+        """Ends the connection."""
+        ...
+
+
+class _File:
+    errors: tuple[type[Exception], ...] = (sqlite3.Error,)
+
+    def __init__(self, path: Path) -> None:
+        self._database = _open(path, create=False)
+
+    def answers(self, match: str = "") -> Iterable[Answer]:
+        query = "SELECT key, label, stored_at, length(value), hits FROM answers WHERE instr(label, ?)"
+        return map(Answer._make, self._database.execute(query, (match,)))
+
+    def value(self, key: str) -> str | bytes:
+        query = "SELECT CAST(value AS BLOB) FROM answers WHERE key = ?"
+        value: bytes = self._database.execute(query, (key,)).fetchone()[0]
+        return value
+
+    def asking(self) -> int:
+        query = "SELECT count(*) FROM leases WHERE fault IS NULL AND expires_at > ?"
+        count: int = self._database.execute(query, (time.time(),)).fetchone()[0]
+        return count
+
+    def health(self) -> tuple[str, bool]:
+        damage = self._database.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        return f"file {damage}", damage == "ok"
+
+    def delete(self, keys: Sequence[str]) -> None:
+        self._database.executemany("DELETE FROM answers WHERE key = ?", [(key,) for key in keys])
+        self._database.execute("VACUUM")
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def _contents(place: str) -> Contents:
+    if is_address(place):
+        from search_backends.redis_cache import Server
+
+        return Server(place)
+    return _File(Path(place))
+
+
+def _print_stats(contents: Contents, arguments: argparse.Namespace) -> int:
+    count = size = hits = 0
+    oldest = math.inf
+    for answer in contents.answers():
+        count, size, hits = count + 1, size + answer.size, hits + answer.hits
+        oldest = min(oldest, answer.stored_at)
+    state, well = contents.health()
+    print(f"answers {count}\nhits {hits}\ncharacters {size}\noldest {_age(oldest) if count else '-'}")
+    print(f"being asked {contents.asking()}\n{state}")
+    return 0 if well else 1
+
+
+def _print_list(contents: Contents, arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
-    query = "SELECT key, label, stored_at, length(value), hits FROM answers WHERE instr(label, ?)"
-    query += " ORDER BY stored_at DESC LIMIT ?"
+    latest = heapq.nlargest(arguments.limit, contents.answers(arguments.match or ""), key=lambda each: each.stored_at)
     table = Table("key", "label", *(Column(name, justify="right") for name in ("age", "characters", "hits")))
-    for key, label, stored_at, size, hits in database.execute(query, (arguments.match or "", arguments.limit)):
+    for key, label, stored_at, size, hits in latest:
         table.add_row(key[:12], Text(label), _age(stored_at), str(size), str(hits))
     Console().print(table)
     return 0
 
 
-def _print_answer(database: sqlite3.Connection, arguments: argparse.Namespace) -> int:
-    query = "SELECT key, label, value, stored_at, hits FROM answers WHERE substr(key, 1, ?) = ? LIMIT 2"
-    rows = database.execute(query, (len(arguments.key), arguments.key)).fetchall()
-    if len(rows) != 1:
-        raise ValueError(f"{'no key begins' if not rows else 'several keys begin'} with {arguments.key}")
-    key, label, value, stored_at, hits = rows[0]
+def _print_answer(contents: Contents, arguments: argparse.Namespace) -> int:
+    found = [each for each in contents.answers() if each.key.startswith(arguments.key)]
+    if len(found) != 1:
+        raise ValueError(f"{'no key begins' if not found else 'several keys begin'} with {arguments.key}")
+    (key, label, stored_at, _, hits) = found[0]
     print(f"key {key}\nlabel {label}\nage {_age(stored_at)}\nhits {hits}")
+    value = contents.value(key)
     try:
         print(json.dumps(json.loads(value), indent=2, ensure_ascii=False))
     except (ValueError, RecursionError):  # damaged: the next call replaces it
-        print(value)
+        print(value if isinstance(value, str) else value.decode("utf-8", "replace"))
     return 0
 
 
-def _purge(database: sqlite3.Connection, arguments: argparse.Namespace) -> int:
+def _purge(contents: Contents, arguments: argparse.Namespace) -> int:
     before = time.time() - (arguments.older_than or 0.0)
-    query = "DELETE FROM answers WHERE stored_at <= ? AND instr(label, ?)"
-    deleted = database.execute(query, (before, arguments.match or "")).rowcount
-    print(f"deleted {deleted}")
-    database.execute("VACUUM")
+    answers = contents.answers(arguments.match or "")
+    keys = [each.key for each in answers if arguments.older_than is None or each.stored_at <= before]
+    contents.delete(keys)
+    print(f"deleted {len(keys)}")
     return 0
 
 

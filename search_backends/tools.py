@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from search_backends.cache import Cache
 from search_backends.clean import clean_text
-from search_backends.errors import InfrastructureError, ModelError
+from search_backends.errors import InfrastructureError, ModelError, without_secrets
 from search_backends.pictures import fit
 from search_backends.providers.cached import current_identity
 from verl_tapo.calls.limits import failed
@@ -60,7 +60,8 @@ class ProviderSettings(ToolSettings):
     """The provider: its name under ``provider``, and its own settings
     (`search_backends.providers`)."""
     cache: str | None = None
-    """A file that all processes of a machine share: equal calls get equal answers. None: each call is asked."""
+    """A file that all processes of a machine share, or a server (``redis://HOST:6379/0``) for those of
+    many: equal calls get equal answers. None: each call is asked."""
     cache_max_age_s: float | None = Field(None, gt=0)
     """Answers older than that are asked for again."""
 
@@ -201,7 +202,7 @@ class Tool(ABC):
                 f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r}"
                 for problem in error.errors()
             )
-            raise ValueError(f"the tool {self.name}: {problems}") from None
+            raise ValueError(without_secrets(f"the tool {self.name}: {problems}")) from None
         self.max_calls: int | None = self.settings.max_calls
         self._places = asyncio.Semaphore(self.settings.concurrency)
         self._provider: Any = None

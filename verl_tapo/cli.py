@@ -279,7 +279,7 @@ def _examine_config_safely(config: Any, findings: Findings) -> tuple[_Rows, _Row
 def _examine_config(config: Any, findings: Findings) -> tuple[_Rows, _Rows]:
     """Checks TAPO's settings in a configuration and the run's tools; problems go to ``findings``."""
     from verl_tapo.settings import load_settings
-    from verl_tapo.trainer.check import declare_tools, find_problems, find_warnings
+    from verl_tapo.trainer.check import declare_tools, find_problems, find_warnings, sources
 
     rows = [("algorithm.adv_estimator", str(config.algorithm.adv_estimator))]
     if config.algorithm.adv_estimator != "tapo":
@@ -293,7 +293,7 @@ def _examine_config(config: Any, findings: Findings) -> tuple[_Rows, _Rows]:
         findings.problems.append(_one_line(error))
         return rows, []
     findings.problems += find_problems(config, settings)
-    findings.warnings += find_warnings(config)
+    findings.warnings += find_warnings(config, settings)
     findings.warnings += _unlike_verls_own(config)
     for part in (settings.rule, settings):
         rows += [
@@ -305,6 +305,7 @@ def _examine_config(config: Any, findings: Findings) -> tuple[_Rows, _Rows]:
         ("rollout.agent.default_agent_loop", str(rollout.agent.default_agent_loop)),
         ("rollout.multi_turn.format", str(rollout.multi_turn.format)),
         ("rollout.n", str(rollout.n)),
+        *sources(config, settings),
         ("trainer", f"V1, {config.trainer.v1.trainer_mode}" if config.trainer.get("use_v1", False) else "V0"),
     ]
     return rows, _examine_tools(config, settings.rule, findings)

@@ -22,6 +22,8 @@ TESTED_VERSIONS = ("0.8.0", "0.9.1")
 PATCH_MARK = "ADV_CONTEXT_VERSION"
 """Name in ``verl.trainer.ppo.ray_trainer`` that says one of our patches is applied: veRL hands over the rollout data
 itself then, and nothing is wrapped but the constructors."""
+V0_TRAINER = "RayPPOTrainer"
+"""Name of V0's trainer in the modules of its hooks. VeRL means to drop it: hooks into what is not there say nothing."""
 
 
 @dataclass
@@ -221,6 +223,9 @@ def _install(hook: Hook, module: Any) -> None:
             return
         if hook.replaced_by_patch and _patched():
             hook.status = "not needed: veRL is patched"
+            return
+        if hook.handler.startswith("verl_tapo.trainer.v0:") and not hasattr(module, V0_TRAINER):
+            hook.status = "not needed: this veRL has no V0 trainer"
             return
         target = module
         for name in hook.target.split("."):

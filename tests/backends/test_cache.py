@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from redis_servers import RedisServer
 
 from search_backends import cache as module
 from search_backends.cache import Cache, cache_key, main
@@ -104,9 +105,65 @@ class Backend:
         return outcome
 
 
+class File:
+    """A place for answers, and hands to tamper with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.at = str(folder / "new" / "cache")
+
+    def _do(self, statement: str, *values: Any) -> int:
+        with contextlib.closing(sqlite3.connect(self.at)) as database, database:
+            return database.execute(statement, values).rowcount
+
+    def forget_leases(self) -> None:
+        assert self._do("DELETE FROM leases")
+
+    def make_older(self, seconds: float) -> None:
+        assert self._do("UPDATE answers SET stored_at = stored_at - ?", seconds)
+
+    def overwrite(self, value: Any) -> None:
+        assert self._do("UPDATE answers SET value = ?", value) == 1
+
+
+class Server:
+    """A Redis server as such a place."""
+
+    def __init__(self, redis_server: RedisServer) -> None:
+        self.at, self._client = redis_server.address, redis_server.client()
+        self._client.flushall()
+
+    def _each(self, kind: str) -> list[bytes]:
+        names = self._client.keys(f"*:{kind}")
+        assert names
+        return names
+
+    def forget_leases(self) -> None:
+        self._client.delete(*self._each("lease"))
+
+    def make_older(self, seconds: float) -> None:
+        for name in self._each("answer"):
+            self._client.hset(name, "stored_at", str(float(self._client.hget(name, "stored_at")) - seconds))
+
+    def overwrite(self, value: Any) -> None:
+        (name,) = self._each("answer")
+        self._client.hset(name, "value", value)
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=["file", "redis"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> File | Server:
+    return File(tmp_path) if request.param == "file" else Server(request.getfixturevalue("redis_server"))
+
+
 @contextlib.asynccontextmanager
-async def caches(file: Path, count: int, **settings: Any) -> Any:
-    """Several on one file, as in several processes."""
+async def caches(file: Path | str, count: int, **settings: Any) -> Any:
+    """Several on one file or server, as in several processes."""
     opened = [Cache(file, **settings) for _ in range(count)]
     try:
         yield opened
@@ -120,10 +177,10 @@ async def get(cache: Cache, compute: Any, key: str = "key") -> tuple[Any, bool]:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_equal_calls_ask_once_and_agree(count: int, tmp_path: Path) -> None:
+def test_equal_calls_ask_once_and_agree(count: int, place: File | Server) -> None:
     async def run() -> None:
         backend = Backend()
-        async with caches(tmp_path / "new" / "cache", count) as opened:
+        async with caches(place.at, count) as opened:
             found = await asyncio.gather(*(get(opened[i % count], backend) for i in range(30)))
             assert backend.asked == 1
             assert [value for value, _ in found] == [{"answer": 0}] * 30
@@ -131,7 +188,7 @@ def test_equal_calls_ask_once_and_agree(count: int, tmp_path: Path) -> None:
             found[0][0]["answer"] = "changed"  # by one caller, not for the others
             assert [await get(each, backend) for each in opened] == [({"answer": 0}, True)] * count
             assert await get(opened[0], backend, "another key") == ({"answer": 1}, False)
-        async with caches(tmp_path / "new" / "cache", 1) as (later,):
+        async with caches(place.at, 1) as (later,):
             assert await get(later, backend) == ({"answer": 0}, True)
         assert backend.asked == 2
 
@@ -141,10 +198,10 @@ def test_equal_calls_ask_once_and_agree(count: int, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("error", [ModelError("too long"), InfrastructureError("down"), KeyError("a defect")])
-def test_those_who_wait_fail_alike_and_the_next_call_asks(error: Exception, count: int, tmp_path: Path) -> None:
+def test_those_who_wait_fail_alike_and_the_next_call_asks(error: Exception, count: int, place: File | Server) -> None:
     async def run() -> None:
         backend = Backend(error, "fine", delay_s=0.6)
-        async with caches(tmp_path / "cache", count) as opened:
+        async with caches(place.at, count) as opened:
             calls = [asyncio.create_task(get(opened[i % count], backend)) for i in range(6)]
             failures = await asyncio.gather(*calls, return_exceptions=True)
             assert backend.asked == 1
@@ -159,10 +216,10 @@ def test_those_who_wait_fail_alike_and_the_next_call_asks(error: Exception, coun
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_when_the_asking_call_is_cancelled_another_asks(count: int, tmp_path: Path) -> None:
+def test_when_the_asking_call_is_cancelled_another_asks(count: int, place: File | Server) -> None:
     async def run() -> None:
         backend = Backend(delay_s=0.3)
-        async with caches(tmp_path / "cache", count) as opened:
+        async with caches(place.at, count) as opened:
             first = asyncio.create_task(get(opened[0], backend))
             while not backend.asked:
                 await asyncio.sleep(0.01)
@@ -177,25 +234,24 @@ def test_when_the_asking_call_is_cancelled_another_asks(count: int, tmp_path: Pa
     asyncio.run(run())
 
 
-def test_a_living_call_keeps_its_lease(tmp_path: Path) -> None:
+def test_a_living_call_keeps_its_lease(place: File | Server) -> None:
     async def run() -> None:
         backend = Backend(delay_s=2.5)
-        async with caches(tmp_path / "cache", 2, lease_s=1.0) as opened:
+        async with caches(place.at, 2, lease_s=1.0) as opened:
             found = await asyncio.gather(*(get(each, backend) for each in opened))
         assert sorted(found, key=str) == [({"answer": 0}, False), ({"answer": 0}, True)]
 
     asyncio.run(run())
 
 
-def test_the_first_answer_stays_where_two_asked(tmp_path: Path) -> None:
+def test_the_first_answer_stays_where_two_asked(place: File | Server) -> None:
     async def run() -> None:
-        async with caches(tmp_path / "cache", 2) as (slow, fast):
+        async with caches(place.at, 2) as (slow, fast):
             backend = Backend("slow", "fast", delay_s=0.3)
             call = asyncio.create_task(get(slow, backend))
             while not backend.asked:
                 await asyncio.sleep(0.01)
-            with contextlib.closing(sqlite3.connect(tmp_path / "cache")) as database, database:
-                database.execute("DELETE FROM leases")  # as if it had run out
+            place.forget_leases()  # as if it had run out
             backend.delay_s = 0.0
             assert await get(fast, backend) == ("fast", False)
             assert await call == ("fast", False)
@@ -203,17 +259,16 @@ def test_the_first_answer_stays_where_two_asked(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_old_answers_are_asked_for_again(tmp_path: Path) -> None:
+def test_old_answers_are_asked_for_again(place: File | Server) -> None:
     async def run() -> None:
         backend = Backend(delay_s=0.0)
         async with (
-            caches(tmp_path / "cache", 1) as (patient,),
-            caches(tmp_path / "cache", 1, max_age_s=60) as (strict,),
+            caches(place.at, 1) as (patient,),
+            caches(place.at, 1, max_age_s=60) as (strict,),
         ):
             assert await get(strict, backend) == ({"answer": 0}, False)
             assert await get(strict, backend) == ({"answer": 0}, True)
-            with contextlib.closing(sqlite3.connect(tmp_path / "cache")) as database, database:
-                database.execute("UPDATE answers SET stored_at = stored_at - 61")
+            place.make_older(61)
             assert await get(patient, backend) == ({"answer": 0}, True)
             assert await get(strict, backend) == ({"answer": 1}, False)
             assert await get(patient, backend) == ({"answer": 1}, True)
@@ -221,9 +276,9 @@ def test_old_answers_are_asked_for_again(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_what_is_no_json_is_a_defect_and_not_kept(tmp_path: Path) -> None:
+def test_what_is_no_json_is_a_defect_and_not_kept(place: File | Server) -> None:
     async def run() -> None:
-        async with caches(tmp_path / "cache", 1) as (cache,):
+        async with caches(place.at, 1) as (cache,):
             with pytest.raises(TypeError):
                 await get(cache, Backend({1, 2}))
             assert await get(cache, Backend([1, 2])) == ([1, 2], False)
@@ -232,11 +287,6 @@ def test_what_is_no_json_is_a_defect_and_not_kept(tmp_path: Path) -> None:
 
 
 # Answers that cannot be read.
-
-
-def overwrite(file: Path, value: Any) -> None:
-    with contextlib.closing(sqlite3.connect(file)) as database, database:
-        assert database.execute("UPDATE answers SET value = ?", (value,)).rowcount == 1
 
 
 class Provider:
@@ -281,11 +331,11 @@ def wrong_forms(kind: str) -> Iterator[Any]:
 
 @pytest.mark.parametrize("kind", ["text", "images", "pages"])
 def test_answers_of_another_form_are_asked_for_anew(
-    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, place: File | Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
         provider, healed = Provider(), 0
-        async with caches(tmp_path / "cache", 2) as (cache, other):
+        async with caches(place.at, 2) as (cache, other):
 
             async def ask(cache: Cache) -> tuple[Any, bool]:
                 if kind == "text":
@@ -296,7 +346,7 @@ def test_answers_of_another_form_are_asked_for_anew(
 
             right, _ = await ask(cache)
             for wrong in wrong_forms(kind):
-                overwrite(tmp_path / "cache", wrong)
+                place.overwrite(wrong)
                 asked = provider.asked
                 found = await asyncio.gather(*(ask(each) for each in (cache, other, cache, other)))
                 assert [value for value, _ in found] == [right] * 4, wrong
@@ -313,13 +363,13 @@ def test_answers_of_another_form_are_asked_for_anew(
     assert len(caplog.records) <= 2  # of each cache one
 
 
-def test_a_fresh_answer_that_cannot_be_read_is_a_defect(tmp_path: Path) -> None:
+def test_a_fresh_answer_that_cannot_be_read_is_a_defect(place: File | Server) -> None:
     def read(value: Any) -> Any:
         raise ValueError("no such form")
 
     async def run() -> None:
         backend = Backend(delay_s=0.0)
-        async with caches(tmp_path / "cache", 1) as (cache,):
+        async with caches(place.at, 1) as (cache,):
             for asked in (1, 2):
                 with pytest.raises(ValueError, match="no such form"):
                     await cache.get_or_compute("key", backend, label="", read=read)
@@ -328,9 +378,9 @@ def test_a_fresh_answer_that_cannot_be_read_is_a_defect(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_labels_may_be_anything(tmp_path: Path) -> None:
+def test_labels_may_be_anything(place: File | Server) -> None:
     async def run() -> None:
-        async with caches(tmp_path / "cache", 1) as (cache,):
+        async with caches(place.at, 1) as (cache,):
             for hit in (False, True):
                 assert await cache.get_or_compute("key", Backend("fine"), label="\ud800 \0") == ("fine", hit)
 
@@ -395,9 +445,9 @@ def spawn(script: str, *args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def test_four_processes_ask_once_for_each_of_many_keys(tmp_path: Path) -> None:
+def test_four_processes_ask_once_for_each_of_many_keys(place: File | Server, tmp_path: Path) -> None:
     keys = 60
-    workers = [spawn(WORKER, tmp_path / "cache", tmp_path / "log", keys) for _ in range(4)]
+    workers = [spawn(WORKER, place.at, tmp_path / "log", keys) for _ in range(4)]
     for worker in workers:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ready\n"
@@ -426,14 +476,14 @@ asyncio.run(Cache(sys.argv[1], lease_s=2.0).get_or_compute("key", compute, label
 
 
 @pytest.mark.long
-def test_another_asks_when_the_process_that_did_is_killed(tmp_path: Path) -> None:
-    holder = spawn(HOLDER, tmp_path / "cache")
+def test_another_asks_when_the_process_that_did_is_killed(place: File | Server) -> None:
+    holder = spawn(HOLDER, place.at)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "asking\n"
 
     async def run() -> None:
         backend = Backend()
-        async with caches(tmp_path / "cache", 1, lease_s=2.0) as (cache,):
+        async with caches(place.at, 1, lease_s=2.0) as (cache,):
             call = asyncio.create_task(get(cache, backend))
             await asyncio.sleep(2.5)  # longer than a lease: the living one renews it
             assert not backend.asked
@@ -560,11 +610,11 @@ def test_a_full_disk_does_not_stop_the_run(tmp_path: Path) -> None:
 # The command line.
 
 
-def test_the_command_line_shows_and_purges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = str(tmp_path / "cache")
+def test_the_command_line_shows_and_purges(place: File | Server, capsys: pytest.CaptureFixture[str]) -> None:
+    file = place.at
 
     async def run() -> None:
-        async with caches(Path(file), 1) as (cache,):
+        async with caches(file, 1) as (cache,):
             for query in ("[red] castle", "tower"):
                 key = cache_key("text_search", "i", {"query": query})
                 for _ in range(3):
@@ -577,7 +627,8 @@ def test_the_command_line_shows_and_purges(tmp_path: Path, capsys: pytest.Captur
         return capsys.readouterr().out
 
     assert says("stats", file).splitlines()[:2] == ["answers 2", "hits 4"]
-    assert "file ok" in says("stats", file)
+    assert ("file ok" if isinstance(place, File) else "no limit, noeviction") in says("stats", file)
+    assert "being asked 0" in says("stats", file)
     assert "[red] castle" in says("list", file)
     assert "castle" not in says("list", file, "--match", "tower")
     key = cache_key("text_search", "i", {"query": "tower"})
@@ -588,6 +639,300 @@ def test_the_command_line_shows_and_purges(tmp_path: Path, capsys: pytest.Captur
     assert main(["show", file, "zz"]) == 1
     assert says("purge", file, "--all") == "deleted 1\n"
     assert "answers 0" in says("stats", file)
-    assert main(["stats", file + "2"]) == 1
+
+
+def test_the_command_line_makes_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", str(tmp_path / "cache")]) == 1
     assert "there is no cache" in capsys.readouterr().err
-    assert not Path(file + "2").exists()
+    assert not list(tmp_path.iterdir())
+
+
+# Servers.
+
+
+def test_a_server_that_is_down_is_asked_once_in_a_pause_and_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Killed, its answers lost, and started again: calls are answered throughout, and kept afterwards."""
+    monkeypatch.setattr(module, "_PAUSE_S", 1.0)
+    server = RedisServer(tmp_path)
+
+    async def run() -> None:
+        async with caches(server.address, 1) as (cache,):
+            backend = Backend(delay_s=0.0)
+            assert await get(cache, backend) == ({"answer": 0}, False)
+            assert await get(cache, backend) == ({"answer": 0}, True)
+            server.kill()
+            tried = 0
+            connect = type(cache._client.connection_pool).get_connection
+
+            def counted(pool: Any, *args: Any, **kwargs: Any) -> Any:
+                nonlocal tried
+                tried += 1
+                return connect(pool, *args, **kwargs)
+
+            monkeypatch.setattr(type(cache._client.connection_pool), "get_connection", counted)
+            assert [await get(cache, backend, f"key {i}") for i in range(50)] == [
+                ({"answer": 1 + i}, False) for i in range(50)
+            ]
+            assert cache.failures == 50
+            assert tried == 1
+            assert [record.levelname for record in caplog.records] == ["WARNING"]
+            server.start()
+            while not (await get(cache, backend))[1]:
+                await asyncio.sleep(0.1)
+            failures = cache.failures
+            assert await get(cache, backend, "another") == ({"answer": backend.asked - 1}, False)
+            assert await get(cache, backend, "another") == ({"answer": backend.asked - 1}, True)
+            assert cache.failures == failures
+
+    try:
+        asyncio.run(run())
+    finally:
+        server.kill()
+
+
+def test_a_server_that_hangs_costs_one_wait_in_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from search_backends import redis_cache
+
+    monkeypatch.setattr(redis_cache, "_WAIT_S", 0.3)
+    server = RedisServer(tmp_path)
+
+    async def run() -> None:
+        async with caches(server.address, 1) as (cache,):
+            server.hang()
+            backend = Backend(delay_s=0.0)
+            # 200 waits would take a minute.
+            await asyncio.wait_for(asyncio.gather(*(get(cache, backend, f"key {i}") for i in range(200))), 30)
+            assert (backend.asked, cache.failures) == (200, 200)
+
+    try:
+        asyncio.run(run())
+    finally:
+        server.go_on()
+        server.kill()
+
+
+def test_a_full_server_gives_what_it_has_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_PAUSE_S", 0.0)
+    server = RedisServer(tmp_path, "--maxmemory", "4mb", "--maxmemory-policy", "noeviction")
+
+    async def run() -> None:
+        async with caches(server.address, 2) as (cache, other):
+            backend = Backend("x" * 300_000, delay_s=0.0)
+            for i in range(30):
+                assert await get(cache, backend, f"key {i}") == ("x" * 300_000, False)
+            assert 0 < cache.failures < 30
+            assert "maxmemory" in caplog.text
+            assert await get(other, backend, "key 0") == ("x" * 300_000, True)
+            # Nobody is left waiting for an answer that could not be kept.
+            found = await asyncio.wait_for(asyncio.gather(get(cache, backend, "y"), get(other, backend, "y")), 10)
+            assert [value for value, _ in found] == ["x" * 300_000] * 2
+            server.client().flushall()
+            failures = cache.failures
+            assert await get(cache, backend, "key 29") == ("x" * 300_000, False)
+            assert await get(cache, backend, "key 29") == ("x" * 300_000, True)
+            assert cache.failures == failures
+
+    try:
+        asyncio.run(run())
+    finally:
+        server.kill()
+
+
+def test_an_answer_that_is_too_long_is_not_kept(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from search_backends import redis_cache
+
+    place = Server(redis_server)
+    monkeypatch.setattr(redis_cache, "_LONGEST", 1000)
+
+    async def run() -> None:
+        async with caches(place.at, 1) as (cache,):
+            backend = Backend("x" * 2000, "short", delay_s=0.0)
+            assert await get(cache, backend) == ("x" * 2000, False)
+            assert cache.failures == 1
+            assert await asyncio.wait_for(get(cache, backend), 5) == ("short", False)
+            assert await get(cache, backend) == ("short", True)
+
+    asyncio.run(run())
+
+
+def test_a_long_answer_of_another_is_not_taken(redis_server: RedisServer) -> None:
+    place = Server(redis_server)
+
+    async def run() -> None:
+        async with caches(place.at, 1) as (cache,):
+            backend = Backend(delay_s=0.0)
+            await get(cache, backend)
+            place.overwrite(b'"' + b"x" * (1 << 24) + b'"')
+            assert await get(cache, backend) == ({"answer": 1}, False)
+            assert await get(cache, backend) == ({"answer": 1}, True)
+
+    asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def locked_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("locked"), "--requirepass", PASSWORD)
+    yield server
+    server.kill()
+
+
+PASSWORD = "s/e@cret"
+WRITTEN = "s%2Fe%40cret"
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("redis://127.0.0.1:{port}/0", "Authentication required"),
+        ("redis://:s%2Fe%40cretX@127.0.0.1:{port}/0", "invalid username-password pair|invalid password"),
+        ("redis://nobody:s%2Fe%40cret@127.0.0.1:{port}/0", "invalid username-password pair"),
+        ("redis://:s/e@cret@127.0.0.1:{port}/0", "is not of the form redis://.* are written %2F %40"),
+        ("redis://:s%2Fe%40cret@127.0.0.1:{port}/99", "DB index is out of range"),
+        ("redis://:s%2Fe%40cret@127.0.0.1:{port}/0?no_such=1", "unexpected keyword argument 'no_such'"),
+        ("redis://:s%2Fe%40cret@127.0.0.1:1/0", "127.0.0.1:1/0 cannot be used: .*Connection refused"),
+        ("redis://:s%2Fe%40cret@no.host.invalid:1/0", "cannot be used: .*no.host.invalid"),
+        ("redis://:s%2Fe%40cret@127.0.0.1:port/0", "is not of the form"),
+        ("rediss://:s%2Fe%40cret@127.0.0.1:{port}/0", "rediss://127.0.0.1:.* cannot be used: "),
+    ],
+)
+def test_a_wrong_address_is_told_at_once_and_without_the_password(
+    address: str,
+    message: str,
+    locked_server: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from search_backends import redis_cache
+
+    monkeypatch.setattr(redis_cache, "_WAIT_S", 0.5)
+    address = address.replace("{port}", str(locked_server.port))
+    with pytest.raises(ValueError, match=message) as raised:
+        Cache(address)
+    assert main(["stats", address]) == 1
+    for told in (str(raised.value), capsys.readouterr().err):
+        assert "cret" not in told
+        assert "s/e" not in told
+    assert raised.value.__cause__ is None
+    assert raised.value.__suppress_context__
+
+
+def test_a_password_is_in_no_message(
+    locked_server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_PAUSE_S", 0.1)
+
+    async def run() -> None:
+        async with caches(f"redis://:{WRITTEN}@127.0.0.1:{locked_server.port}/0", 1) as (cache,):
+            assert await get(cache, Backend("kept")) == ("kept", False)
+            assert cache.path == locked_server.address
+            client = locked_server.client(PASSWORD)
+            client.config_set("requirepass", "another")  # and cut the connections
+            client.client_kill_filter(skipme=True, _type="normal")
+            assert await get(cache, Backend("asked")) == ("asked", False)
+            client.config_set("requirepass", PASSWORD)
+
+    asyncio.run(run())
+    assert "for 0.1 s answers are not kept" in caplog.text
+    assert "cret" not in caplog.text
+
+
+def test_a_tool_s_wrong_settings_are_told_without_the_password() -> None:
+    from search_agent.tools.text_search import TextSearch
+
+    with pytest.raises(ValueError, match=r"cach: .* got 'redis://host:6379/0'") as raised:
+        TextSearch({"type": "native", "cach": f"redis://me:{WRITTEN}@host:6379/0?password={WRITTEN}"}, None)
+    assert "cret" not in str(raised.value)
+
+
+def test_tls_by_address(tmp_path: Path) -> None:
+    """With the server's certificate, without it, and without TLS."""
+    server = RedisServer(tmp_path, "--requirepass", PASSWORD)
+    try:
+        address = server.speak_tls().replace("rediss://", f"rediss://:{WRITTEN}@")
+
+        async def run() -> None:
+            async with caches(address, 2) as (cache, other):
+                assert await get(cache, Backend("kept")) == ("kept", False)
+                assert await get(other, Backend("asked")) == ("kept", True)
+                assert cache.path == server.address.replace("redis:", "rediss:")
+
+        asyncio.run(run())
+        with pytest.raises(ValueError, match="certificate verify failed") as raised:
+            Cache(address.partition("?")[0])
+        assert "cret" not in str(raised.value)
+        with pytest.raises(ValueError, match="cannot be used: "):
+            Cache(address.partition("?")[0].replace("rediss:", "redis:"))
+    finally:
+        server.kill()
+
+
+def test_without_redis_py_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(
+        ValueError, match=r"redis://host:6379/0 needs redis-py: pip install 'verl-tapo\[search-redis\]'"
+    ):
+        Cache(f"redis://:{WRITTEN}@host:6379/0")
+
+
+@pytest.mark.long
+def test_a_server_killed_under_load_gives_no_wrong_answer_and_no_hang(tmp_path: Path) -> None:
+    """Many processes, many questions: killed with `kill -9` in the middle and started again."""
+    server = RedisServer(tmp_path)
+    keys = 60
+    try:
+        workers = [spawn(LOAD, server.address, keys) for _ in range(8)]
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "ready\n"
+        for worker in workers:
+            assert worker.stdin is not None
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+        for worker in workers:
+            assert worker.stdout is not None
+            assert all(line == "right\n" for line in iter(worker.stdout.readline, "half\n"))
+        server.kill()
+        time.sleep(1)
+        server.start()
+        printed = [worker.communicate(timeout=120)[0].splitlines() for worker in workers]
+    finally:
+        server.kill()
+    assert [worker.returncode for worker in workers] == [0] * 8
+    assert all(line == "right" for lines in printed for line in lines[:-1])
+    assert all(len(lines) == 1 + 10 * keys for lines in printed)  # of the second half
+    assert all(int(lines[-1]) > 0 for lines in printed)  # calls without the cache were counted
+
+
+LOAD = """
+import asyncio, random, sys
+from search_backends import cache
+from search_backends.cache import Cache
+
+cache._PAUSE_S = 0.5
+
+async def run(address, keys):
+    opened = Cache(address, lease_s=2.0)
+    async def ask(key):
+        async def compute():
+            await asyncio.sleep(0.02)
+            return f"the answer to {key}"
+        return (await opened.get_or_compute(key, compute, label=key))[0] == f"the answer to {key}"
+    for number in range(20):
+        if number == 10:
+            print("half", flush=True)
+            while not opened.failures:  # until the server is gone
+                await ask(f"key {random.randrange(keys)}")
+        for right in await asyncio.gather(*(ask(f"key {i}") for i in range(keys))):
+            print("right" if right else "wrong")
+        await asyncio.sleep(0.1)
+    await opened.close()
+    print(opened.failures)
+
+print("ready", flush=True)
+input()
+asyncio.run(run(sys.argv[1], int(sys.argv[2])))
+"""

@@ -64,6 +64,45 @@ def test_only_adapters_import_verl(path):
         assert [name for name in imports(path) if name.split(".")[0] == "verl"] == []
 
 
+def everything_of(module, trainer):
+    """The modules that an adapter may load, its own package's transitively."""
+    found, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        path = ROOT / (name.replace(".", "/") + ".py")
+        if name in found or not path.exists():
+            continue
+        found.add(name)
+        for full in imports(path):
+            # `from verl_tapo.trainer.v0 import name`: the module, and what may be one.
+            waiting += [part for part in (full, full.rpartition(".")[0]) if not _other_adapter(name, part, trainer)]
+            found.add(full)
+    return found
+
+
+def _other_adapter(importer, name, trainer):
+    """The estimator hands a patched veRL's batch to the adapter of the trainer that it came from."""
+    return importer == "verl_tapo.trainer.estimator" and name in {"verl_tapo.trainer.v0", "verl_tapo.trainer.v1"} - {
+        f"verl_tapo.trainer.{trainer}"
+    }
+
+
+@pytest.mark.parametrize(
+    ("trainer", "foreign"),
+    [
+        ("v0", ("verl_tapo.trainer.v1", "verl.trainer.ppo.v1", "transfer_queue", "verl.trainer.main_ppo_sync")),
+        ("v1", ("verl_tapo.trainer.v0", "verl.trainer.ppo.ray_trainer", "verl.experimental.separation")),
+    ],
+)
+def test_an_adapter_imports_nothing_of_the_other_trainer(trainer, foreign):
+    """VeRL may drop either: what is shared imports neither."""
+    loaded = everything_of(f"verl_tapo.trainer.{trainer}", trainer)
+    assert f"verl_tapo.trainer.{trainer}" in loaded
+    assert "verl_tapo.trainer.batch" in loaded
+    assert "verl.protocol.DataProto" in loaded
+    assert [name for name in sorted(loaded) if name.startswith(foreign)] == []
+
+
 def test_every_room_has_a_floor():
     rooms = {room_of(module_of(path)) for path in MODULES} - {"__init__", "conf"}
     assert rooms == set().union(*FLOORS) | BESIDE

@@ -477,6 +477,79 @@ def test_a_plugin_that_cannot_load_says_so_on_stderr():
     assert "[verl-tapo] the plug-in failed to load:" in done.stderr
 
 
+def test_rollouts_of_another_manager(capsys):
+    """Uni-agent's, say: neither veRL's agent loops nor our recording one run then."""
+    manager = "uni_agent.framework.entry.AgentFrameworkRolloutAdapter"
+    code, out = doctor(
+        capsys,
+        "--config",
+        "tapo",
+        "actor_rollout_ref.rollout.n=8",
+        f"+actor_rollout_ref.rollout.agent.agent_loop_manager_class={manager}",
+        "algorithm.tapo.success_key=solved",
+        "actor_rollout_ref.rollout.multi_turn.format=qwen3_coder",
+    )
+    assert code == 0
+    assert re.search(rf"rollouts from +{manager}\n", out)
+    assert re.search(r"success from +the reward's 'solved', else the score; 0.5 or above\n", out)
+    assert re.search(r"calls from +the records \(tapo_steps\), else the tokens \(qwen3_coder\)\n", out)
+    (warning,) = out.split("Warnings:\n")[1].strip().splitlines()[:-1]
+    assert f"agent_loop_manager_class={manager} makes the rollouts" in warning
+    _, out = doctor(capsys, "--config", "tapo", "algorithm.tapo.step_source=recorded")
+    assert re.search(r"rollouts from +veRL's agent loops \(single_turn_agent by default\)\n", out)
+    assert re.search(r"calls from +the records \(tapo_steps\)\n", out)
+
+
+WITHOUT_V0 = """
+import importlib.abc, importlib.util, sys
+
+class WithoutV0(importlib.abc.MetaPathFinder):
+    # A veRL to come: V0's trainer is gone from its module, and what was built on it cannot be imported.
+    def find_spec(self, name, path, target=None):
+        if name != "verl.trainer.ppo.ray_trainer":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            for gone in ("RayPPOTrainer", "compute_response_mask", "compute_data_metrics"):
+                delattr(module, gone)
+        spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, WithoutV0())
+"""
+
+
+@pytest.mark.long
+def test_where_v0_is_gone_its_hooks_say_nothing_and_v1_trains():
+    code = """
+import numpy as np, torch
+import verl.trainer.ppo.v1.trainer_base
+from omegaconf import OmegaConf
+from verl_tapo.plugin import HOOKS
+from verl_tapo.settings import TapoSettings
+from verl_tapo.trainer.v1 import base_advantages
+print(*sorted({hook.status for hook in HOOKS if ".v0:" in hook.handler}), sep="|")
+print(*[hook.status for hook in HOOKS if ".v1:" in hook.handler], sep="|")
+try:
+    import verl.experimental.separation.ray_trainer
+except ImportError as error:
+    print("gone:", error.name)
+batch = {"token_level_rewards": torch.tensor([[0.0, 1.0], [0.0, 0.0]]), "response_mask": torch.ones(2, 2)}
+columns = {"uid": np.array(["a", "a"], dtype=object), "keys": ["a_0_0", "a_1_0"]}
+print(base_advantages(TapoSettings(), OmegaConf.create({}), batch, columns, np.arange(2))[0].sign().tolist())
+"""
+    done = run(WITHOUT_V0 + code)
+    assert "[verl-tapo]" not in done.stderr
+    v0, v1, gone, advantages = done.stdout.splitlines()[-4:]
+    assert v0 == "not needed: this veRL has no V0 trainer|waiting for import"
+    assert v1 == "active|active"
+    assert gone == "gone: verl.trainer.ppo.ray_trainer"
+    assert advantages == "[[1.0, 1.0], [-1.0, -1.0]]"
+
+
 def test_a_hook_that_changed_says_so_and_leaves_other_runs_alone():
     code = """
 import types, sys

@@ -400,6 +400,8 @@ def test_who_takes_part_and_what_became_of_each_step(qwen_like_tokenizer, traine
     kernels = "text_search (query=text), zoom (bbox_2d=iou, image=exact), fetch"
     assert lines == [
         f"TAPO: tools that take part: {kernels}; parameters not named: exact",
+        "TAPO: of 11 rollouts, success is the reward's 'acc' in 11 and the score in 0 (at 0.5 or above); "
+        "calls were recorded in 11 and are read from the tokens in 0",
         "TAPO: step 11: 14 calls, 8 failing, 6 misassigned, 6 corrected",
         "TAPO: step 12: 14 calls, 8 failing, 6 misassigned, 6 corrected",
     ]

@@ -9,6 +9,7 @@ import torch
 from rollouts import GROUNDING_METRICS, LUXEMBOURG, fake_batch, fake_group, grounded_group
 
 from verl_tapo.audit import audit
+from verl_tapo.records import TrajectoryRecord
 from verl_tapo.step_records import read_step_records
 from verl_tapo.trainer import estimator
 from verl_tapo.trainer.tool_metrics import RolloutOutage, ToolOutage
@@ -78,8 +79,11 @@ def make_trainer(config, qwen_like_tokenizer):
 _batches = iter(range(10**6))
 
 
-def put(tq, rows, recorded=True, outputs=None, pad_to=None, tokenizer=None, extra=None):
-    """Writes rows as `AgentLoopWorkerTQ` does; returns the batch's meta. ``outputs``: (session, output) of each row."""
+def put(tq, rows, recorded=True, outputs=None, pad_to=None, tokenizer=None, extra=None, flat=False):
+    """Writes rows as `AgentLoopWorkerTQ` does; returns the batch's meta.
+
+    ``outputs``: (session, output) of each row. ``flat``: as uni-agent does, a column for each of the extra fields.
+    """
     from transfer_queue import KVBatchMeta
     from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
     from verl.utils.tensordict_utils import list_of_dict_to_tensordict
@@ -92,22 +96,22 @@ def put(tq, rows, recorded=True, outputs=None, pad_to=None, tokenizer=None, extr
         if recorded:
             extra_fields["tapo_steps"] = rollout.record.to_dict()
         scores = torch.zeros(len(rollout.ids))
-        scores[-1] = float(ok)
+        scores[-1:] = float(ok)
         fields.append(
             {
                 "uid": f"{prefix}{uid}",
                 "prompts": torch.tensor([1, 2, 3]),
-                "responses": torch.tensor(rollout.ids),
+                "responses": torch.tensor(rollout.ids, dtype=torch.int64),
                 "input_ids": torch.tensor([1, 2, 3, *rollout.ids]),
                 "attention_mask": torch.ones(3 + len(rollout.ids), dtype=torch.int64),
                 "position_ids": torch.arange(3 + len(rollout.ids)),
-                "response_mask": torch.tensor(rollout.mask),
-                "loss_mask": torch.tensor(rollout.mask),
+                "response_mask": torch.tensor(rollout.mask, dtype=torch.int64),
+                "loss_mask": torch.tensor(rollout.mask, dtype=torch.int64),
                 "rm_scores": scores,
                 "rollout_log_probs": torch.full((len(rollout.ids),), -1.0),
                 "old_log_probs": torch.full((len(rollout.ids),), -1.0),
                 "num_turns": 2,
-                "extra_fields": extra_fields,
+                **({**extra_fields, "session_id": session} if flat else {"extra_fields": extra_fields}),
                 **(extra or {}),
             }
         )
@@ -340,6 +344,122 @@ def test_missing_rollouts_end_the_run(queue, make_trainer, qwen_like_tokenizer, 
     twice = [(number, output) for number in range(8) for output in range(2)]
     both = put(queue, [row for row in group for _ in range(2)], outputs=twice)
     advantages(queue, make_trainer(name, max_fault_rate=0.2), both)  # outputs of a session are no more rollouts
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_extra_fields_as_columns_are_read(queue, make_trainer, qwen_like_tokenizer, mode, recorded, caplog):
+    """As uni-agent writes them: success is `acc`, not the score, and calls come from the records, where there are."""
+    if PATCHED:
+        pytest.skip("the patch knows extra_fields only, see patches/README.md")
+    caplog.set_level("INFO", "verl_tapo")
+    rows = fake_batch(qwen_like_tokenizer)
+    expected = advantages(queue, make_trainer(mode=mode), put(queue, rows, recorded))
+    batch = put(queue, rows, recorded, flat=True, pad_to=8, tokenizer=qwen_like_tokenizer)
+    metrics = {}
+    result = advantages(queue, make_trainer(mode=mode), batch, metrics)
+    assert torch.equal(result[:11], expected)
+    assert (metrics["tapo/success_from_score"], metrics["tapo/recorded_rollouts"]) == (0.0, float(recorded))
+    assert metrics["reward/acc"] == pytest.approx(sum(ok for _, ok, _ in rows) / len(rows))
+    sources = "calls were recorded in 11 and are read from the tokens in 0"
+    if not recorded:
+        sources = "calls were recorded in 0 and are read from the tokens in 11"
+    assert f"of 11 rollouts, success is the reward's 'acc' in 11 and the score in 0 (at 0.5 or above); {sources}" in (
+        caplog.text
+    )
+
+
+def test_success_is_not_the_score_where_acc_is_a_column(queue, make_trainer, qwen_like_tokenizer):
+    """Scores with parts lie on one side of the threshold; the score alone would make successes of all."""
+    if PATCHED:
+        pytest.skip("the patch knows extra_fields only, see patches/README.md")
+    rows = fake_batch(qwen_like_tokenizer)
+    batch = put(queue, rows, flat=True)
+    data = queue.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["rm_scores"])
+    values = data["rm_scores"].values() + 0.0
+    values[data["rm_scores"].offsets()[1:] - 1] += 0.6
+    data["rm_scores"] = torch.nested.nested_tensor_from_jagged(values, data["rm_scores"].offsets())
+    queue.kv_batch_put(keys=batch.keys, partition_id="train", fields=data)
+    metrics = {}
+    advantages(queue, make_trainer(), batch, metrics)
+    assert metrics["tapo/success_rate"] == pytest.approx(sum(ok for _, ok, _ in rows) / len(rows))
+    assert metrics["tapo/corrected_steps"] == pytest.approx(6 / 8)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_trajectories_of_a_session_that_share_its_reward(queue, make_trainer, qwen_like_tokenizer, recorded):
+    """A session is one rollout in the rule and in every mean, whatever the number of its trajectories; a trajectory
+    whose mask is 0 throughout, of an episode that was cut off, and one without a token neither give nor receive."""
+    if PATCHED:
+        pytest.skip("the patch knows extra_fields only, see patches/README.md")
+    group = [(rollout, ok, "u0") for rollout, ok in fake_group(qwen_like_tokenizer)]
+    expected = {}
+    plain = advantages(queue, make_trainer(), put(queue, group, recorded, flat=True), expected)
+    empty = types.SimpleNamespace(ids=[], mask=[], record=TrajectoryRecord())
+    rows, outputs = [], []
+    for session, row in enumerate(group):
+        # An earlier trajectory that is not trained on, one of no tokens, and the one that carries the calls.
+        cut = types.SimpleNamespace(ids=row[0].ids, mask=[0] * len(row[0].ids), record=TrajectoryRecord())
+        rows += [(row[0], row[1], "u0"), (empty, row[1], "u0"), (cut, row[1], "u0")]
+        outputs += [(session, 2), (session, 1), (session, 0)]
+    batch = put(queue, rows, recorded, outputs, flat=True)
+    metrics = {}
+    result = advantages(queue, make_trainer(), batch, metrics)
+    assert torch.equal(result[::3], plain)
+    assert (result[1::3] == 0).all()
+    assert (result[2::3] == 0).all()
+    for name in expected:
+        if name.startswith(("tapo/", "tools/", "reward/")) and not name.startswith("tapo/ms"):
+            assert metrics[name] == pytest.approx(expected[name]), name
+
+
+def test_a_column_of_some_rows_only_is_warned_of(queue, make_trainer, qwen_like_tokenizer, caplog):
+    """TransferQueue leaves it out of all rows, without a word."""
+    if PATCHED:
+        pytest.skip("the patch knows extra_fields only, see patches/README.md")
+    rows = fake_batch(qwen_like_tokenizer)
+    half, rest = put(queue, rows[:6], flat=True), put(queue, rows[6:], recorded=False, flat=True)
+    batch = type(half)(partition_id="train", keys=half.keys + rest.keys, tags=half.tags + rest.tags)
+    trainer = make_trainer()
+    for _ in range(2):
+        advantages(queue, trainer, batch)
+    assert caplog.text.count("some rollouts have the column 'tapo_steps' and some have not") == 1
+    assert "reward_extra_info" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"column": "rm_scores"}, r"without the column rm_scores; its first row has: attention_mask, "),
+        ({"column": "uid"}, r"without the column uid; its first row has: "),
+        ({"keys": lambda key: key.replace("_", "/")}, r"the key 'batch.*/0', which is not {uid}_{session}_{output}"),
+        ({"keys": lambda key: key + "x"}, r"which is not {uid}_{session}_{output}"),
+        ({"keys": lambda key: "other" + key}, r"the key 'otherbatch.* of the prompt uid='batch"),
+        ({"tag": "is_padding"}, r"the padding row 'pad\w+_0_0' without the tag is_padding; its tags: prompt_len, "),
+        ({"gone": True}, r"a batch of 16 keys and 16 tags with data of 15 rows"),
+    ],
+)
+@pytest.mark.parametrize("name", ["grpo", "tapo"])
+def test_a_verl_that_differs_is_told_loudly(queue, make_trainer, qwen_like_tokenizer, name, change, message):
+    """What is relied on here is no interface of veRL's: TransferQueue leaves out what it does not have, in silence."""
+    if PATCHED:
+        pytest.skip("a patched veRL hands the rollout data over itself")
+    rows = fake_batch(qwen_like_tokenizer)
+    batch = put(queue, rows, pad_to=8, tokenizer=qwen_like_tokenizer)
+    names = change.get("keys")
+    if "column" in change or names is not None:
+        data = queue.kv_batch_get(keys=batch.keys, partition_id="train")
+        keep = {key: data[key] for key in data.keys() if key != change.get("column")}  # noqa: SIM118
+        keys = [(names or "other".__add__)(key) for key in batch.keys]
+        fields = data.select(*keep)
+        queue.kv_batch_put(keys=keys, partition_id="train", fields=fields, tags=batch.tags)
+        batch = type(batch)(partition_id="train", keys=keys, tags=batch.tags)
+    if "tag" in change:
+        batch.tags[:] = [{key: value for key, value in tag.items() if key != change["tag"]} for tag in batch.tags]
+    if "gone" in change:
+        queue.kv_clear(keys=batch.keys[3], partition_id="train")
+    with pytest.raises(ValueError, match=message):
+        make_trainer(name)._compute_advantage(batch, {})
 
 
 def test_records_under_another_estimator_are_warned_of(config, caplog):

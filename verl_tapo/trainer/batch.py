@@ -1,10 +1,13 @@
 """Makes a `RolloutBatch` from a padded batch with per-sample columns: veRL's V0 `DataProto`, or the
-rollout data that a patched veRL (PR 7473, our patches) gives to estimators."""
+rollout data that a patched veRL (PR 7473, our patches) gives to estimators.
+
+Of veRL it imports what V0 and V1 share, and neither trainer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +18,12 @@ from verl_tapo.settings import TapoSettings
 from verl_tapo.trainer.rollout import RolloutBatch, Sessions, Tokens, agent_loop_of
 from verl_tapo.trainer.verl_parser import declared_tools
 
+BaseAdvantages: TypeAlias = Callable[
+    [TapoSettings, Any, Mapping[str, Any], Mapping[str, Any], IntArray], tuple[torch.Tensor, torch.Tensor]
+]
+"""Settings, veRL's ``algorithm``, tensors, columns and the numbers of R rows to their base advantages
+and returns, (R, L) each."""
+
 
 def rollout_from_batch(
     settings: TapoSettings,
@@ -22,6 +31,7 @@ def rollout_from_batch(
     batch: Mapping[str, Any],
     columns: Mapping[str, Any],
     context: Mapping[str, Any],
+    base_advantages: BaseAdvantages,
 ) -> RolloutBatch:
     """The rollout in a padded batch.
 
@@ -36,6 +46,7 @@ def rollout_from_batch(
             ``is_padding``.
         context: ``tokenizer``, ``config`` (the whole trainer configuration), ``step`` (its number) and dicts
             ``metrics`` and ``fields`` to fill, where known; ``agent_names`` as in `RolloutBatch`.
+        base_advantages: the trainer's own: that of `verl_tapo.trainer.v0` or of `verl_tapo.trainer.v1`.
     """
     rewards, mask = batch["token_level_rewards"], batch["response_mask"]
     rows, length = mask.shape
@@ -114,16 +125,12 @@ def _prompt(batch: Mapping[str, Any], row: int) -> list[int]:
     return [] if prompts is None else [int(token) for token in prompts[row].tolist()]
 
 
-def base_advantages(
+def base_input(
     settings: TapoSettings, algorithm: Any, batch: Mapping[str, Any], columns: Mapping[str, Any], chosen: IntArray
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Base advantages and returns of the chosen rows, (R, L) each, through the trainer's own function.
-
-    With a column ``keys`` by its rule for several outputs per session.
-    """
+) -> tuple[Any, dict[str, Any]]:
+    """The chosen rows as a ``DataProto``, and the options of the trainer's own function of advantages."""
     from tensordict import TensorDict
     from verl.protocol import DataProto
-    from verl.trainer.ppo.ray_trainer import compute_advantage
 
     data = DataProto(
         batch=TensorDict({name: batch[name] for name in batch.keys()}, batch_size=len(batch["response_mask"])),  # noqa: SIM118
@@ -138,18 +145,4 @@ def base_advantages(
         norm_adv_by_std_in_grpo=algorithm.get("norm_adv_by_std_in_grpo", True),
         config=algorithm,
     )
-    if "keys" in columns:
-        data = _for_multi_trajectories()(data, list(data.non_tensor_batch["keys"]), **options)
-    else:
-        data = compute_advantage(data, **options)
-    return data.batch["advantages"], data.batch["returns"]
-
-
-def _for_multi_trajectories() -> Any:
-    """Applies veRL's rule for several outputs per session; before 0.9 it is in the synchronous
-    trainer's own module."""
-    try:
-        from verl.trainer.ppo.v1 import utils as home
-    except ImportError:
-        from verl.trainer import main_ppo_sync as home
-    return home.compute_advantage_for_multi_trajectories
+    return data, options

@@ -7,8 +7,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from verl_tapo.calls.formats import NATIVE_FORMATS
+from verl_tapo.records import RECORD_KEY
 from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.step_records import check_folder
+from verl_tapo.trainer.rollout import agent_loop_of, manager_of
 from verl_tapo.trainer.tools_check import config_problems, declared_kernels, recording_warning, rule_problems
 
 logger = logging.getLogger("verl_tapo")
@@ -38,7 +40,7 @@ def check_run(config: Any) -> TapoSettings | None:
         raise ValueError("TAPO: " + "; ".join(problems))
     if settings.record_dir is not None:
         check_folder(settings.record_dir)
-    for warning in find_warnings(config):
+    for warning in find_warnings(config, settings):
         logger.warning("TAPO: %s", warning)
     return settings
 
@@ -92,7 +94,23 @@ def find_problems(config: Any, settings: TapoSettings) -> list[str]:
     return problems
 
 
-def find_warnings(config: Any) -> list[str]:
+def sources(config: Any, settings: TapoSettings) -> list[tuple[str, str]]:
+    """Returns in words where a run's rollouts, their success and their tool calls come from."""
+    rollout = config.actor_rollout_ref.rollout
+    tool_format = settings.tool_format or rollout.multi_turn.format
+    records, tokens = f"the records ({RECORD_KEY})", f"the tokens ({tool_format})"
+    calls = {"recorded": records, "parsed": tokens}.get(settings.step_source, f"{records}, else {tokens}")
+    return [
+        ("rollouts from", manager_of(config) or f"veRL's agent loops ({agent_loop_of(config)} by default)"),
+        (
+            "success from",
+            f"the reward's {settings.success_key!r}, else the score; {settings.success_threshold:g} or above",
+        ),
+        ("calls from", calls),
+    ]
+
+
+def find_warnings(config: Any, settings: TapoSettings) -> list[str]:
     """Returns what may leave TAPO without effect in a run's configuration."""
     rollout = config.actor_rollout_ref.rollout
     warnings = []
@@ -100,12 +118,21 @@ def find_warnings(config: Any) -> list[str]:
         warnings.append(
             f"actor_rollout_ref.rollout.n={rollout.n}: a prompt's only rollout has no successful sibling to learn from"
         )
-    if rollout.get("agent", {}).get("default_agent_loop", None) == "single_turn_agent":
+    manager = manager_of(config)
+    if manager is not None:
+        warnings.append(
+            f"actor_rollout_ref.rollout.agent.agent_loop_manager_class={manager} makes the rollouts, so that "
+            f"default_agent_loop may have no effect, tapo_tool_agent's limits and records included. Success is its "
+            f"rollouts' {settings.success_key!r} (in extra_fields, or in a column reward_extra_info or of that name), "
+            f"else the score; calls are read from the tokens where no record {RECORD_KEY!r} comes. The first step's "
+            f"log says what came"
+        )
+    elif rollout.get("agent", {}).get("default_agent_loop", None) == "single_turn_agent":
         warnings.append(
             "the default agent loop, single_turn_agent, calls no tools: TAPO has something to do only where the data "
             "set names a tool agent, or actor_rollout_ref.rollout.agent.default_agent_loop=tapo_tool_agent"
         )
-    overridden = recording_warning(config)
+    overridden = None if manager is not None else recording_warning(config)
     if overridden is not None:
         warnings.append(overridden)
     actor = config.actor_rollout_ref.get("actor", None) or {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,10 +96,10 @@ def find_steps(rollout: RolloutBatch, settings: TapoSettings) -> list[ToolStep]:
         steps += [step for step in parsed.steps if not rollout.padding[step.row]]
         malformed += parsed.malformed
         unanswered = parsed.unanswered
-    count = max(len(real), 1)
-    rollout.metrics["tapo/recorded_rollouts"] = len(recorded) / count
-    rollout.metrics["tapo/malformed_calls_per_trajectory"] = malformed / count
-    rollout.metrics["tapo/unanswered_calls_per_trajectory"] = unanswered / count
+    rollout.metrics["tapo/recorded_rollouts"] = len(recorded) / max(len(real), 1)
+    trajectories = max(len(rollout.final_rows(real)), 1)
+    rollout.metrics["tapo/malformed_calls_per_trajectory"] = malformed / trajectories
+    rollout.metrics["tapo/unanswered_calls_per_trajectory"] = unanswered / trajectories
     return steps
 
 
@@ -110,34 +110,26 @@ def _prompt_images(rollout: RolloutBatch, parser: ToolCallParser, row: int) -> l
     return [f"prompt {prompt} image {number}" for number in range(parser.count_images(ids))]
 
 
-def rollout_metrics(
-    records: Sequence[Any],
-    infos: Sequence[Mapping[str, Any]],
-    padding: npt.NDArray[np.bool_],
-    settings: TapoSettings,
-    agent_loop: str | None = None,
-    agent_names: Callable[[], Iterable[Any]] = tuple,
-) -> dict[str, float]:
-    """Metrics of the tools of B rows, from their records, and of the parts of their rewards.
+def rollout_metrics(rollout: RolloutBatch, settings: TapoSettings) -> dict[str, float]:
+    """Metrics of the tools of a batch, from its records, and of the parts of its rewards.
 
-    Args:
-        records, infos, padding: (B,) as in `RolloutBatch`.
-        settings: ``algorithm.tapo``.
-        agent_loop, agent_names: as in `RolloutBatch`.
+    Of a session with several outputs all calls count, but its reward once: that of its last output.
 
     Raises:
         ToolOutage: where too many calls failed.
     """
-    real = np.flatnonzero(~padding).tolist()
-    known, rewards = [records[row] for row in real], [infos[row] for row in real]
-    MONITOR.check_records(known, agent_loop, agent_names)
+    real = np.flatnonzero(~rollout.padding)
+    known = [rollout.records[int(row)] for row in real]
+    rewards = [rollout.reward_infos[int(row)] for row in rollout.final_rows(real)]
+    MONITOR.check_records(known, rollout.agent_loop, rollout.agent_names)
     MONITOR.executed |= executed_tools(known)
-    metrics = tool_metrics(known, MONITOR.executed)
+    recorded = real[[isinstance(record, Mapping) for record in known]]
+    metrics = tool_metrics(known, MONITOR.executed, trajectories=len(rollout.final_rows(recorded)))
     check_outage(metrics, settings.max_fault_rate)
     for name, (count, example) in odd_reward_parts(rewards).items():
         MONITOR.tell(
             f"reward part {name}",
-            f"the reward's part {name!r} is no finite number in {count} of {len(real)} rollouts ({example}, say), "
+            f"the reward's part {name!r} is no finite number in {count} of {len(rewards)} rollouts ({example}, say), "
             f"which are left out of its mean",
         )
     return {**metrics, **reward_metrics(rewards)}
@@ -230,17 +222,13 @@ def estimate(
         )
     done = time.perf_counter()
     MONITOR.look(steps, settings)
+    MONITOR.say_sources(int((~rollout.padding).sum()), rollout.metrics, settings)
     rollout.metrics.update(report.metrics())
     rollout.metrics.update(grounding_metrics(rollout, success, steps))
     rollout.metrics.update(MONITOR.silent_tools(steps, rollout.metrics))
-    rollout.metrics.update(
-        rollout_metrics(
-            rollout.records, rollout.reward_infos, rollout.padding, settings, rollout.agent_loop, rollout.agent_names
-        )
-    )
+    rollout.metrics.update(rollout_metrics(rollout, settings))
     MONITOR.sum_up(report, rollout.step, rollout.part)
-    final = np.arange(len(success)) if rollout.sessions is None else rollout.sessions.final_row
-    ended = np.unique(final[~rollout.padding])
+    ended = rollout.final_rows(np.flatnonzero(~rollout.padding))
     rollout.metrics["tapo/success_rate"] = float(success[ended].mean()) if len(ended) else 0.0
     rollout.metrics["tapo/dropped_rows"] = float(len(lost))
     rollout.metrics["tapo/ms/base"] = (based - start) * 1e3
@@ -349,5 +337,10 @@ def compute_tapo_advantage(
             )
         from verl_tapo.trainer.batch import rollout_from_batch
 
-        rollout = rollout_from_batch(settings, config, batch, non_tensor_batch, adv_context or {})
+        # Only V1 has keys.
+        if "keys" in non_tensor_batch:
+            from verl_tapo.trainer.v1 import base_advantages
+        else:
+            from verl_tapo.trainer.v0 import base_advantages
+        rollout = rollout_from_batch(settings, config, batch, non_tensor_batch, adv_context or {}, base_advantages)
     return estimate(rollout, settings, token_level_rewards, response_mask, index)

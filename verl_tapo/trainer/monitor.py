@@ -45,11 +45,28 @@ class RunMonitor:
         self._credited: set[str] = set()
         self._told: set[str] = set()
 
+    def first(self, key: str) -> bool:
+        """Returns whether this is the first time that it is asked about the key."""
+        new = key not in self._told
+        self._told.add(key)
+        return new
+
     def tell(self, key: str, message: str) -> None:
         """Warns, once for each key."""
-        if key not in self._told:
-            self._told.add(key)
+        if self.first(key):
             logger.warning("TAPO: %s", message)
+
+    def say_sources(self, rollouts: int, metrics: Mapping[str, float], settings: TapoSettings) -> None:
+        """Reports once, of the first batch's rollouts, where their success and their calls come from."""
+        if not self.first("the first batch"):
+            return
+        scored = round(metrics["tapo/success_from_score"] * rollouts)
+        recorded = round(metrics["tapo/recorded_rollouts"] * rollouts)
+        _say(
+            f"of {rollouts} rollouts, success is the reward's {settings.success_key!r} in {rollouts - scored} and the "
+            f"score in {scored} (at {settings.success_threshold:g} or above); calls were recorded in {recorded} and "
+            f"are read from the tokens in {rollouts - recorded}"
+        )
 
     def look(self, steps: Sequence[ToolStep], settings: TapoSettings) -> None:
         """Takes note of one batch's steps."""

@@ -105,6 +105,10 @@ class RolloutBatch:
     unreadable: str | None = None
     """A success value that is not a number, if `success` met one."""
 
+    def final_rows(self, rows: IntArray) -> IntArray:
+        """The last output of each trajectory that has one of these rows, each once, by number."""
+        return np.unique(rows if self.sessions is None else self.sessions.final_row[rows])
+
     def success(self, settings: TapoSettings) -> npt.NDArray[np.bool_]:
         """(B,) success ``y``: the reward info's ``success_key``, else the score, at ``success_threshold`` or above.
 
@@ -113,32 +117,45 @@ class RolloutBatch:
         """
         values = self.scores.copy()
         known = unreadable = 0
+        real = int((~self.padding).sum())
         for row, info in enumerate(self.reward_infos):
             value = info.get(settings.success_key)
             if value is None:
                 continue
-            known += 1
+            known += not self.padding[row]
             values[row] = success_number(value)
             if math.isnan(values[row]) and not self.padding[row]:
                 unreadable += 1
                 self.unreadable = shown(value)
-        real = int((~self.padding).sum())
         if real and not known and settings.success_key != TapoSettings.success_key:
             keys = sorted({str(key) for info in self.reward_infos for key in info})
             raise ValueError(
                 f"algorithm.tapo.success_key={settings.success_key!r} is in no row's reward info; "
                 f"the reward function returned: {', '.join(keys) or 'nothing besides the score'}"
             )
-        self.metrics["tapo/success_from_score"] = 1.0 - known / max(len(values), 1)
+        self.metrics["tapo/success_from_score"] = 1.0 - known / max(real, 1)
         self.metrics["tapo/success_unreadable"] = unreadable / max(real, 1)
         succeeded: npt.NDArray[np.bool_] = (values >= settings.success_threshold) & ~self.padding  # NaN: no success
         return succeeded
 
 
 def agent_loop_of(config: Any) -> str | None:
-    """Returns the default agent loop in a trainer's whole configuration, or None."""
+    """Returns the default agent loop in a trainer's whole configuration.
+
+    None where it names none, and where a manager of its own decides what runs.
+    """
     agent = config.actor_rollout_ref.rollout.get("agent", None)
-    return None if agent is None else agent.get("default_agent_loop", None)
+    if agent is None or manager_of(config) is not None:
+        return None
+    loop: str | None = agent.get("default_agent_loop", None)
+    return loop
+
+
+def manager_of(config: Any) -> str | None:
+    """Returns the class that makes the rollouts in place of veRL's agent loops (uni-agent's, say), or None."""
+    agent = config.actor_rollout_ref.rollout.get("agent", None) or {}
+    manager: str | None = agent.get("agent_loop_manager_class", None)
+    return manager
 
 
 def agent_names_of(trainer: Any) -> list[str]:

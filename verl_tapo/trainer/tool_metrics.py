@@ -68,17 +68,21 @@ def executed_tools(records: Sequence[Any]) -> set[str]:
     return {step["tool"] for record in known for step in record["steps"] if step["status"] in _EXECUTED}
 
 
-def tool_metrics(records: Sequence[Any], tools: Collection[str] = ()) -> dict[str, float]:
+def tool_metrics(
+    records: Sequence[Any], tools: Collection[str] = (), *, trajectories: int | None = None
+) -> dict[str, float]:
     """Returns metrics from B records in their plain form (None for a trajectory without one); empty
     without a record.
 
     Args:
         records: the records of real rows only, without padding.
         tools: those that were executed in earlier batches: they have metrics where they are not called, too.
+        trajectories: how many the records are of; None: each is of one.
     """
     known = [record for record in records if isinstance(record, Mapping)]
     if not known:
         return {}
+    trajectories = len(known) if trajectories is None else trajectories
     steps = [step for record in known for step in record["steps"]]
     executed: dict[str, list[Mapping[str, Any]]] = {tool: [] for tool in sorted({*tools, *executed_tools(known)})}
     for step in steps:
@@ -88,11 +92,11 @@ def tool_metrics(records: Sequence[Any], tools: Collection[str] = ()) -> dict[st
         f"tools/{status}": _share(sum(step["status"] == status for step in steps), steps)
         for status in ("malformed", "unknown_tool", "over_limit")
     }
-    metrics["tools/calls_per_trajectory"] = len(steps) / len(known)
+    metrics["tools/calls_per_trajectory"] = len(steps) / trajectories
     for tool, calls in executed.items():
         for name, value in _of_tool(calls).items():
             metrics[f"tools/{metric_word(tool)}/{metric_word(name)}"] = value
-        metrics[f"tools/{metric_word(tool)}/calls_per_trajectory"] = len(calls) / len(known)
+        metrics[f"tools/{metric_word(tool)}/calls_per_trajectory"] = len(calls) / trajectories
     everything = [call for calls in executed.values() for call in calls]
     metrics["tools/infrastructure_faults"] = _faults(everything, "infrastructure")
     metrics["tools/abandoned"] = _share(sum(bool(call.get("abandoned")) for call in everything), everything)

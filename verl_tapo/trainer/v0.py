@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from verl_tapo.settings import load_settings
-from verl_tapo.trainer.batch import rollout_from_batch
+import torch
+
+from verl_tapo.rule.arrays import IntArray
+from verl_tapo.settings import TapoSettings, load_settings
+from verl_tapo.trainer.batch import base_input, rollout_from_batch
 from verl_tapo.trainer.check import check_run
 from verl_tapo.trainer.rollout import CURRENT, agent_names_of
 
@@ -46,7 +49,12 @@ def compute_advantage_hook(wrapped: Callable[..., Any], _: Any, args: Any, kwarg
     context["step"] = getattr(trainer, "global_steps", None)
     context["agent_names"] = partial(agent_names_of, trainer)
     rollout = rollout_from_batch(
-        load_settings(algorithm), algorithm, data.batch, data.non_tensor_batch, {**context, "metrics": {}, "fields": {}}
+        load_settings(algorithm),
+        algorithm,
+        data.batch,
+        data.non_tensor_batch,
+        {**context, "metrics": {}, "fields": {}},
+        base_advantages,
     )
     token = CURRENT.set(rollout)
     try:
@@ -57,6 +65,17 @@ def compute_advantage_hook(wrapped: Callable[..., Any], _: Any, args: Any, kwarg
         data.batch[name] = value
     _pending.update(rollout.metrics)
     return data
+
+
+def base_advantages(
+    settings: TapoSettings, algorithm: Any, batch: Mapping[str, Any], columns: Mapping[str, Any], chosen: IntArray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Base advantages and returns of the chosen rows, (R, L) each, through V0's own function."""
+    from verl.trainer.ppo.ray_trainer import compute_advantage
+
+    data, options = base_input(settings, algorithm, batch, columns, chosen)
+    data = compute_advantage(data, **options)
+    return data.batch["advantages"], data.batch["returns"]
 
 
 def compute_data_metrics_hook(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> dict[str, Any]:
