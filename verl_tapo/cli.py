@@ -76,6 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         help="where that configuration is, as on the command line of main_ppo",
     )
+    doctor.add_argument(
+        "--model",
+        metavar="FOLDER_OR_NAME",
+        help="also examine this model's tokenizer and chat template: a conversation with calls of the run's tools is "
+        "rendered by veRL's own agent loop, and the calls are looked for in its tokens. A folder, without a look at "
+        "the network, or a name of the Hugging Face hub; code that comes with the model is not run",
+    )
     doctor.add_argument("overrides", nargs="*", help="Hydra overrides, as on the command line of main_ppo")
     doctor.add_argument(
         "-v", "--verbose", action="store_true", help="do not hide what veRL prints while it is imported"
@@ -89,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [argument for argument in rest if argument.startswith("-")]:
         doctor.error(f"unrecognized arguments: {' '.join(unknown)}")
     config = _config_of(arguments.config, arguments.config_dir)
-    return run_doctor(config, [*arguments.overrides, *rest], arguments.verbose)
+    return run_doctor(config, [*arguments.overrides, *rest], arguments.verbose, arguments.model)
 
 
 def _config_of(name: str, folder: Path | None) -> str:
@@ -112,8 +119,8 @@ def _audit(parser: argparse.ArgumentParser, audit: argparse.ArgumentParser, give
         return 130
 
 
-def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False) -> int:
-    """Prints the examination; returns 0 if TAPO would run, else 1."""
+def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False, model: str | None = None) -> int:
+    """Prints the examination, of a model too if one is named; returns 0 if TAPO would run, else 1."""
     findings = Findings()
     _show("Versions", [("python", sys.version.split()[0]), ("verl-tapo", __version__), *_versions()])
     with contextlib.nullcontext() if verbose else _quiet():
@@ -124,9 +131,12 @@ def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False) -> 
             composed = _compose(config, overrides, findings)
             hooks = _examine_hooks(composed, findings)
             settings, tools = ([], []) if composed is None else _examine_config_safely(composed, findings)
+            sections = [] if composed is None or model is None else _examine_model(model, composed, findings)
         _show("Hooks", hooks)
         _show("Configuration", settings)
         _show("Tools", tools)
+        for title, rows in sections:
+            _show(title, rows)
     for title, messages in (("Warnings", findings.warnings), ("Problems", findings.problems)):
         if messages:
             print(f"{title}:")
@@ -325,6 +335,21 @@ def _examine_tools(config: Any, rule: TapoConfig, findings: Findings) -> _Rows:
         return []
     findings.problems += [problem for problem in rule_problems(rule, tools) if problem not in findings.problems]
     return list(participation(rule, tools))
+
+
+def _examine_model(model: str, config: Any, findings: Findings) -> list[tuple[str, _Rows]]:
+    """Examines the model that ``--model`` names; returns the sections to show."""
+    from verl_tapo.model_check.examine import examine
+    from verl_tapo.trainer.tools_check import load_schemas
+
+    try:
+        schemas = load_schemas(config)
+    except Exception:  # already reported, with all that is wrong with the configuration
+        schemas = None
+    report = examine(model, config, schemas)
+    findings.problems += report.problems
+    findings.warnings += report.warnings
+    return report.sections
 
 
 def _unlike_verls_own(config: Any) -> Iterator[str]:

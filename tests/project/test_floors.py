@@ -18,12 +18,13 @@ FLOORS = [
     {"step_records"},
     {"trainer"},
     {"rollout"},
+    {"model_check"},
     {"audit"},
     {"plugin"},
     {"cli"},
 ]
 BESIDE = {"cpu"}
-TOUCH_VERL = {"trainer", "rollout", "cpu"}
+TOUCH_VERL = {"trainer", "rollout", "model_check", "cpu"}
 MODULES = sorted((ROOT / "verl_tapo").rglob("*.py"))
 
 
