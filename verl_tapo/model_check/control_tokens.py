@@ -13,6 +13,7 @@ from verl_tapo.trainer.monitor import RECORDING_LOOP
 
 _WIDE = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
 _NUMBERS = re.compile(r"\d+")
+_SPARE = re.compile("reserved|unused|extra")
 
 
 def control_token_rows(template: Template, report: Report) -> Rows:
@@ -46,7 +47,8 @@ def control_token_rows(template: Template, report: Report) -> Rows:
 
 
 def _kinds(tokenizer: Any, ending: str) -> list[str]:
-    """The control tokens, the one that ends a turn first, then the special ones; of those that differ in a number alone, such as <unused7>, one."""
+    """The control tokens: the one that ends a turn, special ones, others. Of those that differ in a number alone, such
+    as <unused7>, there is one."""
     special = set(tokenizer.all_special_tokens)
     tokens = {*tokenizer.get_added_vocab(), *special}
     # Gemma has runs of white space among them.

@@ -11,7 +11,7 @@ from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import ToolResponse
 
-from verl_tapo.calls.parsing import ToolCallParser, parse_steps
+from verl_tapo.calls.parsing import parse_steps
 from verl_tapo.calls.writing import written
 from verl_tapo.model_check.loading import named
 from verl_tapo.model_check.run import TEMPLATE_SETTING, Report, Rows, Run, shown
@@ -20,7 +20,6 @@ from verl_tapo.model_check.tool_format import find_calls, same_calls
 from verl_tapo.rollout.scripted import run_scripted
 from verl_tapo.rule.steps import ToolStep
 from verl_tapo.trainer.monitor import RECORDING_LOOP
-from verl_tapo.trainer.verl_parser import verl_fallback
 
 _NO_LIMIT = 10**6  # tokens
 _FAILING = 1  # the call, counted from 0, whose tool fails
@@ -112,7 +111,7 @@ def _roll_out(template: Template, as_template: bool) -> _Conversation:
         response_length=_NO_LIMIT,
     )
     ids, mask = output.response_ids, output.response_mask
-    parser = ToolCallParser(run.tool_format, model.tokenizer, verl_fallback(run.tool_format, model.tokenizer))
+    parser = template.parser(run.tool_format)
     steps = parse_steps(parser, np.array(ids), np.array(mask), np.array([0, len(ids)]), [0]).steps
     answers = [number for number, bit in zip(ids, mask, strict=True) if not bit]
     images = (int(image is not None and bool(executed)), parser.count_images(answers))

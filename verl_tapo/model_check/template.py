@@ -8,8 +8,10 @@ from typing import Any, TypeAlias
 
 from verl.utils.tokenizer.chat_template import apply_chat_template
 
+from verl_tapo.calls.parsing import ToolCallParser
 from verl_tapo.model_check.loading import Model
 from verl_tapo.model_check.run import Report, Rows, Run, listed
+from verl_tapo.trainer.verl_parser import verl_fallback
 
 Wanted: TypeAlias = tuple[str, Mapping[str, Any]]
 """A call to find: the tool, and its arguments."""
@@ -25,6 +27,7 @@ class Template:
         self.model, self.run = model, run
         self._renderer = model.tokenizer if model.processor is None else model.processor
         self.source: Any = getattr(self._renderer, "chat_template", None)
+        self._parsers: dict[str, ToolCallParser] = {}
 
     def _render(self, messages: Sequence[Mapping[str, Any]], prompt: bool, tools: bool = True) -> str:
         text = apply_chat_template(
@@ -45,6 +48,13 @@ class Template:
         """The tokens of a text, none added."""
         ids: list[int] = self.model.tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+    def parser(self, tool_format: str) -> ToolCallParser:
+        """The reader of a tool format, kept: to make one takes a look at the whole vocabulary."""
+        if tool_format not in self._parsers:
+            tokenizer = self.model.tokenizer
+            self._parsers[tool_format] = ToolCallParser(tool_format, tokenizer, verl_fallback(tool_format, tokenizer))
+        return self._parsers[tool_format]
 
     def forms(self, calls: Sequence[Wanted]) -> list[str]:
         """The ways in which the template writes an assistant's turn with ``calls``; empty if it shows none."""

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from verl.experimental.agent_loop.tool_parser import ToolParser
 
 from verl_tapo.calls.formats import FORMATS, NATIVE_FORMATS
-from verl_tapo.calls.parsing import ToolCallParser
 from verl_tapo.calls.writing import written
 from verl_tapo.model_check.run import FORMAT_SETTING, TEMPLATE_SETTING, Report, Rows, shown
 from verl_tapo.model_check.template import THOUGHT, Template, Wanted, made_up_call
@@ -28,11 +27,11 @@ class Found(NamedTuple):
 
 def find_calls(template: Template, tool_format: str, text: str) -> Found:
     """The calls that two readers find in the tokens of an assistant's turn."""
-    tokenizer, ids = template.model.tokenizer, template.tokens(text)
-    fallback = verl_fallback(tool_format, tokenizer)
-    calls = ToolCallParser(tool_format, tokenizer, fallback).calls(ids)
+    ids = template.tokens(text)
+    calls = template.parser(tool_format).calls(ids)
     try:
-        verls = [(name, json.loads(arguments)) for name, arguments in fallback(ids)]
+        read = verl_fallback(tool_format, template.model.tokenizer)(ids)
+        verls = [(name, json.loads(arguments)) for name, arguments in read]
     except Exception:  # veRL's loop would end there
         verls = []
     return Found([(call.tool, call.arguments) for call in calls if call.error is None], verls)
