@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
-from rollouts import GROUNDING_METRICS, LUXEMBOURG, data_proto, grounded_group
+from rollouts import GROUNDING_METRICS, LUXEMBOURG, grounded_group
 
 from verl_tapo import TapoConfig, transfer_credit
 from verl_tapo.audit import ReadOptions, audit, terminal
@@ -42,6 +42,7 @@ from verl_tapo.cli import main
 from verl_tapo.rule import similarity
 from verl_tapo.rule.config import Grounding
 from verl_tapo.rule.steps import ToolStep
+from verl_tapo.selftest.rollouts import data_proto
 from verl_tapo.settings import TapoSettings
 from verl_tapo.trainer import estimator
 from verl_tapo.trainer.estimator import compute_tapo_advantage

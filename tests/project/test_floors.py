@@ -21,10 +21,11 @@ FLOORS = [
     {"model_check"},
     {"audit"},
     {"plugin"},
+    {"selftest"},
     {"cli"},
 ]
 BESIDE = {"cpu"}
-TOUCH_VERL = {"trainer", "rollout", "model_check", "cpu"}
+TOUCH_VERL = {"trainer", "rollout", "model_check", "selftest", "cpu"}
 MODULES = sorted((ROOT / "verl_tapo").rglob("*.py"))
 
 
