@@ -1,4 +1,5 @@
-"""The command ``verl-tapo``. ``doctor``: would TAPO run here, with this configuration? ``audit``: `verl_tapo.audit`."""
+"""The command ``verl-tapo``. ``doctor``: would TAPO run here, with this configuration? ``selftest``: does it compute
+what it should? ``audit``: `verl_tapo.audit`."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import io
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -58,7 +60,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Shows versions, whether veRL sees the plug-in, which of its hooks are in place, and what would be "
         "wrong in a configuration. Exit code 1 where TAPO would not run.",
     )
-    doctor.add_argument(
+    selftest = commands.add_parser(
+        "selftest",
+        help="check in the installed veRL that TAPO computes what it should",
+        description="Checks the rule, the hooks, and in veRL's own trainers that tapo is grpo bit for bit where it has "
+        "nothing to transfer. For CI: a line a check, no GPU, under a minute. Exit code 1 if a check failed.",
+    )
+    for command in (doctor, selftest):
+        _add_run_arguments(command)
+    given = sys.argv[1:] if argv is None else list(argv)
+    audit = commands.add_parser("audit", help="show where a run punishes good tool calls, and what TAPO changes there")
+    if given[:1] == ["audit"]:
+        return _audit(parser, audit, given)
+    # Overrides may stand before and behind options, as Hydra has it.
+    arguments, rest = parser.parse_known_args(given)
+    if unknown := [argument for argument in rest if argument.startswith("-")]:
+        commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    config = _config_of(arguments.config, arguments.config_dir)
+    run = run_doctor if arguments.command == "doctor" else run_selftest
+    return run(config, [*arguments.overrides, *rest], arguments.verbose, arguments.model)
+
+
+def _add_run_arguments(command: argparse.ArgumentParser) -> None:
+    """The options that name a run's configuration and model."""
+    command.add_argument(
         "--config",
         "--config-name",
         "-cn",
@@ -67,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a configuration by name (veRL's ppo_trainer, our tapo), or a YAML file: composed where it has "
         "`defaults`, else laid over ppo_trainer",
     )
-    doctor.add_argument(
+    command.add_argument(
         "--config-dir",
         "-cd",
         "--config-path",
@@ -76,20 +101,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         help="where that configuration is, as on the command line of main_ppo",
     )
-    doctor.add_argument("overrides", nargs="*", help="Hydra overrides, as on the command line of main_ppo")
-    doctor.add_argument(
+    command.add_argument(
+        "--model",
+        metavar="FOLDER_OR_NAME",
+        help="also examine this model's tokenizer and chat template: a conversation with calls of the run's tools is "
+        "rendered by veRL's own agent loop, and the calls are looked for in its tokens. A folder, without a look at "
+        "the network, or a name of the Hugging Face hub; code that comes with the model is not run",
+    )
+    command.add_argument("overrides", nargs="*", help="Hydra overrides, as on the command line of main_ppo")
+    command.add_argument(
         "-v", "--verbose", action="store_true", help="do not hide what veRL prints while it is imported"
     )
-    given = sys.argv[1:] if argv is None else list(argv)
-    audit = commands.add_parser("audit", help="show where a run punishes good tool calls, and what TAPO changes there")
-    if given[:1] == ["audit"]:
-        return _audit(parser, audit, given)
-    # Overrides may stand before and behind options, as Hydra has it.
-    arguments, rest = parser.parse_known_args(given)
-    if unknown := [argument for argument in rest if argument.startswith("-")]:
-        doctor.error(f"unrecognized arguments: {' '.join(unknown)}")
-    config = _config_of(arguments.config, arguments.config_dir)
-    return run_doctor(config, [*arguments.overrides, *rest], arguments.verbose)
 
 
 def _config_of(name: str, folder: Path | None) -> str:
@@ -112,8 +134,8 @@ def _audit(parser: argparse.ArgumentParser, audit: argparse.ArgumentParser, give
         return 130
 
 
-def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False) -> int:
-    """Prints the examination; returns 0 if TAPO would run, else 1."""
+def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False, model: str | None = None) -> int:
+    """Prints the examination, of a model too if one is named; returns 0 if TAPO would run, else 1."""
     findings = Findings()
     _show("Versions", [("python", sys.version.split()[0]), ("verl-tapo", __version__), *_versions()])
     with contextlib.nullcontext() if verbose else _quiet():
@@ -124,9 +146,12 @@ def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False) -> 
             composed = _compose(config, overrides, findings)
             hooks = _examine_hooks(composed, findings)
             settings, tools = ([], []) if composed is None else _examine_config_safely(composed, findings)
+            sections = [] if composed is None or model is None else _examine_model(model, composed, findings)
         _show("Hooks", hooks)
         _show("Configuration", settings)
         _show("Tools", tools)
+        for title, rows in sections:
+            _show(title, rows)
     for title, messages in (("Warnings", findings.warnings), ("Problems", findings.problems)):
         if messages:
             print(f"{title}:")
@@ -134,6 +159,58 @@ def run_doctor(config: str, overrides: Sequence[str], verbose: bool = False) -> 
                 print(f"  - {message}")
     print("TAPO would not run." if findings.problems else "TAPO would run.")
     return 1 if findings.problems else 0
+
+
+def run_selftest(config: str, overrides: Sequence[str], verbose: bool = False, model: str | None = None) -> int:
+    """Prints a line for each check; returns 0 if none failed, else 1."""
+    from verl_tapo.selftest.check import Check, Outcome, outcome
+    from verl_tapo.selftest.rule_checks import rule_checks
+
+    started, findings = time.perf_counter(), Findings()
+    quiet = contextlib.nullcontext if verbose else _quiet
+    with quiet():
+        # Before anything else imports the plug-in, which veRL is to load by itself.
+        _, loaded = _examine_plugin(findings)
+
+    def checks() -> Iterator[Check]:
+        yield from rule_checks()
+        yield Check("veRL loads the plug-in", lambda: _summary(findings))
+        if loaded:
+            from verl_tapo.selftest.run import checks_of_verl
+
+            yield from checks_of_verl()
+            if model is not None:
+                yield Check(f"the model {model} fits the configuration", lambda: _fits(model, config, overrides))
+
+    failed = count = 0
+    remaining = checks()
+    while True:
+        with quiet():
+            check = next(remaining, None)
+            result: Outcome | None = outcome(check) if check else None
+        if result is None:
+            break
+        print(f"{result.verdict:4}  {result.name}: {result.detail}", flush=True)
+        count, failed = count + 1, failed + (result.verdict == "FAIL")
+    print(f"{count} checks, {failed or 'none'} failed, in {time.perf_counter() - started:.0f} s")
+    return 1 if failed else 0
+
+
+def _summary(findings: Findings) -> str:
+    """What a check says of findings: their warnings, or, raised, their problems."""
+    from verl_tapo.selftest.check import Failed
+
+    if findings.problems:
+        raise Failed("; ".join(findings.problems))
+    return "; ".join(findings.warnings) or "yes"
+
+
+def _fits(model: str, config: str, overrides: Sequence[str]) -> str:
+    findings = Findings()
+    composed = _compose(config, overrides, findings)
+    if composed is not None:
+        _examine_model(model, composed, findings)
+    return _summary(findings)
 
 
 def _show(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -326,6 +403,21 @@ def _examine_tools(config: Any, rule: TapoConfig, findings: Findings) -> _Rows:
         return []
     findings.problems += [problem for problem in rule_problems(rule, tools) if problem not in findings.problems]
     return list(participation(rule, tools))
+
+
+def _examine_model(model: str, config: Any, findings: Findings) -> list[tuple[str, _Rows]]:
+    """Examines the model that ``--model`` names; returns the sections to show."""
+    from verl_tapo.model_check.examine import examine
+    from verl_tapo.trainer.tools_check import load_schemas
+
+    try:
+        schemas = load_schemas(config)
+    except Exception:  # already reported, with all that is wrong with the configuration
+        schemas = None
+    report = examine(model, config, schemas)
+    findings.problems += report.problems
+    findings.warnings += report.warnings
+    return report.sections
 
 
 def _unlike_verls_own(config: Any) -> Iterator[str]:

@@ -25,8 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
-from rollouts import GROUNDING_METRICS, LUXEMBOURG, data_proto, grounded_group
-from written_calls import written
+from rollouts import GROUNDING_METRICS, LUXEMBOURG, grounded_group
 
 from verl_tapo import TapoConfig, transfer_credit
 from verl_tapo.audit import ReadOptions, audit, terminal
@@ -38,10 +37,12 @@ from verl_tapo.audit.sources import Problems, Row, find_sources, read_dump
 from verl_tapo.audit.text import find_calls, split_turns
 from verl_tapo.calls.formats import FORMATS
 from verl_tapo.calls.parsing import NOT_EXECUTED_PREFIX
+from verl_tapo.calls.writing import written
 from verl_tapo.cli import main
 from verl_tapo.rule import similarity
 from verl_tapo.rule.config import Grounding
 from verl_tapo.rule.steps import ToolStep
+from verl_tapo.selftest.rollouts import data_proto
 from verl_tapo.settings import TapoSettings
 from verl_tapo.trainer import estimator
 from verl_tapo.trainer.estimator import compute_tapo_advantage

@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from written_calls import written
 
 from verl_tapo.calls.call import MALFORMED
 from verl_tapo.calls.formats import FORMATS, MAX_CALL_CHARS, NATIVE_FORMATS, read_text
 from verl_tapo.calls.parsing import NOT_EXECUTED_PREFIX, STOCK_ERRORS, ToolCallParser, answer_is_error, parse_steps
+from verl_tapo.calls.writing import written
 from verl_tapo.rule.steps import step_columns
 from verl_tapo.rule.values import MAX_DEPTH, canonical
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from real_tokenizers import FAMILIES, load
-from written_calls import written
 
 from verl_tapo.audit.text import find_calls
 from verl_tapo.calls.call import MALFORMED
 from verl_tapo.calls.formats import NATIVE_FORMATS
 from verl_tapo.calls.parsing import ToolCallParser, parse_steps
+from verl_tapo.calls.writing import written
 from verl_tapo.rule.steps import step_columns
 
 pytest.importorskip("verl.experimental.agent_loop")

@@ -6,10 +6,10 @@ from itertools import groupby
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rollouts import FakeRollout, fake_batch
 
 from verl_tapo.calls.call import MALFORMED
 from verl_tapo.calls.parsing import ToolCallParser, answer_is_error, parse_steps
+from verl_tapo.selftest.rollouts import FakeRollout, fake_batch
 
 PIECES = [
     ("Look. ", 1),

@@ -18,12 +18,14 @@ FLOORS = [
     {"step_records"},
     {"trainer"},
     {"rollout"},
+    {"model_check"},
     {"audit"},
     {"plugin"},
+    {"selftest"},
     {"cli"},
 ]
 BESIDE = {"cpu"}
-TOUCH_VERL = {"trainer", "rollout", "cpu"}
+TOUCH_VERL = {"trainer", "rollout", "model_check", "selftest", "cpu"}
 MODULES = sorted((ROOT / "verl_tapo").rglob("*.py"))
 
 

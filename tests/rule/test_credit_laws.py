@@ -6,7 +6,6 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from batches import TOOLS, random_batch, random_config
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from slow_kernels import similarity
@@ -15,6 +14,7 @@ from verl_tapo import TapoConfig, ToolStep, transfer_credit
 from verl_tapo.rule import matching
 from verl_tapo.rule.config import Grounding
 from verl_tapo.rule.reference import Reference, call_similarity
+from verl_tapo.selftest.random_batches import TOOLS, random_batch, random_config
 
 SEEDS = st.integers(0, 1_000_000)
 laws = settings(max_examples=150, deadline=None)

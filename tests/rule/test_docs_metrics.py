@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-from batches import random_batch, random_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from rollouts import data_proto, fake_batch
 
 from verl_tapo import transfer_credit
+from verl_tapo.selftest.random_batches import random_batch, random_config
+from verl_tapo.selftest.rollouts import data_proto, fake_batch
 from verl_tapo.trainer import estimator
 from verl_tapo.trainer.estimator import compute_tapo_advantage
 

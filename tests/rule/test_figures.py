@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from batches import random_batch
 from rich.console import Console
 
 from verl_tapo import TapoConfig, transfer_credit
@@ -15,6 +14,7 @@ from verl_tapo.audit import audit, terminal
 from verl_tapo.rule import figures
 from verl_tapo.rule.figures import FIGURES, FOUND, GROUNDING, Figure
 from verl_tapo.rule.report import StepCredit
+from verl_tapo.selftest.random_batches import random_batch
 
 DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import verl
 from omegaconf import OmegaConf
-from rollouts import data_proto, fake_batch, fake_group
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 
+from verl_tapo.selftest.rollouts import data_proto, fake_batch, fake_group
 from verl_tapo.step_records import read_step_records
 from verl_tapo.trainer import estimator
 

@@ -100,7 +100,7 @@ def test_other_estimators_are_untouched_by_the_patch(tmp_path, version):
     script = """
 import hashlib, sys, torch
 sys.path[:0] = ["tests", "tests/support"]
-from rollouts import data_proto, fake_batch
+from verl_tapo.selftest.rollouts import data_proto, fake_batch
 import conftest, verl
 from omegaconf import OmegaConf
 from verl.trainer.ppo.ray_trainer import compute_advantage

@@ -14,7 +14,6 @@ import numpy as np
 import odd_values
 import pytest
 import torch
-from batches import random_batch, random_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from verl_tapo.audit import audit
 from verl_tapo.records import CallRecord, TrajectoryRecord
 from verl_tapo.rule.config import Grounding
 from verl_tapo.rule.steps import ToolStep
+from verl_tapo.selftest.random_batches import random_batch, random_config
 from verl_tapo.settings import TapoSettings
 from verl_tapo.step_records import (
     StepRecorder,

@@ -10,11 +10,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from rollouts import GROUNDING_METRICS, LUXEMBOURG, FakeRollout, data_proto, fake_batch, grounded_group
+from rollouts import GROUNDING_METRICS, LUXEMBOURG, grounded_group
 
 from verl_tapo import TapoConfig, TapoSettings, ToolStep, transfer_credit
 from verl_tapo.audit import audit
 from verl_tapo.records import recorded_steps
+from verl_tapo.selftest.rollouts import FakeRollout, data_proto, fake_batch
 from verl_tapo.trainer import estimator, v0
 from verl_tapo.trainer.rollout import RolloutBatch
 from verl_tapo.trainer.verl_parser import declared_tools

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rollouts import GROUNDING_METRICS, LUXEMBOURG, fake_batch, fake_group, grounded_group
+from rollouts import GROUNDING_METRICS, LUXEMBOURG, grounded_group
 
 from verl_tapo.audit import audit
 from verl_tapo.records import TrajectoryRecord
+from verl_tapo.selftest.check import outcome
+from verl_tapo.selftest.rollouts import fake_batch, fake_group
+from verl_tapo.selftest.trainer_checks import V1, trainer_checks
 from verl_tapo.step_records import read_step_records
 from verl_tapo.trainer import estimator
 from verl_tapo.trainer.tool_metrics import RolloutOutage, ToolOutage
@@ -592,3 +595,18 @@ def test_a_knob_added_on_the_command_line_composes():
     assert settings.rule.tools == {"search": {"q": "text"}}
     assert load_settings(types.SimpleNamespace(tapo=None)).rule.beta == 0.8
     assert np.isclose(settings.success_threshold, 0.5)
+
+
+@pytest.mark.skipif(PATCHED, reason="nothing is hooked")
+def test_the_selftest_looks_into_this_trainer(queue, monkeypatch):
+    """And sees a hook that is gone."""
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    def outcomes():
+        return [outcome(check) for check in trainer_checks(V1())]
+
+    assert [(found.verdict, found.detail) for found in outcomes() if found.verdict != "ok"] == []
+    monkeypatch.setattr(PPOTrainer, "_compute_advantage", PPOTrainer._compute_advantage.__wrapped__)
+    found = outcomes()
+    assert [each.verdict for each in found] == ["FAIL"] * 5
+    assert "`verl-tapo doctor` shows the hooks" in found[0].detail

@@ -147,8 +147,16 @@ def _entry_problem(entry: Any) -> str | None:
 
 
 def load(config: Any) -> Parameters | None:
-    """Loads the tools as veRL's agent loops do, including their constructors; None if none are
-    configured.
+    """The tools' parameters, see `load_schemas`."""
+    schemas = load_schemas(config)
+    if schemas is None:
+        return None
+    return {schema.function.name: list(schema.function.parameters.properties) for schema in schemas}
+
+
+def load_schemas(config: Any) -> list[Any] | None:
+    """Loads the tools as veRL's agent loops do, including their constructors, and returns their
+    schemas, veRL's objects; None if none are configured.
 
     Raises:
         ValueError: veRL cannot load them.
@@ -161,7 +169,7 @@ def load(config: Any) -> Parameters | None:
         return None
     try:
         tools = load_all_tools(*(None if given is None else resolve_config_path(given) for given in (path, functions)))
-        return {tool.name: list(tool.tool_schema.function.parameters.properties) for tool in tools}
+        return [tool.tool_schema for tool in tools]
     except (Exception, SystemExit) as error:  # whatever a tool's constructor raises
         given = " and ".join(filter(None, (path, functions)))
         raise ValueError(f"veRL cannot load the tools of {given}: {type(error).__name__}: {_line(error)}") from None

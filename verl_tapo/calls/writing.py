@@ -1,10 +1,15 @@
 """Well-formed calls of every format, as models write them."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Mapping
+from typing import Any
 
 
-def written(fmt, tool, arguments):
-    """A well-formed call as a model writes it."""
+def written(fmt: str, tool: str, arguments: Mapping[str, Any]) -> str:
+    """Returns a well-formed call as a model writes it; ``fmt`` is one of
+    `verl_tapo.calls.formats.NATIVE_FORMATS`."""
     plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
     if fmt == "hermes":
         return f"<tool_call>\n{json.dumps({'name': tool, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"

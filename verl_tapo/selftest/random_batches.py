@@ -1,27 +1,35 @@
-"""Random batches for the rule's tests."""
+"""Random batches and settings, the same ones for a seed, to hold the rule against `verl_tapo.rule.reference`."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
 
-from verl_tapo import TapoConfig, ToolStep
-from verl_tapo.rule.config import Grounding
+from verl_tapo.rule.config import Grounding, Scope, TapoConfig
+from verl_tapo.rule.steps import TokenScope, ToolStep
 
-TOOLS = {
+Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor, list[str], list[bool], list[ToolStep]]
+"""Base advantages (B, L), response mask (B, L), prompt groups (B,), success (B,) and steps."""
+
+TOOLS: dict[str, dict[str, Any]] = {
     "text_search": {"query": "text"},
     "zoom": {"image": "exact", "bbox": "iou"},
     "lookup": {"page": {"kernel": "number", "scale": 4.0}, "session": "ignore"},
     "fetch": {},
 }
 QUERIES = ["capital of France", "Capital of france?", "capital of the France", "river in Peru", "Peru river", "", "!!!"]
-BOXES = [
+BOXES: list[Any] = [
     *([0, 0, 10, 10], [10, 10, 0, 0], [0, 0, 10, 9], [5, 5, 15, 15], [3, 3, 3, 9], [3, 9, 3, 3], "box", [0, 0, 1]),
     *("[0, 0, 10, 10]", "0,0,10,9", ["0", "0", "10", "10"], {"x1": 0, "y1": 0, "x2": 10, "y2": 9}, [[5, 5], [15, 15]]),
     *(None, [10**400, 0, 1, 1], [0, 0, 10, float("nan")]),
 ]
-PAGES = [0, 1, 2, 3, 4, 5, "3", " 4.0 ", "last", None, 10**400, float("inf")]
+PAGES: list[Any] = [0, 1, 2, 3, 4, 5, "3", " 4.0 ", "last", None, 10**400, float("inf")]
 
 
-def random_arguments(rng, tool):
+def random_arguments(rng: np.random.Generator, tool: str) -> dict[str, Any]:
+    """Arguments of a call, odd ones among them."""
     if tool == "text_search":
         query = QUERIES[rng.integers(len(QUERIES))]
         return {"query": query if rng.random() < 0.9 else [*query.split(), 7][::-1] if rng.random() < 0.5 else None}
@@ -40,8 +48,8 @@ def random_arguments(rng, tool):
     return {"code": "print(1)"}
 
 
-def random_batch(seed, rows=None, length=12, group_size=4):
-    """base, mask, index, success, steps; binary rewards normalised within groups as GRPO does, rows shuffled."""
+def random_batch(seed: int, rows: int | None = None, length: int = 12, group_size: int = 4) -> Batch:
+    """A batch of binary rewards, normalised within groups as GRPO does, its rows shuffled."""
     rng = np.random.default_rng(seed)
     rows = int(rng.integers(2, 10)) if rows is None else rows
     index = [f"u{i // group_size}" for i in range(rows)]
@@ -73,14 +81,15 @@ def random_batch(seed, rows=None, length=12, group_size=4):
     return base, mask, index, success.tolist(), steps
 
 
-def random_config(seed):
+def random_config(seed: int) -> TapoConfig:
+    """Settings of the rule."""
     rng = np.random.default_rng(seed + 10_000_000)
     return TapoConfig(
         beta=float(rng.choice([0.3, 0.8, 1.0, 2.0])),
         theta=float(rng.choice([0.0, 0.3, 0.8, 0.95, 1.0])),
         alpha_min=float(rng.choice([0.0, 0.2, 0.6])),
-        token_scope=str(rng.choice(["step", "call"])),
-        scope=str(rng.choice(["group", "batch"])),
+        token_scope=get_args(TokenScope)[rng.choice(2)],
+        scope=get_args(Scope)[rng.choice(2)],
         use_support=bool(rng.random() < 0.7),
         clip=bool(rng.random() < 0.7),
         tools=TOOLS if rng.random() < 0.8 else None,

@@ -1,0 +1,1 @@
+"""``verl-tapo selftest``: does TAPO do here what it should, in the installed veRL?"""
