@@ -150,6 +150,13 @@ CPU_HOOKS = [
         "rows come in the order in which rollouts finish: the same rollouts would train to other weights",
     ),
     Hook(
+        "verl.utils.fsdp_utils",
+        "fsdp2_sharded_save_to_cpu",
+        "verl_tapo.cpu.engine:save_hook",
+        ("model",),
+        "veRL keeps weights by `.cpu()`, which is no copy on a CPU: separate_async would restore what it trained since",
+    ),
+    Hook(
         "verl.utils.dataset.rl_dataset",
         "RLHFDataset._process_multi_modal_info",
         "verl_tapo.cpu.images:process_hook",

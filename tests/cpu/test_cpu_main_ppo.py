@@ -17,10 +17,27 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize(("family", "mode"), [("qwen2_5_vl", "sync"), ("qwen3_vl", "colocate_async")])
-def test_two_steps_of_a_vision_model(tmp_path, family, mode):
+# Two updates a step, whose old log-probs are both of the weights before them; a server of its own.
+SEPARATE = [
+    "trainer.v1.separate_async.parameter_sync_step=2",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=1",
+    "actor_rollout_ref.rollout.nnodes=1",
+    "actor_rollout_ref.rollout.checkpoint_engine.backend=ray",
+    "ray_kwargs.ray_init.num_gpus=2",
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "mode", "more"),
+    [
+        ("qwen2_5_vl", "sync", []),
+        ("qwen3_vl", "colocate_async", []),
+        ("qwen3_vl", "separate_async", SEPARATE),
+    ],
+)
+def test_two_steps_of_a_vision_model(tmp_path, family, mode, more):
     model = save_tiny_model(tmp_path / "model", family)
-    overrides = [f"actor_rollout_ref.model.path={model}", f"trainer.v1.trainer_mode={mode}", *SMALL]
+    overrides = [f"actor_rollout_ref.model.path={model}", f"trainer.v1.trainer_mode={mode}", *SMALL, *more]
     run = run_main_ppo(overrides, tmp_path / "run")
     assert len(run.metrics) == 2
     on_policy = run.metrics if mode == "sync" else run.metrics[:1]  # the second's rollouts are an update old, by design

@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from omegaconf import open_dict
 
 from verl_tapo.cpu.check import problems, shortages
 from verl_tapo.cpu.distributed import worker_group_hook
+from verl_tapo.cpu.engine import save_hook
 from verl_tapo.cpu.images import read_images
 from verl_tapo.cpu.order import in_prompt_order
 
@@ -87,6 +89,23 @@ def config(monkeypatch, tmp_path):
 
 def test_the_configuration_for_a_cpu_has_no_problems(config):
     assert problems(config, use_critic=True) == []
+
+
+def test_servers_of_their_own_need_slots_and_a_way_for_the_weights(config):
+    with open_dict(config):
+        config.trainer.v1.trainer_mode = "separate_async"
+        config.actor_rollout_ref.rollout.nnodes = 2
+    backend, slots = problems(config)
+    assert backend.endswith("checkpoint_engine.backend=naive: separate_async needs ray on a CPU")
+    assert slots.startswith("Ray has 1 slots for 3 workers")
+
+
+def test_weights_that_are_kept_do_not_change_with_the_model():
+    weight = torch.zeros(2)
+    kept, spec = save_hook(lambda model: ({"weight": (model.cpu(), None)}, "spec"), None, (weight,), {})
+    weight += 1
+    assert kept["weight"][0].tolist() == [0, 0]
+    assert (kept["weight"][1], spec) == (None, "spec")
 
 
 def test_verls_own_configuration_has_a_problem_for_each_thing_that_needs_a_gpu(config):

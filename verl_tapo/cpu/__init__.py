@@ -2,3 +2,5 @@
 
 ROLLOUT_NAME = "transformers"
 """``actor_rollout_ref.rollout.name``."""
+BACKEND = "ray"
+"""``actor_rollout_ref.rollout.checkpoint_engine.backend`` for ``trainer_mode=separate_async``."""

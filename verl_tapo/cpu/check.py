@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from verl_tapo.cpu import ROLLOUT_NAME
+from verl_tapo.cpu import BACKEND, ROLLOUT_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,12 @@ def problems(config: Any, use_critic: bool = False) -> list[str]:
     if model.use_remove_padding:
         found.append("actor_rollout_ref.model.use_remove_padding=True needs flash attention: set False")
     ray = config.ray_kwargs.ray_init
-    workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    workers = _workers(config)
+    backend = rollout.checkpoint_engine.backend
+    if _separate(config) and backend != BACKEND:
+        found.append(
+            f"actor_rollout_ref.rollout.checkpoint_engine.backend={backend}: separate_async needs {BACKEND} on a CPU"
+        )
     if (ray.get("num_gpus") or 0) < workers and not ray.get("address"):
         found.append(
             f"Ray has {ray.get('num_gpus') or 0} slots for {workers} workers and would wait for ever: set "
@@ -58,12 +63,25 @@ def problems(config: Any, use_critic: bool = False) -> list[str]:
     return found
 
 
+def _separate(config: Any) -> bool:
+    """Whether rollouts have servers of their own."""
+    v1: Any = config.trainer.get("v1", None) or {}
+    return bool(config.trainer.get("use_v1", False) and v1.get("trainer_mode", None) == "separate_async")
+
+
+def _workers(config: Any) -> int:
+    """Of the trainer, and of servers of their own."""
+    rollout = config.actor_rollout_ref.rollout
+    own = rollout.nnodes * rollout.n_gpus_per_node if _separate(config) else 0
+    return int(config.trainer.n_gpus_per_node * config.trainer.nnodes + own)
+
+
 def shortages(config: Any) -> list[str]:
     """Returns one sentence for each resource of this machine that a run may exceed."""
     import psutil  # type: ignore[import-untyped]
 
     found = []
-    workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    workers = _workers(config)
     weights = sum(file.stat().st_size for file in Path(config.actor_rollout_ref.model.path).glob("*.safetensors"))
     needed = PROCESSES_GIB + WORKER_GIB * (workers - 1) + COPIES * weights / GIB
     available = psutil.virtual_memory().available / GIB

@@ -31,3 +31,9 @@ class CpuEngineWithLMHead(_CpuEngine, FSDPEngineWithLMHead):  # type: ignore[mis
 
 class CpuEngineWithValueHead(_CpuEngine, FSDPEngineWithValueHead):  # type: ignore[misc]
     """Critic."""
+
+
+def save_hook(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Round ``fsdp2_sharded_save_to_cpu``: copies what it returns."""
+    state, spec = wrapped(*args, **kwargs)
+    return {name: (tensor.clone(), of) for name, (tensor, of) in state.items()}, spec
