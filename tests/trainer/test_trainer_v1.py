@@ -153,6 +153,21 @@ def test_corrects_in_every_trainer_mode(queue, make_trainer, qwen_like_tokenizer
     assert int(fields["tapo_tool_mask"].values().max()) == 2
 
 
+def test_how_far_apart_a_prompts_weights_are(queue, make_trainer, qwen_like_tokenizer):
+    """Witnesses count alike, whatever weights they come from."""
+    rows = fake_batch(qwen_like_tokenizer)
+    batch, metrics = put(queue, rows, pad_to=12, tokenizer=qwen_like_tokenizer), {}
+    expected = advantages(queue, make_trainer(mode="separate_async"), batch, metrics)
+    assert "tapo/weights_apart" not in metrics
+    for number, tag in enumerate(batch.tags):
+        tag.update(min_global_steps=3, max_global_steps=3 + 100 * tag.get("is_padding", False))
+        if number < len(rows) and rows[number][2] == "u0":
+            tag["max_global_steps"] = 3 + number % 7  # of its eight rows: 0, 2, 4, 5, 0, 1, 2 and 3 more
+    assert torch.equal(advantages(queue, make_trainer(mode="separate_async"), batch, metrics), expected)
+    if not PATCHED:
+        assert metrics["tapo/weights_apart"] == pytest.approx(5 / 3)  # three prompts
+
+
 @pytest.mark.parametrize("name", ["grpo", "tapo"])
 def test_tools_are_watched_under_any_estimator(queue, make_trainer, qwen_like_tokenizer, name):
     if PATCHED and name != "tapo":

@@ -255,5 +255,20 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
         agent_loop=agent_loop_of(trainer.config),
         agent_names=partial(agent_names_of, trainer),
         tools=declared_tools(trainer.config.actor_rollout_ref.rollout.multi_turn),
+        metrics=_weights_apart(batch),
     )
     return rollout, response_mask
+
+
+def _weights_apart(batch: Any) -> dict[str, float]:
+    """By how many training steps the weights differ that a prompt's rollouts were sampled with, on average.
+
+    Asynchronous trainers mix them. The tags hold the steps of each rollout's first and last token.
+    """
+    prompts: dict[str, list[int]] = {}
+    for key, tag in zip(batch.keys, batch.tags, strict=True):
+        if not tag.get("is_padding", False):
+            steps = (tag.get("min_global_steps"), tag.get("max_global_steps"))
+            prompts.setdefault(key.rsplit("_", 2)[0], []).extend(step for step in steps if step is not None)
+    apart = [max(steps) - min(steps) for steps in prompts.values() if steps]
+    return {"tapo/weights_apart": float(np.mean(apart))} if apart else {}
