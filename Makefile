@@ -1,6 +1,7 @@
 # make quickstart: the real trainer on a small task, on a CPU.  make demo: the rule on a recorded batch.
 # make test: before every change.  make test-all: what else there is, without vLLM.  Each sets up .venv on a fresh machine.
 # make test-vllm: the trainer with vLLM for CPUs, in .venv-vllm (make vllm); docs/tested.md says what for. CI runs all three.
+# make test-gpu ARGS="--model FOLDER": what to run first on a GPU, a line a check; not run by CI, which has none.
 # PYTHON=python3.12: with another interpreter.  LATEST=1: with the newest versions instead of those of constraints.txt.
 # Each gets an environment of its own, .venv-3.12 or .venv-latest.
 PYTHON ?= python3
@@ -27,7 +28,7 @@ ARGS ?=
 # Test processes. More than cores make nothing faster; each takes up to 2 GB.
 JOBS ?= 2
 
-.PHONY: quickstart quickstart-compare demo test test-all test-vllm vllm lint benchmark constraints clean
+.PHONY: quickstart quickstart-compare demo test test-all test-vllm test-gpu vllm lint benchmark constraints clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
@@ -52,6 +53,10 @@ test-vllm:
 	else \
 	  echo "test-vllm: SKIPPED: vLLM for CPUs cannot be installed here, the reason stands above"; \
 	fi
+
+# In the environment that you train in, which nothing here changes.
+test-gpu:
+	$(PYTHON) tests/gpu/first_run.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

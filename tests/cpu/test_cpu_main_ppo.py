@@ -20,7 +20,8 @@ SMALL = [
 # Two updates a step, whose old log-probs are both of the weights before them; a server of its own.
 SEPARATE = [
     "trainer.v1.separate_async.parameter_sync_step=2",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=1",
+    "data.train_batch_size=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
     "actor_rollout_ref.rollout.nnodes=1",
     "actor_rollout_ref.rollout.checkpoint_engine.backend=ray",
     "ray_kwargs.ray_init.num_gpus=2",
