@@ -39,16 +39,12 @@ class Prefixes:
             The number of its tokens, and keys and values of at least as many; 0 and an empty list if there is none.
         """
         wanted = np.asarray(tokens, dtype=np.int64)
-        best: tuple[int, tuple[int, ...] | None] = (0, None)
-        for key, array in self._arrays.items():
-            length = common(array, wanted)
-            if length > best[0]:
-                best = length, key
-        length, key = best
-        if key is None:
+        lengths = {key: common(array, wanted) for key, array in self._arrays.items()}
+        key = max(lengths, key=lengths.__getitem__, default=())
+        if not lengths.get(key):
             return 0, []
         self._layers.move_to_end(key)
-        return length, self._layers[key]
+        return lengths[key], self._layers[key]
 
     def worth_keeping(self, tokens: Sequence[int]) -> bool:
         """True if `keep` would add more than a few tokens that are not known."""
