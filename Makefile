@@ -1,4 +1,5 @@
 # make quickstart: the real trainer on a small task, on a CPU.  make demo: the rule on a recorded batch.
+# make quickstart-lm: the same with a real language model, SmolLM2-135M.
 # make test: before every change.  make test-all: what else there is, without vLLM.  Each sets up .venv on a fresh machine.
 # make test-vllm: the trainer with vLLM for CPUs, in .venv-vllm (make vllm); docs/tested.md says what for. CI runs all three.
 # make test-gpu ARGS="--model FOLDER": what to run first on a GPU, a line a check; not run by CI, which has none.
@@ -28,13 +29,19 @@ ARGS ?=
 # Test processes. More than cores make nothing faster; each takes up to 2 GB.
 JOBS ?= 2
 
-.PHONY: quickstart quickstart-compare demo test test-all test-vllm test-gpu vllm lint benchmark constraints clean
+.PHONY: quickstart quickstart-compare quickstart-lm quickstart-lm-compare demo test test-all test-vllm test-gpu vllm lint benchmark constraints clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
 quickstart-compare: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart/compare.py $(ARGS)
+
+quickstart-lm: $(VENV)/.quickstart-lm
+	$(BIN)/python examples/quickstart_lm/run_lm.py $(ARGS)
+
+quickstart-lm-compare: $(VENV)/.quickstart-lm
+	$(BIN)/python examples/quickstart_lm/compare_lm.py $(ARGS)
 
 demo: $(VENV)/.core
 	$(BIN)/python examples/recorded_batch/demo.py
@@ -83,6 +90,10 @@ $(VENV)/.core: setup.cfg pyproject.toml constraints.txt
 
 $(VENV)/.quickstart: $(VENV)/.core
 	$(BIN)/python $(CONSTRAINED) --editable '.[quickstart]'
+	touch $@
+
+$(VENV)/.quickstart-lm: $(VENV)/.quickstart
+	$(BIN)/python $(CONSTRAINED) --editable '.[quickstart-lm]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core

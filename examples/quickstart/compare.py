@@ -3,6 +3,7 @@
     python examples/quickstart/compare.py --steps 40 --seeds 1
     python examples/quickstart/compare.py --loss gspo --steps 40 --seeds 1 2 3
     python examples/quickstart/compare.py --variants theta=1.0 beta=0.5     # TAPO with other settings, too
+    python examples/quickstart/compare.py --variants grounding.witnesses=true,grounding.luck=true     # two at once
 
 Runs that are complete are not run again.
 """
@@ -24,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 
 ARMS = ("grpo", "tapo")
 COLOURS = ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown")  # of these and of variants
+ENTRY = r"\w+(\.\w+)*=\w[\w.-]*"
 SMOOTH = 5  # steps that one point of a training curve averages
 MORE = {
     "entropy": "actor/entropy",
@@ -103,25 +105,31 @@ def describe(steps: pd.DataFrame) -> str:
         for name, values in differences.items():
             added = values[arm] - values["grpo"]
             by_seed = ", ".join(f"{100 * value:+.1f} (seed {seed})" for seed, value in added.items())
-            lines.append(f"{arm} minus grpo, {name}, in points: {by_seed}")
+            spread = 100 * added.std() / len(added) ** 0.5
+            mean = f"; mean {100 * added.mean():+.1f}, standard error {spread:.1f}" if len(added) > 1 else ""
+            lines.append(f"{arm} minus grpo, {name}, in points: {by_seed}{mean}")
     return "\n".join(lines)
 
 
 def _variant(entry: str) -> str:
-    """``name=value``, so that the rest is left to veRL's command line and the plug-in's own checks."""
-    if not re.fullmatch(r"\w+=[\w.-]+", entry):
-        raise argparse.ArgumentTypeError(f"{entry!r}: expected an entry of algorithm.tapo, like theta=1.0")
+    """``name=value``, or several with commas between; veRL's command line and the plug-in check the rest."""
+    if not re.fullmatch(rf"{ENTRY}(,{ENTRY})*", entry):
+        raise argparse.ArgumentTypeError(
+            f"{entry!r}: expected an entry of algorithm.tapo, like theta=1.0, or several: "
+            "grounding.own=true,grounding.luck=true"
+        )
     return entry
 
 
 def _file_name(arm: str) -> str:
     """Removes the characters that have a meaning to Hydra or a file system."""
-    return re.sub("[/=]", "-", arm)
+    return re.sub("[/=,]", "-", arm)
 
 
-def main() -> int:
+def main(kind: type[Run] = Run, description: str = __doc__ or "") -> int:
+    """Runs what has not been run, and writes the curves."""
     stop_with_me()
-    arguments = parser(__doc__ or "")
+    arguments = parser(description, kind.here / "out")
     arguments.set_defaults(steps=40)
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1], help="one pair of runs for each")
     arguments.add_argument(
@@ -130,7 +138,9 @@ def main() -> int:
     args = arguments.parse_args()
     if len(ARMS) + len(args.variants) > len(COLOURS):
         arguments.error(f"--variants: at most {len(COLOURS) - len(ARMS)}, for the sake of the picture")
-    settings = {arm: [] for arm in ARMS} | {f"tapo/{entry}": [f"algorithm.tapo.{entry}"] for entry in args.variants}
+    settings = {arm: [] for arm in ARMS} | {
+        f"tapo/{variant}": [f"algorithm.tapo.{entry}" for entry in variant.split(",")] for variant in args.variants
+    }
     runs: dict[str, list[Run]] = {arm: [] for arm in settings}
     every = max(1, args.steps // 6)
     overrides = [f"trainer.test_freq={every}", f"trainer.save_freq={args.steps}", *args.overrides]
@@ -138,7 +148,7 @@ def main() -> int:
         for arm, own in settings.items():
             name = f"compare-{args.loss}-{args.steps}-{_file_name(arm)}-{seed}"
             advantage = arm.split("/")[0]
-            run = Run(name, advantage, args.loss, args.steps, seed, args.out.resolve(), [*overrides, *own])
+            run = kind(name, advantage, args.loss, args.steps, seed, args.out.resolve(), [*overrides, *own])
             runs[arm].append(run)
             done = read_metrics(run.metrics_file)
             if done and done[-1]["step"] == args.steps:

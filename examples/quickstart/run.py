@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -56,7 +56,15 @@ def quoted(path: Path) -> str:
 
 @dataclass
 class Run:
-    """One training run, in a folder of its own."""
+    """One training run, in a folder of its own. An example of its own kind overrides the class's values and methods."""
+
+    here: ClassVar[Path] = HERE
+    """The folder of the configuration, the tools, and by default of what is written."""
+    configuration: ClassVar[str] = "quickstart"
+    extra: ClassVar[str] = "quickstart"
+    """Of setup.cfg."""
+    modules: ClassVar[tuple[str, ...]] = ("verl", "transfer_queue", "bm25s", "PIL")
+    """That must be there."""
 
     name: str
     advantage: str = "tapo"
@@ -65,6 +73,19 @@ class Run:
     seed: int = 1
     out: Path = HERE / "out"
     overrides: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> Path:
+        return HERE / "flags_and_facts" / "model"
+
+    def fetch(self) -> None:
+        """Gets what is not in the repository; raises `Failure` where it cannot."""
+
+    def prepare(self) -> None:
+        """Writes the questions."""
+        from prepare import COUNTS, prepare
+
+        prepare(self.out / "data", COUNTS)
 
     @property
     def folder(self) -> Path:
@@ -88,8 +109,8 @@ class Run:
         settings = {
             "algorithm.adv_estimator": self.advantage,
             "actor_rollout_ref.actor.policy_loss.loss_mode": self.loss,
-            "actor_rollout_ref.model.path": HERE / "flags_and_facts" / "model",
-            "actor_rollout_ref.rollout.multi_turn.tool_config_path": HERE / "tools.yaml",
+            "actor_rollout_ref.model.path": self.model,
+            "actor_rollout_ref.rollout.multi_turn.tool_config_path": self.here / "tools.yaml",
             "data.train_files": data / "train.parquet",
             "data.val_files": data / "heldout.parquet",
             "data.seed": self.seed,
@@ -107,9 +128,9 @@ class Run:
             "-m",
             "verl.trainer.main_ppo",
             "--config-dir",
-            str(HERE),
+            str(self.here),
             "--config-name",
-            "quickstart",
+            self.configuration,
         ]
         written = {key: quoted(value) if isinstance(value, Path) else value for key, value in settings.items()}
         return [*start, *(f"{key}={value}" for key, value in written.items()), *self.overrides]
@@ -126,20 +147,19 @@ def check(run: Run) -> None:
     Raises:
         Failure: With what to do.
     """
-    install = f"{sys.executable} -m pip install -e '{ROOT}[quickstart]'"
-    missing = [name for name in ("verl", "transfer_queue", "bm25s", "PIL") if find_spec(name) is None]
+    install = f"{sys.executable} -m pip install -e '{ROOT}[{run.extra}]'"
+    missing = [name for name in run.modules if find_spec(name) is None]
     if missing:
         raise Failure(f"{', '.join(missing)} cannot be imported by {sys.executable}.\n  {install}")
     if "tapo" not in entry_points(group="verl.plugins").names:
         raise Failure(f"verl-tapo is not installed, veRL would not see it.\n  {install}")
     run.command()  # refuses paths that no configuration can hold
-    model = Path(run.setting("actor_rollout_ref.model.path") or HERE / "flags_and_facts" / "model")
+    run.fetch()
+    model = Path(run.setting("actor_rollout_ref.model.path") or run.model)
     if not (model / "config.json").is_file():
         raise Failure(f"no model at {model} (actor_rollout_ref.model.path): there is no config.json in it")
     if not (run.out / "data" / "train.parquet").is_file():
-        from prepare import COUNTS, prepare
-
-        prepare(run.out / "data", COUNTS)
+        run.prepare()
     for key in ("data.train_files", "data.val_files"):
         file = run.setting(key)
         if file is not None and not Path(file).is_file():
@@ -256,12 +276,12 @@ def summary(run: Run, metrics: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, out: Path = HERE / "out") -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--loss", choices=["vanilla", "gspo", "sapo"], default="vanilla", help="policy loss")
     made.add_argument("--steps", type=int, default=10, help="training steps")
     made.add_argument("--seed", type=int, default=1, help="of the data's order and of sampling")
-    made.add_argument("--out", type=Path, default=HERE / "out", help="where everything is written")
+    made.add_argument("--out", type=Path, default=out, help="where everything is written")
     made.add_argument("overrides", nargs="*", help="settings of veRL, as key=value")
     return made
 
@@ -271,14 +291,15 @@ def stop_with_me() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
-def main() -> int:
+def main(kind: type[Run] = Run, description: str = __doc__ or "") -> int:
+    """Trains once, as the command line says."""
     stop_with_me()
-    arguments = parser(__doc__ or "")
+    arguments = parser(description, kind.here / "out")
     arguments.add_argument("--advantage", default="tapo", help="advantage estimator: tapo, or any of veRL's")
     arguments.add_argument("--name", help="of the run's folder")
     args = arguments.parse_args()
     name = args.name or f"{args.advantage}-{args.loss}"
-    run = Run(name, args.advantage, args.loss, args.steps, args.seed, args.out.resolve(), args.overrides)
+    run = kind(name, args.advantage, args.loss, args.steps, args.seed, args.out.resolve(), args.overrides)
     try:
         print(summary(run, train(run)))
     except Failure as failure:

@@ -248,3 +248,67 @@ def test_prompts_that_do_not_fit_their_images_are_refused(load):
         )
     with pytest.raises(ValueError, match="the model takes none"):
         model_inputs(prompt, images, None)
+
+
+class Counting:
+    """A model, and the tokens that it was given."""
+
+    def __init__(self, model):
+        self._model, self.tokens = model, 0
+
+    def eval(self):
+        return self
+
+    def __call__(self, input_ids, **inputs):
+        self.tokens += input_ids.numel()
+        return self._model(input_ids=input_ids, **inputs)
+
+
+def conversation(model, max_rows, turns=3, siblings=4):
+    """Rollouts of two prompts that begin alike, each turn's prompt being the last one with an answer behind it."""
+    beginning = random.Random(1).choices(range(10, 400), k=60)
+    model = Counting(model)
+    decoder = Decoder(model, max_rows=max_rows)
+    ended = frozenset({tiny_tokenizer().eos_token_id})
+    prompts = [[*beginning, 20 + number // siblings] for number in range(2 * siblings)]
+    said = []
+    for turn in range(turns):
+        requests = [
+            Request(
+                prompt,
+                Sampling(max_tokens=6 + number, stop_token_ids=ended),
+                random.Random(10 * turn + number),
+                torch.arange(len(prompt)),
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        said += finish(decoder, requests, together=turn != 1)
+        prompts = [[*request.prompt, *request.tokens, 30, 31, 32] for request in requests]
+    return said, model.tokens, decoder
+
+
+def test_what_prompts_have_in_common_is_computed_once(load):
+    model, _ = load("qwen3")
+    alone, all_tokens, _ = conversation(model, max_rows=1)
+    shared, tokens, _ = conversation(model, max_rows=16)
+    assert [request.tokens for request in shared] == [request.tokens for request in alone]
+    for one, other in zip(shared, alone, strict=True):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+    assert all_tokens == sum(len(request.prompt) + len(request.tokens) - 1 for request in alone)
+    assert tokens < all_tokens / 3
+
+
+def test_what_is_kept_has_a_limit_and_is_forgotten(load):
+    model, _ = load("qwen3")
+    _, _, decoder = conversation(model, max_rows=16)
+    prefixes = decoder._prefixes
+    prompt = random.Random(2).choices(range(10, 400), k=40)
+    finish(decoder, [Request(prompt, Sampling(max_tokens=1), random.Random(0), torch.arange(40))])
+    assert prefixes.longest([*prompt, 5]) == (40, prefixes.longest(prompt)[1])
+    prefixes.max_tokens = 50
+    other = prompt[::-1]
+    finish(decoder, [Request(other, Sampling(max_tokens=1), random.Random(0), torch.arange(40))])
+    assert prefixes.longest(other)[0] == 40
+    assert prefixes.longest(prompt)[0] == 0
+    decoder.forget()
+    assert prefixes.longest(other) == (0, [])

@@ -117,6 +117,15 @@ def test_verls_own_configuration_has_a_problem_for_each_thing_that_needs_a_gpu(c
     assert all(word in sentence for word, sentence in zip(told, found, strict=True))
 
 
+def test_adapters_that_would_not_reach_the_rollouts_are_refused(config):
+    with open_dict(config):
+        config.actor_rollout_ref.model.lora_rank = 8
+    (problem,) = problems(config)
+    assert "set actor_rollout_ref.model.lora.merge=True" in problem
+    config.actor_rollout_ref.model.lora.merge = True
+    assert problems(config) == []
+
+
 @pytest.mark.long
 def test_a_configuration_for_a_gpu_ends_before_ray_starts():
     code = "import sys; from verl.trainer.main_ppo import main; sys.argv = ['x', 'actor_rollout_ref.rollout.name=vllm']"

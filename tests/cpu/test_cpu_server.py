@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import save_tiny_model
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from verl.utils import hf_processor
 from verl.workers.config import HFModelConfig, RolloutConfig
 
@@ -189,3 +189,27 @@ def test_weights_arrive_whole_or_not_at_all(folder, prompt, tmp_path):
         asyncio.run(update(weights))
     with pytest.raises(KeyError):
         asyncio.run(update({"no.such.weight": torch.zeros(1)}))
+
+
+def test_nothing_computed_with_old_weights_outlives_them(tmp_path):
+    """Keys and values of prompts are kept, and a prompt of before comes again after an update."""
+    old, new = (save_tiny_model(tmp_path / str(seed), "qwen3", seed=seed) for seed in (1, 2))
+    prompt = {"prompt_ids": [*range(20, 60)]}
+    server = server_of(old)
+    before = ask(server, prompt, SAMPLED, 2, seeds=range(2))
+    weights = dict(AutoModelForCausalLM.from_pretrained(new).state_dict())
+
+    async def update():
+        await server.begin_update()
+        names = sorted(weights)
+        await server.update_weights({name: weights[name] for name in names[::2]})
+        await server.generate(**prompt, sampling_params=SAMPLED, request_id="r")  # between two parts
+        await server.update_weights({name: weights[name] for name in names[1::2]})
+        await server.end_update(global_steps=None)
+
+    asyncio.run(update())
+    after = ask(server, prompt, SAMPLED, 2, seeds=range(2))
+    expected = ask(server_of(new), prompt, SAMPLED, 2, seeds=range(2))
+    assert tokens(after) == tokens(expected) != tokens(before)
+    for one, other in zip(after, expected, strict=True):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)

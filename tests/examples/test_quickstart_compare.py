@@ -42,8 +42,10 @@ def test_complete_runs_are_plotted_and_not_run_again(tmp_path, monkeypatch, caps
     assert "tapo: success in training 54.2%, 91.7% in the last quarter" in said
     assert "on held-out countries 10.0% before, 50.0% after" in said
     by_seed = [f"{{}} (seed {seed})" for seed in seeds]
-    assert f"tapo minus grpo, success in training, in points: {', '.join(by_seed).format(*['+34.2'] * 2)}\n" in said
-    assert f"held-out countries, after, in points: {', '.join(by_seed).format(*['+40.0'] * 2)}\n" in said
+    mean = "; mean {}, standard error 0.0" if len(seeds) > 1 else ""
+    for name, points in (("success in training", "+34.2"), ("held-out countries, after", "+40.0")):
+        differences = f"{', '.join(by_seed).format(*[points] * 2)}{mean.format(points)}\n"
+        assert f"tapo minus grpo, {name}, in points: {differences}" in said
     steps = pd.read_csv(tmp_path / f"compare-gspo-{STEPS}.csv")
     assert len(steps) == 2 * len(seeds) * (STEPS + 1)
     step = steps[(steps["advantage"] == "tapo") & (steps["seed"] == 1) & (steps["step"] == CHECKS)].iloc[0]
@@ -81,7 +83,33 @@ def test_variants_are_runs_of_their_own(tmp_path, monkeypatch, capsys):
     assert_is_a_picture(tmp_path / f"compare-vanilla-{STEPS}-theta-1.0.png")
 
 
-@pytest.mark.parametrize("entry", ["theta", "theta=", "a.b=1", "theta=[1, 2]", "theta=../x"])
+def test_a_variant_of_several_settings_is_one_run(tmp_path, monkeypatch):
+    trained = []
+
+    def train(run):
+        trained.append(run)
+        write_run(tmp_path, run.name, [0.5] * STEPS)
+        return read_metrics(run.metrics_file)
+
+    monkeypatch.setattr(compare, "train", train)
+    variant = "grounding.witnesses=true,grounding.luck=true"
+    arguments = ["--steps", str(STEPS), "--out", str(tmp_path), "--variants", variant]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    assert compare.main() == 0
+    assert len(trained) == 3
+    run = trained[-1]
+    assert run.advantage == "tapo"
+    assert [run.setting(f"algorithm.tapo.grounding.{name}") for name in ("witnesses", "own", "luck")] == [
+        "true",
+        None,
+        "true",
+    ]
+    # The name is a value on Hydra's command line, where a comma would make a sweep of it.
+    assert "," not in run.name
+    assert "=" not in run.name
+
+
+@pytest.mark.parametrize("entry", ["theta", "theta=", "a.=1", "a=1,", "theta=[1, 2]", "theta=../x", "a=1,b"])
 def test_what_is_no_setting_is_refused(entry, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare.py", "--variants", entry])
     with pytest.raises(SystemExit):

@@ -40,7 +40,7 @@ class _WitnessedServer:
 
     async def generate(self, **kwargs: Any) -> Any:
         output = await self._client.generate(**kwargs)
-        self._cached.append(output.extra_fields["num_cached_tokens"])
+        self._cached.append(output.extra_fields.get("num_cached_tokens", 0))  # of vLLM
         return output
 
 

@@ -48,6 +48,12 @@ def problems(config: Any, use_critic: bool = False) -> list[str]:
         found.append(f"attention is {attention}: set +actor_rollout_ref.model.override_config.attn_implementation=sdpa")
     if model.use_remove_padding:
         found.append("actor_rollout_ref.model.use_remove_padding=True needs flash attention: set False")
+    adapters = model.lora_rank > 0 or model.get("lora_adapter_path")
+    if adapters and rollout.name == ROLLOUT_NAME and not model.lora.get("merge"):
+        found.append(
+            f"the rollout {ROLLOUT_NAME} takes whole weights, and LoRA adapters (actor_rollout_ref.model.lora_rank="
+            f"{model.lora_rank}) would not reach it: set actor_rollout_ref.model.lora.merge=True"
+        )
     ray = config.ray_kwargs.ray_init
     workers = _workers(config)
     backend = rollout.checkpoint_engine.backend

@@ -2,7 +2,7 @@
 
 `Decoder.step` generates one token for every request in the batch; finished requests leave, and
 waiting ones join. All rows share one cache, padded on the left, and every row has its own
-positions.
+positions. What prompts without images have in common is computed once (`prefixes.py`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from verl_tapo.cpu.prefixes import WORTH_KEEPING, Layers, Prefixes, common
 from verl_tapo.cpu.sampling import Sampling, draw, token_log_probs
 
 StopReason = Literal["completed", "aborted"]
@@ -45,13 +47,19 @@ class Request:
         """The position of the next token; rotary positions continue from the largest one."""
         return int(self.positions.max()) + 1 + len(self.tokens)
 
+    @property
+    def is_text(self) -> bool:
+        """True if keys and values depend on nothing but the tokens."""
+        return not self.vision and self.positions.ndim == 1
+
 
 class Decoder:
     """Generates for many requests at once. Only `submit` is thread-safe.
 
     Args:
         model: a causal language model of transformers, on the CPU, with full attention in every layer.
-        max_rows: requests in a batch, >= 1; with 1 a request's logits do not depend on others to the last bit.
+        max_rows: requests in a batch, >= 1; with 1 a request's logits do not depend on others to the last bit, and
+            nothing is computed once for several.
         max_prefill_tokens: prompts that join in one step have together at most as many tokens, one prompt excepted.
         forbidden: tokens that are never drawn: placeholders of images. Log-probabilities know nothing of that.
     """
@@ -69,6 +77,7 @@ class Decoder:
         self._rows: list[Request] = []
         self._cache = DynamicCache()
         self._mask = torch.zeros((0, 0), dtype=torch.int64)  # (rows, cached tokens)
+        self._prefixes = Prefixes(max_prefill_tokens) if max_rows > 1 else None
 
     @property
     def busy(self) -> bool:
@@ -78,6 +87,11 @@ class Decoder:
     def submit(self, request: Request) -> None:
         """Queues a request; may be called while `step` runs in another thread."""
         self._waiting.append(request)
+
+    def forget(self) -> None:
+        """Drops what is kept for later prompts. Call it when the weights change."""
+        if self._prefixes:
+            self._prefixes.clear()
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
@@ -129,27 +143,28 @@ class Decoder:
             use_cache=True,
         )
         self._append(self._rows, output.logits[:, -1])
-        done = [request for request in self._rows if request.stop_reason]
-        if done:
-            self._keep([row for row, request in enumerate(self._rows) if not request.stop_reason])
-        return done
+        return self._dismiss()
 
     def _prefill(self, joining: list[Request]) -> list[Request]:
-        width = max(len(request.prompt) for request in joining)
+        self._compute_common(joining)
+        known = [self._known(request) for request in joining]
+        cache, cached = _joined_past(known)
+        width = max(len(request.prompt) - length for request, (length, _) in zip(joining, known, strict=True))
         ids, mask, positions = [], [], []
-        for request in joining:
-            left = (width - len(request.prompt), 0)
-            ids.append(pad(torch.tensor(request.prompt), left))
-            mask.append(pad(torch.ones(len(request.prompt), dtype=torch.int64), left))
-            positions.append(pad(request.positions, left))
+        for request, (length, _) in zip(joining, known, strict=True):
+            new = len(request.prompt) - length
+            left = (width - new, 0)
+            ids.append(pad(torch.tensor(request.prompt[length:]), left))
+            mask.append(pad(torch.ones(new, dtype=torch.int64), left))
+            positions.append(pad(request.positions[..., length:], left))
         vision: dict[str, list[Tensor]] = {}
         for request in joining:
             for name, value in request.vision.items():
                 vision.setdefault(name, []).append(value)
-        cache = DynamicCache()
+        whole = torch.cat([cached, torch.stack(mask)], dim=1)
         output = self.model(
             input_ids=torch.stack(ids),
-            attention_mask=torch.stack(mask),
+            attention_mask=whole,
             position_ids=torch.stack(positions, dim=-2),
             past_key_values=cache,
             use_cache=True,
@@ -157,8 +172,50 @@ class Decoder:
             **{name: torch.cat(values) for name, values in vision.items()},
         )
         self._append(joining, output.logits[:, -1])
-        self._join(joining, cache, torch.stack(mask))
-        done = [request for request in joining if request.stop_reason]
+        self._join(joining, cache, whole)
+        for row in range(len(self._rows) - len(joining), len(self._rows)):
+            self._remember(row, self._rows[row].prompt)
+        return self._dismiss()
+
+    def _compute_common(self, joining: list[Request]) -> None:
+        """Computes what several prompts begin with alone, once."""
+        if self._prefixes is None or len(joining) < 2 or not all(request.is_text for request in joining):
+            return
+        first, *others = (np.asarray(request.prompt) for request in joining)
+        shared = joining[0].prompt[: min(common(first, other) for other in others)][: len(first) - 1]
+        if len(shared) < WORTH_KEEPING or not self._prefixes.worth_keeping(shared):
+            return
+        length, layers = self._prefixes.longest(shared)
+        cache, _ = _joined_past([(length, layers)])
+        self.model(
+            input_ids=torch.tensor([shared[length:]]),
+            position_ids=torch.arange(length, len(shared))[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._prefixes.keep(shared, [(layer.keys[0], layer.values[0]) for layer in cache.layers])
+
+    def _known(self, request: Request) -> tuple[int, Layers]:
+        """The tokens of a prompt that need not be computed; its last one must be, for its logits."""
+        if self._prefixes is None or not request.is_text:
+            return 0, []
+        return self._prefixes.longest(request.prompt[:-1])
+
+    def _remember(self, row: int, tokens: list[int]) -> None:
+        """Keeps keys and values of a row, which holds ``tokens``."""
+        if self._prefixes is None or not self._rows[row].is_text or not self._prefixes.worth_keeping(tokens):
+            return
+        columns = self._mask[row].bool()
+        layers = [(layer.keys[row][:, columns], layer.values[row][:, columns]) for layer in self._cache.layers]
+        self._prefixes.keep(tokens, layers)
+
+    def _dismiss(self) -> list[Request]:
+        """Lets the rows go that are done."""
+        done = [request for request in self._rows if request.stop_reason]
+        for row, request in enumerate(self._rows):
+            if request.stop_reason:
+                self._remember(row, [*request.prompt, *request.tokens[:-1]])
         if done:
             self._keep([row for row, request in enumerate(self._rows) if not request.stop_reason])
         return done
@@ -208,3 +265,28 @@ class Decoder:
         layer: Any
         for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[rows, :, start:], layer.values[rows, :, start:]
+
+
+def _joined_past(known: list[tuple[int, Layers]]) -> tuple[DynamicCache, Tensor]:
+    """A cache of the first tokens of rows, padded on the left.
+
+    Args:
+        known: for each row the number of tokens, and keys and values of at least as many.
+
+    Returns:
+        The cache, and its mask, (rows, tokens).
+    """
+    cache = DynamicCache()
+    width = max(length for length, _ in known)
+    mask = torch.stack([pad(torch.ones(length, dtype=torch.int64), (width - length, 0)) for length, _ in known])
+    if not width:
+        return cache, mask
+    shapes = next(layers for _, layers in known if layers)
+    for number, both in enumerate(shapes):
+        rows: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for length, layers in known:
+            for side, example in enumerate(both):
+                own = layers[number][side][:, :length] if length else example[:, :0]
+                rows[side].append(pad(own, (0, 0, width - length, 0)))
+        cache.update(torch.stack(rows[0]), torch.stack(rows[1]), number)
+    return cache, mask

@@ -216,6 +216,7 @@ class TransformersServer:
         for name, value in weights.items():
             state[self._names[name]].copy_(value)
             self._missing.discard(name)
+        self._decoder.forget()
 
     async def end_update(self, global_steps: int | None) -> None:
         """Closes an update.
@@ -258,8 +259,14 @@ class TransformersServer:
         self._rejecting = False
         self._open.set()
 
-    async def nothing(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: weights and cache stay in place, and no cache outlives its request."""
+    async def clear_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Drops keys and values that are kept for later prompts."""
+        await self._in_thread(self._decoder.forget)
 
-    wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = nothing
+    sleep = release_kv_cache = clear_kv_cache
+
+    async def nothing(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the weights stay in place."""
+
+    wake_up = resume_kv_cache = nothing
     start_profile = stop_profile = wait_for_requests_to_drain = nothing

@@ -1,0 +1,116 @@
+"""Flags & Facts in words: the quickstart's questions about a named country, as parquet files in veRL's format.
+
+    python examples/quickstart_lm/told.py --out examples/quickstart_lm/out/data
+
+``train.parquet`` asks about the training countries, ``heldout.parquet`` about the others, which occur in no training
+question and in no answer of a tool during training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "quickstart"))
+
+from flags_and_facts.questions import Kind, Question, answerable, ask
+from flags_and_facts.search import Index, load_index
+from flags_and_facts.world import Split, World, load_world
+
+COUNTS = {"train": 640, "heldout": 48}
+"""Questions in each file."""
+KINDS: dict[Kind, int] = {"fact": 3, "neighbour": 1}
+"""How often each kind is asked, in parts."""
+SYSTEM = "Look facts up with text_search, then give the <answer>."
+EXAMPLES = (("currency", "Japan"), ("capital", "Kenya"))
+"""What precedes every question: without two worked examples the model hardly ever writes a valid call."""
+
+
+def questions(world: World, index: Index, count: int, rng: random.Random) -> list[Question]:
+    """``count`` different questions that name their country, all of them answerable."""
+    found: dict[str, Question] = {}
+    while len(found) < count:
+        question = ask(world, rng, rng.choices(list(KINDS), list(KINDS.values()))[0])
+        name = world.countries[question.code].name
+        if answerable(question, world, index):
+            told = replace(question, text=question.text.replace("the country with this flag", name))
+            found.setdefault(told.text, told)
+    return list(found.values())
+
+
+def call(query: str) -> str:
+    """A call of the search, as the format hermes has it."""
+    arguments = json.dumps({"name": "text_search", "arguments": {"query": query}})
+    return f"<tool_call>\n{arguments}\n</tool_call>"
+
+
+def worked_example(attribute: str, name: str) -> list[dict[str, str]]:
+    """A question, the call, what the search says, and the answer."""
+    world = load_world("train")
+    (country,) = (country for country in world.countries.values() if country.name == name)
+    return [
+        {"role": "user", "content": f"What is the {attribute} of {name}?"},
+        {"role": "assistant", "content": call(f"{attribute} of {name}")},
+        {"role": "tool", "content": load_index("train").text_search(f"{attribute} of {name}")},
+        {"role": "assistant", "content": f"<answer>{country.facts[attribute]}</answer>"},
+    ]
+
+
+@cache
+def beginning() -> list[dict[str, str]]:
+    """The conversation before a question."""
+    examples = [message for example in EXAMPLES for message in worked_example(*example)]
+    return [{"role": "system", "content": SYSTEM}, *examples]
+
+
+def row(question: Question, world: World, index: int, name: str, searched: Split | None) -> dict[str, Any]:
+    """Returns one question as veRL's `RLHFDataset` reads it; ``searched`` limits what the tool may find."""
+    return {
+        "data_source": f"flags_and_facts/{name}",
+        "prompt": [*beginning(), {"role": "user", "content": question.text}],
+        "ability": question.kind,
+        "reward_model": {"style": "rule", "ground_truth": list(question.answers)},
+        "extra_info": {
+            "index": index,
+            "kind": question.kind,
+            "country": world.countries[question.code].name,
+            "need_tools_kwargs": True,
+            "tools_kwargs": {"text_search": {"create_kwargs": {"split": searched}}},
+        },
+    }
+
+
+def prepare(out: Path, counts: dict[str, int] = COUNTS, seed: int = 0) -> None:
+    """Writes ``train.parquet`` and ``heldout.parquet``."""
+    out.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    parts: list[tuple[str, Split, Split | None]] = [("train", "train", "train"), ("heldout", "heldout", None)]
+    for name, split, searched in parts:
+        world = load_world(split)
+        asked = questions(world, load_index(searched), counts[name], rng)
+        rows = [row(question, world, number, name, searched) for number, question in enumerate(asked)]
+        pd.DataFrame(rows).to_parquet(out / f"{name}.parquet")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    for name, count in COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, default=count, help="number of questions")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    prepare(args.out, {name: getattr(args, name) for name in COUNTS}, args.seed)
+    print(*(f"{file}  {file.stat().st_size // 1024} KiB" for file in sorted(args.out.glob("*.parquet"))), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
