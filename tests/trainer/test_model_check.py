@@ -1,9 +1,11 @@
 """``doctor --model``: what it finds of models' tokenizers, chat templates and formats, good ones and broken ones."""
 
+import io
 import json
 import logging
 import re
 import socket
+import sys
 from itertools import pairwise
 
 import pytest
@@ -15,6 +17,7 @@ from agent_loops import schema
 from conftest import CHAT_TEMPLATE
 from real_tokenizers import FAMILIES, folder
 from tiny_models import tiny_tokenizer
+from verl.experimental.agent_loop import tool_parser
 
 from verl_tapo.calls.formats import NATIVE_FORMATS
 from verl_tapo.cli import main
@@ -127,6 +130,44 @@ def test_calls_that_no_format_reads(model, qwen_like_tokenizer):
     assert "nor does any format of veRL. Register a parser for them with veRL" in only(report.problems)
 
 
+LLAMA = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ tools | tojson if loop.first }}"
+    "{% if message.tool_calls %}{% set call = message.tool_calls[0].function %}"
+    '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}'
+    "{% else %}{{ message.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class LlamaParser(tool_parser.ToolParser):
+    """As a user may register one with veRL."""
+
+    async def extract_tool_calls(self, responses_ids, tools=None):
+        text = self.tokenizer.decode(responses_ids, skip_special_tokens=True)
+        found = re.search(r'\{"name": "(.*?)", "parameters": (.*)\}', text)
+        return text, [tool_parser.FunctionCall(name=found[1], arguments=found[2])] if found else []
+
+
+def test_a_parser_that_is_registered_with_verl(model, qwen_like_tokenizer, monkeypatch):
+    path = model(qwen_like_tokenizer, LLAMA)
+    assert "nor does any format of veRL" in only(examine(path, config(), SCHEMAS).warnings)
+    monkeypatch.setitem(tool_parser.ToolParser._registry, "own", LlamaParser)
+    report = examine(path, config(), SCHEMAS)
+    assert only(report.problems).endswith("; own would: actor_rollout_ref.rollout.multi_turn.format=own")
+    report = examine(path, config("own", parallel=1), SCHEMAS)
+    assert report.problems == report.warnings == []
+    assert section(report, "Tool format own")["the template's calls"].startswith("are found: ")
+    assert section(report, "Found")["calls"] == "2 of 2, 2 as they were written; veRL executed 2"
+
+
+def test_a_parser_that_does_not_read_what_the_template_writes(model, qwen_like_tokenizer, monkeypatch):
+    monkeypatch.setitem(tool_parser.ToolParser._registry, "own", LlamaParser)
+    report = examine(model(qwen_like_tokenizer), config("own"), SCHEMAS)
+    assert only(report.problems).endswith("; hermes would: actor_rollout_ref.rollout.multi_turn.format=hermes")
+    report = examine(model(qwen_like_tokenizer, SILENT), config("own"), SCHEMAS)
+    assert report.warnings[1].endswith("it must have learned the form of own, or be shown it in prompts")
+
+
 SILENT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -168,6 +209,13 @@ def test_templates_that_fail(model, qwen_like_tokenizer, template, problem):
     report = examine(model(qwen_like_tokenizer, template), config(), SCHEMAS)
     assert problem in only(report.problems)
     assert "\n" not in only(report.problems)
+
+
+def test_what_a_stranger_s_template_says_steers_no_terminal(model, qwen_like_tokenizer):
+    template = "{{ raise_exception('\\x1b[2J\\x1b]0;title\\x07 gone') }}"
+    problem = only(examine(model(qwen_like_tokenizer, template), config(), SCHEMAS).problems)
+    assert "TemplateError: \\x1b[2J\\x1b]0;title\\x07 gone" in problem
+    assert problem.isprintable()
 
 
 def test_a_template_of_the_configuration_replaces_the_model_s(model, qwen_like_tokenizer):
@@ -324,6 +372,13 @@ class TestLoading:
         path = model(qwen_like_tokenizer)
         monkeypatch.setattr(type(qwen_like_tokenizer), "decode", lambda *a, **k: "onetwo")
         assert "does not give a text back: 'one\\x00two' comes out as 'onetwo'" in self.problem(path)
+
+
+def test_a_terminal_that_knows_ascii_alone(model, qwen_like_tokenizer, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    assert main(["doctor", "--model", model(qwen_like_tokenizer), "data.max_prompt_length=4000"]) == 0
+    assert b"query of \\u5317\\u4eac < Gr\\xf6\\xdfe" in written.getvalue()
 
 
 def test_the_command(model, qwen_like_tokenizer, capsys):
