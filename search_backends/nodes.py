@@ -2,7 +2,7 @@
 
     python -m search_backends.nodes wait 2 --limit 300
     python -m search_backends.nodes check 2 /data/train.parquet /recipe
-    python -m search_backends.nodes gone 2
+    python -m search_backends.nodes watch 2                                 # ends when one has gone
 
 The cluster is that of ``$RAY_ADDRESS``, ADDRESS:PORT of the first node. Exit code 1, with a line a problem, where
 something is missing.
@@ -23,12 +23,15 @@ from typing import Any
 PACKAGES = ("verl-tapo", "verl", "torch", "transformers", "ray", "TransferQueue", "vllm", "sglang")
 """A run's processes exchange objects of these, so that all nodes need the same."""
 _ANSWER_S = 60.0
+_LOOK_S = 5.0
+_AWAY_FOR_GOOD = 4
+"""Looks in a row."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the problems and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["wait", "check", "gone"])
+    parser.add_argument("command", choices=["wait", "check", "watch"])
     parser.add_argument("nodes", type=int, help="how many there should be")
     parser.add_argument("paths", nargs="*", help="files and folders that each node must see")
     parser.add_argument("--limit", type=float, default=_ANSWER_S, help="seconds to wait for them")
@@ -40,26 +43,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _problems(arguments: argparse.Namespace) -> Iterator[str]:
-    end = time.monotonic() + arguments.limit
-    alive: list[Mapping[str, Any]] = []
-    listens = _listens()
-    while not alive or len(alive) < arguments.nodes:
-        if listens:
-            alive = [node for node in nodes() if node["Alive"]]
-        if arguments.command == "gone" or time.monotonic() > end:
-            break
+    if arguments.command == "watch":
+        _watch(arguments.nodes)
+        yield _what_is_there(arguments.nodes)
+    elif not _wait(arguments.nodes, arguments.limit):
+        yield _what_is_there(arguments.nodes)
+    elif arguments.command == "check":
+        yield from missing(arguments.paths)
+
+
+def _wait(wanted: int, limit: float) -> bool:
+    """Whether they came in time."""
+    end = time.monotonic() + limit
+    while not (there := _are_there(wanted)) and time.monotonic() < end:
         time.sleep(1)
-        listens = _listens()
-    there = ", ".join(sorted(node["NodeManagerAddress"] for node in alive)) or "none"
-    if not listens:
-        yield f"nothing listens at {os.environ.get('RAY_ADDRESS')}: the first node is down, or Ray is not started there"
-    elif len(alive) < arguments.nodes:
-        gone = [node["NodeManagerAddress"] for node in nodes() if not node["Alive"]]
-        lost = f"; gone: {', '.join(gone)}" if gone else ""
-        yield f"{len(alive)} of {arguments.nodes} nodes are there: {there}{lost}"
-    elif arguments.command != "wait":
-        # Of a node that has just gone Ray learns only after a while.
-        yield from missing(alive, arguments.paths)
+    return there
+
+
+def _watch(wanted: int) -> None:
+    """Ends once some are away for good: a busy node may fail to answer now and then."""
+    away = 0
+    while away < _AWAY_FOR_GOOD:
+        time.sleep(_LOOK_S)
+        away = 0 if _are_there(wanted) else away + 1
+
+
+def _are_there(wanted: int) -> bool:
+    try:
+        return _listens() and sum(node["Alive"] for node in nodes()) >= max(wanted, 1)
+    except Exception:  # Ray's, while its first node goes down
+        return False
+
+
+def _what_is_there(wanted: int) -> str:
+    if not _listens():
+        return (
+            f"nothing listens at {os.environ.get('RAY_ADDRESS')}: the first node is down, or Ray is not started there"
+        )
+    here, gone = ({n["NodeManagerAddress"] for n in nodes() if n["Alive"] == alive} for alive in (True, False))
+    lost = f"; gone: {', '.join(sorted(gone - here))}" if gone - here else ""
+    return f"{len(here)} of {wanted} nodes are there: {', '.join(sorted(here)) or 'none'}{lost}"
 
 
 def _listens() -> bool:
@@ -93,7 +116,7 @@ def facts(paths: Iterable[str]) -> dict[str, str]:
     return {**found, **{path: "there" if os.path.exists(path) else "missing" for path in paths}}
 
 
-def missing(alive: Iterable[Mapping[str, Any]], paths: Sequence[str]) -> Iterator[str]:
+def missing(paths: Sequence[str]) -> Iterator[str]:
     """Yields a line for everything that another node has not as this one has it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -102,7 +125,7 @@ def missing(alive: Iterable[Mapping[str, Any]], paths: Sequence[str]) -> Iterato
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     here = facts(paths)
     asked = {}
-    for node in alive:
+    for node in (node for node in nodes() if node["Alive"]):
         where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ray.remote(facts).options(num_cpus=0, scheduling_strategy=where, max_retries=0)
         asked[node["NodeManagerAddress"]] = task.remote(paths)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import io
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from flags_and_facts.questions import SYSTEM, Question, questions
 from flags_and_facts.search import load_index
-from flags_and_facts.world import Split, World, load_world
+from flags_and_facts.world import ATTRIBUTES, Split, World, load_world
 
 TOOLS = ("image_search", "text_search", "zoom")
 COUNTS = {"train": 1024, "val": 96, "heldout": 96}
@@ -44,15 +45,18 @@ def row(question: Question, world: World, index: int, name: str, searched: Split
     }
 
 
-def prepare(out: Path, counts: dict[str, int], seed: int = 0) -> None:
-    """Writes ``{name}.parquet`` for each name in ``counts``; no question is in two of them."""
+def prepare(out: Path, counts: dict[str, int], seed: int = 0, attributes: Sequence[str] = ATTRIBUTES) -> None:
+    """Writes ``{name}.parquet`` for each name in ``counts``; no question is in two of them.
+
+    ``attributes``: what is asked. Of six continents one is soon guessed, so that successes need no search.
+    """
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     world, index = load_world("train"), load_index("train")
-    asked = questions(world, index, counts["train"] + counts["val"], rng)
+    asked = questions(world, index, counts["train"] + counts["val"], rng, attributes)
     heldout_world = load_world("heldout")
     # Held-out questions search among all countries: more to confuse, nothing to help.
-    heldout = questions(heldout_world, load_index(), counts["heldout"], rng)
+    heldout = questions(heldout_world, load_index(), counts["heldout"], rng, attributes)
     parts: list[tuple[str, list[Question], World, Split | None]] = [
         ("train", asked[: counts["train"]], world, "train"),
         ("val", asked[counts["train"] :], world, "train"),
@@ -69,8 +73,11 @@ def main() -> None:
     for name, count in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=count, help="number of questions")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--attributes", nargs="+", choices=ATTRIBUTES, default=ATTRIBUTES, help="ask for these alone; default: all"
+    )
     args = parser.parse_args()
-    prepare(args.out, {name: getattr(args, name) for name in COUNTS}, args.seed)
+    prepare(args.out, {name: getattr(args, name) for name in COUNTS}, args.seed, args.attributes)
     print(*(f"{file}  {file.stat().st_size // 1024} KiB" for file in sorted(args.out.glob("*.parquet"))), sep="\n")
 
 

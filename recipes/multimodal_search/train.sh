@@ -19,7 +19,7 @@ list() {
 
 fail() {
   echo "train.sh: $1" >&2
-  exit 2
+  exit "${2:-2}"
 }
 
 # A value as Hydra's grammar takes it, whatever characters it holds: backslashes count only before a quote.
@@ -90,12 +90,24 @@ python3 -m search_agent.check "${arguments[@]}" "$@"
 [ -z "$dry_run" ] || exit 0
 [ "$nodes" -gt 1 ] || exec python3 -m verl.trainer.main_ppo "${arguments[@]}" "$@"
 python3 -m verl.trainer.main_ppo "${arguments[@]}" "$@" &
-trap 'kill $! 2>/dev/null' INT TERM
+run=$!
+# VeRL waits for rollouts of a lost node for ever.
+python3 -m search_backends.nodes watch "$nodes" &
+watch=$!
+trap 'kill $run 2>/dev/null' INT TERM
 code=0
-wait $! || code=$?
-# A signal ends the waiting, not yet the run.
-wait $! 2>/dev/null || true
-if [ "$code" != 0 ] && ! python3 -m search_backends.nodes gone "$nodes"; then
-  echo "train.sh: a node was lost. Once ray_cluster.sh has joined it again, the same command goes on from the last checkpoint." >&2
+wait -n $run $watch || code=$?
+if ! kill -0 $watch 2>/dev/null; then
+  lost=1
+  kill $run 2>/dev/null || true
+  end=$((SECONDS + 60))
+  while kill -0 $run 2>/dev/null && [ $SECONDS -lt $end ]; do sleep 1; done
+  kill -9 $run 2>/dev/null || true
 fi
+wait $run || code=$?
+kill $watch 2>/dev/null || true
+# Of a node that has just gone Ray learns after a while: each is given something to do.
+[ "$code" = 0 ] || [ -n "${lost:-}" ] || python3 -m search_backends.nodes check "$nodes" || lost=1
+[ -z "${lost:-}" ] ||
+  fail "a node was lost. Once ray_cluster.sh has joined it again, the same command goes on from the last checkpoint" "$code"
 exit "$code"

@@ -18,6 +18,7 @@ from flags_and_facts.search import Index, load_index, zoom
 from flags_and_facts.world import load_world
 
 COUNTS = {"train": 60, "val": 20, "heldout": 30}
+CONTINENTS = {"Africa", "Asia", "North America", "Europe", "Oceania", "South America"}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,14 @@ def test_splits_share_no_country_and_no_question(data):
     texts = rows["prompt"].map(lambda prompt: prompt[1]["content"])
     asked = list(zip(texts, rows["extra_info"].map(lambda info: info["country"]), strict=True))
     assert len(set(asked)) == len(asked)
+
+
+def test_questions_may_be_such_that_guessing_pays(tmp_path):
+    prepare.prepare(tmp_path, {"train": 30, "val": 2, "heldout": 4}, attributes=["continent"])
+    for name in ("train", "val", "heldout"):
+        rows = pd.read_parquet(tmp_path / f"{name}.parquet")
+        assert all("the continent of" in prompt[1]["content"] for prompt in rows["prompt"])
+        assert {answer for model in rows["reward_model"] for answer in model["ground_truth"]} <= CONTINENTS
 
 
 def test_training_never_names_a_heldout_country(data):

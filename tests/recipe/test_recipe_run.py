@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -250,6 +251,13 @@ class Host:
             done = subprocess.run(command, env=self.env(), stdout=file, stderr=file, timeout=300, check=False)
         return done.returncode, log.read_text()
 
+    def says(self, *command):
+        """Runs a program on this host; what it prints."""
+        done = subprocess.run(
+            [*self.inside, *command], env=self.env(), capture_output=True, text=True, timeout=120, check=True
+        )
+        return done.stdout
+
     def kill(self):
         pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False).stdout
         subprocess.run(["kill", "-9", *pids.split()], capture_output=True, check=False)
@@ -288,6 +296,33 @@ def hosts(recipe, tmp_path):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+@contextmanager
+def shared_cache(host, port, password):
+    program = shutil.which("redis-server") or pytest.skip("needs the program redis-server")
+    command = [program, "--bind", host.address, "--port", str(port), "--requirepass", password, "--save", ""]
+    process = subprocess.Popen([*host.inside, *command], cwd=host.home, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+# Of the prompt's own image: later ones have no fixed numbers.
+ASKED = r'(\{"name": "text_search", .*?|\{"name": "image_search", "arguments": \{"image": 1\}\})'
+SEARCHED = re.compile(rf"<tool_call>\n{ASKED}\n</tool_call>\nuser\n<tool_response>\n(.*?)\n</tool_response>", re.DOTALL)
+
+
+def answers(folder):
+    """What the searches told the model, by the prompt and the call, in veRL's dumps."""
+    told = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for row in map(json.loads, file.read_text().splitlines()):
+            for call, answer in SEARCHED.findall(row["output"]):
+                told.setdefault((row["input"], *row["gts"], call), []).append(answer)
+    return told
+
+
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("ip") is None, reason="no `ip` (Debian's iproute2), which makes network namespaces")
 def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data, hosts, tmp_path):
@@ -305,7 +340,9 @@ def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data,
     assert code == 0, said
 
     env = {"HOME": str(first.home), "RAY_ADDRESS": f"{first.address}:6379", "OMP_NUM_THREADS": "1"}
-    env["SEARCH_URL"], env["SEARCH_CACHE"] = f"http://{first.address}:8111", str(tmp_path / "cache.sqlite")
+    password = "password-of-the-cache"
+    cache = f"redis://:{password}@{first.address}:6400/0"
+    env["SEARCH_URL"], env["SEARCH_CACHE"] = f"http://{first.address}:8111", cache
     out = tmp_path / "out"
     overrides = [
         "trainer.total_training_steps=4",
@@ -320,7 +357,18 @@ def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data,
             return True
         return False
 
-    with serving(recipe, index, tmp_path / "serve.log", first.address, 8111, first.inside):
+    def searches():
+        """How many searches the service has answered, and how many answers the cache holds."""
+        read = f"import urllib.request as r; print(r.urlopen('{env['SEARCH_URL']}/stats').read().decode())"
+        stats = first.says("python3", "-c", read)
+        found = re.findall(r'^retrieval_requests_total\{.*status="200".*\} (.*)$', stats, re.MULTILINE)
+        kept = first.says("python3", "-m", "search_backends.cache", "stats", cache).split()[1]
+        return sum(map(float, found)), int(kept)
+
+    with (
+        serving(recipe, index, tmp_path / "serve.log", first.address, 8111, first.inside),
+        shared_cache(first, 6400, password),
+    ):
         run = {"inside": first.inside, "nodes": "2"}
         code, said, _ = train(recipe, data, out, env, *overrides, meanwhile=kill, **run)
         assert code != 0
@@ -335,11 +383,21 @@ def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data,
 
         code, said = second.ray("join", first.address)
         assert code == 0, said
+        asked, kept = searches()
         code, said, steps = train(recipe, data, out, env, *overrides, **run)
+        asked_then, kept_then = searches()
     assert code == 0, said[-6000:]
+    # Each question went to the service once, whoever asked, and had one answer on both nodes.
+    assert asked_then - asked == kept_then - kept
+    told = answers(out / "tapo-vanilla" / "rollouts")
+    assert sum(len(texts) > 1 for texts in told.values()) > 3
+    assert all(len(set(texts)) == 1 for texts in told.values())
     assert f"Resuming from {out / 'tapo-vanilla' / 'checkpoints' / before[-1]}" in said
-    assert "(WorkerDict pid=" in said
-    assert f"ip={second.address})" in said or f"ip={first.address})" in said
+    # Ray names the address of the node that is not the driver's.
+    workers = set(re.findall(r"\((WorkerDict|AgentLoopWorkerTQ) pid=\d+(, ip=[0-9.]+)?\)", said))
+    assert workers == {
+        (name, ip) for name in ("WorkerDict", "AgentLoopWorkerTQ") for ip in ("", f", ip={second.address}")
+    }
     assert [step["training/global_step"] for step in steps][-1] == 4
     for step in steps:
         assert step["training/rollout_probs_diff_max"] < 1e-4

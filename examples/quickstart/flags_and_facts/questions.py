@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,13 +65,13 @@ def cell_box(cell: int) -> list[int]:
     ]
 
 
-def ask(world: World, rng: random.Random, kind: Kind) -> Question:
-    """A question about a country of this world."""
+def ask(world: World, rng: random.Random, kind: Kind, attributes: Sequence[str] = ATTRIBUTES) -> Question:
+    """A question about a country of this world; ``attributes``: what may be asked of it."""
     countries = list(world.countries.values())
     if kind == "neighbour":
         countries = [country for country in countries if country.neighbour in world.countries]
     country = rng.choice(countries)
-    attribute = None if kind in ("flag", "sheet") else rng.choice(ATTRIBUTES)
+    attribute = None if kind in ("flag", "sheet") else rng.choice(attributes)
     cells, cell = (country.code,), 0
     shown = "this flag"
     if kind in ("sheet", "sheet fact"):
@@ -114,13 +115,15 @@ def answerable(question: Question, world: World, index: Index) -> bool:
     return True
 
 
-def questions(world: World, index: Index, count: int, rng: random.Random) -> list[Question]:
-    """``count`` different questions, all of them answerable."""
-    kinds = list(WEIGHTS)
-    weights = list(WEIGHTS.values())
+def questions(
+    world: World, index: Index, count: int, rng: random.Random, attributes: Sequence[str] = ATTRIBUTES
+) -> list[Question]:
+    """``count`` different questions, all of them answerable; with some attributes only, they ask for those alone."""
+    named = len(attributes) == len(ATTRIBUTES)
+    weights = {kind: weight for kind, weight in WEIGHTS.items() if named or kind not in ("flag", "sheet")}
     found: dict[tuple[object, ...], Question] = {}
     while len(found) < count:
-        question = ask(world, rng, rng.choices(kinds, weights)[0])
+        question = ask(world, rng, rng.choices(list(weights), list(weights.values()))[0], attributes)
         if answerable(question, world, index):
             found.setdefault((question.text, question.code), question)
     return list(found.values())
