@@ -361,7 +361,7 @@ def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data,
         """How many searches the service has answered, and how many answers the cache holds."""
         read = f"import urllib.request as r; print(r.urlopen('{env['SEARCH_URL']}/stats').read().decode())"
         stats = first.says("python3", "-c", read)
-        found = re.findall(r'^retrieval_requests_total\{.*status="200".*\} (.*)$', stats, re.MULTILINE)
+        found = re.findall(r'^retrieval_requests_total\{endpoint="/retrieve.*status="200"\} (.*)$', stats, re.MULTILINE)
         kept = first.says("python3", "-m", "search_backends.cache", "stats", cache).split()[1]
         return sum(map(float, found)), int(kept)
 
