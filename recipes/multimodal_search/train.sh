@@ -112,7 +112,8 @@ if ! kill -0 $watch 2>/dev/null; then
   kill -9 $run 2>/dev/null || true
 fi
 wait $run || code=$?
-kill -9 $watch 2>/dev/null || true # a mere signal makes Ray print where it was
+# A mere signal makes Ray print where it was, and bash tells of jobs that are killed.
+{ disown $watch && kill -9 $watch; } 2>/dev/null || true
 # Of a node that has just gone Ray learns after a while: each is given something to do.
 [ "$code" = 0 ] || [ -n "${lost:-}" ] || python3 -m search_backends.nodes check "$nodes" || lost=1
 [ -z "${lost:-}" ] ||
