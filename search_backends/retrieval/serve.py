@@ -103,8 +103,9 @@ class Settings:
 class Metrics:
     """Metrics of one service."""
 
-    def __init__(self, room: Room):
-        self.registry = registry = CollectorRegistry()
+    def __init__(self, room: Room, origin: str = ""):
+        # `target_info` says whose metrics these are, where there are several services.
+        self.registry = registry = CollectorRegistry(target_info={"origin": origin} if origin else None)
         self.requests = Counter("retrieval_requests", "Requests answered", ["endpoint", "status"], registry=registry)
         fine = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
         self.seconds = Histogram(
@@ -119,14 +120,17 @@ class Metrics:
 
 
 class Service:
-    """The state behind the end points. ``index`` is None until it is loaded."""
+    """The state behind the end points. ``index`` is None until it is loaded. Others that search by
+    other means override `load`, `describe` and `find_texts`."""
 
-    def __init__(self, settings: Settings):
+    has_images = True
+
+    def __init__(self, settings: Settings, origin: str = ""):
         self.settings = settings
         self.index: Index | None = None
         self.problem: IndexProblem | None = None
         self.room = Room(settings.max_queue)
-        self.metrics = Metrics(self.room)
+        self.metrics = Metrics(self.room, origin)
         self._pool = ThreadPoolExecutor(settings.threads, "search")
 
     async def load(self) -> None:
@@ -172,15 +176,24 @@ class Service:
             raise HTTPException(503, "the index is loading", RETRY_AFTER)
         return self.index
 
+    async def describe(self) -> dict[str, Any] | None:
+        """What ``/health`` says besides the status; None while loading."""
+        if self.index is None:
+            return None
+        counts = self.index.manifest["counts"]
+        return {
+            "identity": self.identity,
+            "searches": self.index.loaded,
+            "passages": counts["passages"],
+            "images": counts["images"],
+        }
+
     async def texts(self, request: TextRequest) -> bytes:
         """The answer to ``/retrieve``.
 
         Raises:
             HTTPException
         """
-        passages = self.ready().passages
-        if passages is None:
-            raise HTTPException(404, "this index has no passages")
         for number, query in enumerate(request.queries):
             if len(query) > MAX_QUERY:
                 raise HTTPException(
@@ -188,9 +201,19 @@ class Service:
                 )
             if not query.strip():
                 raise HTTPException(422, f"queries[{number}] is empty")
-        render = partial(_render, document=passages.__getitem__, scores=request.return_scores)
         with self._admitted(len(request.queries)):
-            return await self._texts.answer(request.queries, request.topk or DEFAULT_TOPK, render)
+            return await self.find_texts(request.queries, request.topk or DEFAULT_TOPK, request.return_scores)
+
+    async def find_texts(self, queries: Sequence[str], topk: int, scores: bool) -> bytes:
+        """The body of the answer to queries that were found valid.
+
+        Raises:
+            HTTPException
+        """
+        passages = self.ready().passages
+        if passages is None:
+            raise HTTPException(404, "this index has no passages")
+        return await self._texts.answer(queries, topk, partial(_render, document=passages.__getitem__, scores=scores))
 
     async def images(self, request: ImageRequest) -> bytes:
         """The answer to ``/retrieve_images``.
@@ -198,8 +221,7 @@ class Service:
         Raises:
             HTTPException
         """
-        index = self.ready()
-        if index.images is None:
+        if not self.has_images or (index := self.ready()).images is None:
             raise HTTPException(404, "this index has no images")
         document = partial(_shown, index) if request.return_images else index.images.__getitem__
         render = partial(_render, document=document, scores=request.return_scores, least=self.settings.min_image_score)
@@ -226,13 +248,16 @@ def _render(
     found: Sequence[Hits], document: Callable[[int], bytes], scores: bool, least: float = float("-inf")
 ) -> bytes:
     """The body of an answer. Documents are kept as JSON, so nothing is parsed."""
+    return body([[(document(position), score) for position, score in hits if score >= least] for hits in found], scores)
 
-    def one(position: int, score: float) -> bytes:
-        if not scores:
-            return document(position)
-        return b'{"document":%b,"score":%b}' % (document(position), repr(round(score, 6)).encode())
 
-    lists = (b",".join(one(*hit) for hit in hits if hit[1] >= least) for hits in found)
+def body(found: Sequence[Sequence[tuple[bytes, float]]], scores: bool) -> bytes:
+    """The answer to queries with these documents and their scores."""
+
+    def one(document: bytes, score: float) -> bytes:
+        return b'{"document":%b,"score":%b}' % (document, repr(round(score, 6)).encode()) if scores else document
+
+    lists = (b",".join(one(*hit) for hit in hits) for hits in found)
     return b'{"result":[%b]}' % b",".join(b"[%b]" % hits for hits in lists)
 
 
@@ -304,8 +329,9 @@ class _Measured:
             self._metrics.seconds.labels(end_point).observe(time.perf_counter() - started)
 
 
-def make_app(service: Service, failed: Callable[[], None]) -> FastAPI:
-    """Returns the application. It calls ``failed`` if the index cannot be loaded."""
+def make_app(service: Service, failed: Callable[[], None] | None = None) -> FastAPI:
+    """Returns the application. It calls ``failed`` if the index cannot be loaded; with None it starts
+    only when the index is loaded, and raises what `Service.problem` says."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -313,10 +339,14 @@ def make_app(service: Service, failed: Callable[[], None]) -> FastAPI:
             try:
                 await service.load()
             finally:
-                if service.index is None:
+                if failed is not None and await service.describe() is None:
                     failed()
 
         loading = asyncio.create_task(load())
+        if failed is None:
+            await loading
+            if service.problem is not None:
+                raise service.problem
         yield
         loading.cancel()
         service.close()
@@ -344,19 +374,10 @@ def make_app(service: Service, failed: Callable[[], None]) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        index = service.index
-        if index is None:
+        described = await service.describe()
+        if described is None:
             return JSONResponse({"status": "loading"}, 503, RETRY_AFTER)
-        counts = index.manifest["counts"]
-        return JSONResponse(
-            {
-                "status": "ok",
-                "identity": service.identity,
-                "searches": index.loaded,
-                "passages": counts["passages"],
-                "images": counts["images"],
-            }
-        )
+        return JSONResponse({"status": "ok", **described})
 
     @app.get("/stats")
     async def stats() -> Response:
@@ -381,7 +402,15 @@ def serve(settings: Settings, host: str, port: int) -> int:
     """
     # Certain failures are reported before anything is loaded.
     choose_text_search(settings.index, settings.text)
-    service = Service(settings)
+    return run(Service(settings), host, port, f"loading {settings.index}")
+
+
+def run(service: Service, host: str, port: int, doing: str) -> int:
+    """Runs a service as `serve` does; ``doing`` is for the log.
+
+    Raises:
+        IndexProblem: It cannot be loaded, or the port cannot be had.
+    """
 
     def stop() -> None:
         server.should_exit = True
@@ -400,7 +429,7 @@ def serve(settings: Settings, host: str, port: int) -> int:
     # once more, which must not end the process as if it had been killed.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop())
-    _log(f"http://{host}:{listener.getsockname()[1]}, loading {settings.index}")
+    _log(f"http://{host}:{listener.getsockname()[1]}, {doing}")
     server.run([listener])
     if service.problem is not None:
         raise service.problem

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from search_backends.retrieval import bm25, vectors
+from search_backends.retrieval import bm25, shards, vectors
 from search_backends.retrieval.build import BEGUN, Plan, build
 from search_backends.retrieval.documents import Records, RecordWriter
 from search_backends.retrieval.index import Index
@@ -819,3 +819,87 @@ class TestSettings:
         assert done.returncode == 2
         assert "extra `search-dense`" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+class TestShards:
+    """Exactly what the whole index answers, ties included."""
+
+    @staticmethod
+    def whole(folder, texts):
+        rows = [{"id": str(number), "title": "", "contents": text} for number, text in enumerate(texts)]
+        build(Plan(folder / "index", (write_jsonl(folder / "corpus.jsonl", rows),)))
+        return folder / "index"
+
+    @staticmethod
+    def asked(folders, queries, topk):
+        found = []
+        for folder in folders:
+            index = Index(folder)
+            first = index.manifest["settings"].get("shard", {"first": 0})["first"]
+            hits = index.search_texts(queries, topk)
+            found.append([[(first + position, score) for position, score in each] for each in hits])
+        return [shards.merge(each, topk) for each in zip(*found, strict=True)]
+
+    @settings(deadline=None, max_examples=25)
+    @given(
+        st.lists(st.lists(st.sampled_from("abcdefghi"), min_size=1, max_size=8), min_size=4, max_size=30),
+        st.lists(st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=5), min_size=1, max_size=3),
+        st.integers(1, 4),
+        st.integers(1, 35),
+    )
+    def test_answers_are_the_whole_s(self, tmp_path_factory, texts, queries, count, topk):
+        folder = tmp_path_factory.mktemp("shards")
+        index = self.whole(folder, [" ".join(f"w{letter}" for letter in text) for text in texts])
+        parts = shards.split(index, count, folder / "shards")
+        queries = [" ".join(f"w{letter}" for letter in query) for query in queries]
+        assert self.asked(parts, queries, topk) == Index(index).search_texts(queries, topk)
+        records = [Records(part / "passages") for part in parts]
+        assert [document for each in records for document in each] == list(Records(index / "passages"))
+
+    def test_shards_alone_would_score_otherwise(self, tmp_path):
+        """By the statistics of their own passages: the whole's are not just what comes out anyway."""
+        texts = ["rare word", "common word", "common word", "common thing"]
+        index = self.whole(tmp_path, texts)
+        part = Index(shards.split(index, 2, tmp_path / "shards")[1])
+        (tmp_path / "own").mkdir()
+        own = Index(self.whole(tmp_path / "own", texts[2:]))
+        assert part.search_texts(["common"], 2) != own.search_texts(["common"], 2)
+
+    @pytest.mark.parametrize(
+        ("count", "message"),
+        [(0, "between 1 and the number of passages, 5"), (6, "between 1 and the number of passages, 5")],
+    )
+    def test_numbers_that_cannot_be(self, tmp_path, count, message):
+        index = self.whole(tmp_path, TEXTS)
+        with pytest.raises(IndexProblem, match=message):
+            shards.split(index, count, tmp_path / "shards")
+        assert not (tmp_path / "shards").exists()
+
+    def test_a_shard_without_words_and_a_folder_with_files_are_refused(self, tmp_path, capsys):
+        index = self.whole(tmp_path, ["some words", "more words", "the of a", "!"])
+        with pytest.raises(IndexProblem, match="--count 2: a shard would hold no word; take fewer"):
+            shards.split(index, 2, tmp_path / "shards")
+        assert not (tmp_path / "shards").exists()
+        assert shards.main([str(index), "--count", "2", "--out", str(index)]) == 2
+        assert f"--out: {index} is not empty" in capsys.readouterr().err
+
+    def test_a_shard_that_is_missing_is_noticed(self, tmp_path):
+        index = self.whole(tmp_path, TEXTS)
+        parts = shards.split(index, 3, tmp_path / "shards")
+        assert [each["counts"]["passages"] for each in shards.shards_in(tmp_path / "shards")] == [1, 2, 2]
+        assert shards.shards_in(tmp_path) is None
+        shutil.rmtree(parts[1])
+        with pytest.raises(IndexProblem, match=r"does not hold all shards of one index, only: 0 of 3 of \w+, 2 of 3"):
+            shards.shards_in(tmp_path / "shards")
+
+    def test_dense_cannot_be_split(self, dense_index, tmp_path):
+        with pytest.raises(IndexProblem, match="has no BM25 of this version: only that can be split"):
+            shards.split(dense_index_without_words(dense_index, tmp_path), 2, tmp_path / "shards")
+
+
+def dense_index_without_words(index, tmp_path):
+    copy = shutil.copytree(index, tmp_path / "dense")
+    manifest = read_manifest(copy)
+    manifest["settings"].pop("bm25", None)
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    return copy

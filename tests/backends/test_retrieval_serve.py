@@ -21,11 +21,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from PIL import Image
 
+from search_backends.retrieval import on_ray, opensearch, shards
 from search_backends.retrieval.batching import Batcher
 from search_backends.retrieval.build import Plan, build
-from search_backends.retrieval.manifest import MANIFEST
+from search_backends.retrieval.manifest import MANIFEST, IndexProblem
+from search_backends.retrieval.opensearch import OpenSearch
 from search_backends.retrieval.pictures import MAX_PIXELS
 from search_backends.retrieval.serve import MAX_BODY, MAX_QUERIES, Service, Settings, _listen, make_app
 
@@ -504,3 +508,329 @@ class TestStarting:
             process.terminate()
             assert process.wait(60) == 0
             assert "Traceback" not in process.stderr.read()
+
+
+@contextmanager
+def asked_in_process(own):
+    """The application of any service, without a port; it starts once it is loaded."""
+    app = make_app(own)
+
+    class Client:
+        def __init__(self, loop):
+            self._loop = loop
+            self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x")
+
+        def post(self, *args, **kwargs):
+            return self._loop.run_until_complete(self._client.post(*args, **kwargs))
+
+        def get(self, path):
+            return self._loop.run_until_complete(self._client.get(path))
+
+    loop = asyncio.new_event_loop()
+    span = app.router.lifespan_context(app)
+    loop.run_until_complete(span.__aenter__())
+    try:
+        yield Client(loop)
+    finally:
+        loop.run_until_complete(span.__aexit__(None, None, None))
+        loop.close()
+
+
+class Handle:
+    """A shard as a Serve handle shows it."""
+
+    def __init__(self, shard):
+        self.search = self
+        self.shard, self.fails = shard, False
+
+    async def remote(self, queries, topk):
+        if self.fails:
+            raise RuntimeError("the replica died")
+        return await self.shard.search(queries, topk)
+
+
+@pytest.fixture(scope="module")
+def shard_folders(index, tmp_path_factory):
+    return shards.split(index, 3, tmp_path_factory.mktemp("shards") / "of")
+
+
+class TestSharded:
+    def test_answers_are_those_of_the_whole_index(self, index, shard_folders):
+        manifests = shards.shards_in(shard_folders[0].parent)
+        handles = [
+            Handle(on_ray.Shard(folder, manifest["identity"], 1))
+            for folder, manifest in zip(shard_folders, manifests, strict=True)
+        ]
+        sharded = on_ray.Sharded(Settings(shard_folders[0].parent), "replica", handles, manifests[0])
+        with asked_in_process(sharded) as parts, asked_in_process(Service(Settings(index))) as whole:
+            for topk in (1, 3, 100):
+                for scores in (True, False):
+                    asked = {
+                        "queries": ["river town 3", "Urumqi", "old", "zebra"],
+                        "topk": topk,
+                        "return_scores": scores,
+                    }
+                    assert parts.post("/retrieve", json=asked).content == whole.post("/retrieve", json=asked).content
+            # One identity, so that one cache serves both.
+            described, known = parts.get("/health").json(), whole.get("/health").json()
+            assert described == {**known, "searches": ["bm25"], "images": 0}
+            assert look(parts, encoded(striped("red"))).status_code == 404
+            assert ask(parts, " ").status_code == 422
+            assert 'target_info{origin="replica"}' in parts.get("/stats").text
+            handles[1].fails = True
+            refused = ask(parts)
+            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+            assert refused.json() == {"detail": "a shard does not answer: RuntimeError"}
+
+    def test_another_index_on_a_node_is_refused(self, index, shard_folders):
+        with pytest.raises(IndexProblem, match=r"on this node is another index \(\w+, not another\)"):
+            on_ray.Shard(shard_folders[0], "another", 1)
+        with (
+            pytest.raises(IndexProblem, match="on this node is another index"),
+            asked_in_process(on_ray.Replica(Settings(index), "replica", "another")),
+        ):
+            pass
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+class TestOnRayWithoutRay:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "give an index, or --stop"),
+            (["x", "--stop"], "give an index, or --stop"),
+            (["x", "--replicas", "3:2"], "'3:2' is no number of replicas: 2, or 1:8"),
+            (["x", "--replicas", "0"], "'0' is no number of replicas"),
+            (["x", "--replicas", "two"], "'two' is no number of replicas"),
+            (["x", "--ongoing", "0"], "--ongoing must be at least 1"),
+        ],
+    )
+    def test_options_that_cannot_be(self, arguments, message, capsys):
+        with pytest.raises(SystemExit):
+            on_ray.main(arguments)
+        assert message in capsys.readouterr().err
+
+    def test_without_ray_serve_the_extra_is_named(self, index, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ray", None)
+        assert on_ray.main([str(index)]) == 2
+        assert "ray is missing: pip install 'verl-tapo[search-ray]'" in capsys.readouterr().err
+
+    def test_no_cluster(self, index, capsys, monkeypatch):
+        ray = pytest.importorskip("ray")
+
+        def nothing(*_, **__):
+            raise ConnectionError("Could not find any running Ray instance")
+
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", nothing)
+        assert on_ray.main([str(index)]) == 2
+        said = capsys.readouterr().err
+        assert (
+            "no Ray cluster answers (Could not find any running Ray instance): start one with `ray start --head`"
+            in said
+        )
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+class TestOnRay:
+    """Ray Serve itself, on a cluster of this process."""
+
+    @pytest.fixture(scope="class")
+    def port(self):
+        ray = pytest.importorskip("ray")
+        serve = pytest.importorskip("ray.serve")
+        ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        yield port
+        serve.shutdown()
+        ray.shutdown()
+
+    def start(self, port, folder, *options):
+        arguments = [str(folder), "--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--cpus", "0.5"]
+        return on_ray.main([*arguments, "--wait", "120", *options])
+
+    def test_replicas_shards_and_their_ends(self, port, index, shard_folders, capsys):
+        import ray
+        from ray import serve
+
+        asked = {"queries": ["river town 3", "Urumqi", "old"], "topk": 7, "return_scores": True}
+        with asked_in_process(Service(Settings(index))) as whole:
+            expected, known = whole.post("/retrieve", json=asked).content, whole.get("/health").json()
+        assert self.start(port, index, "--replicas", "2") == 0
+        assert f"http://127.0.0.1:{port} answers" in capsys.readouterr().err
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+            assert client.get("/health").json() == known
+            origins = set()
+            until = time.monotonic() + 60
+            while len(origins) < 2 and time.monotonic() < until:
+                assert client.post("/retrieve", json=asked).content == expected
+                origins |= set(re.findall(r'target_info{origin="(\w+)"}', client.get("/stats").text))
+            assert len(origins) == 2
+
+            # A replica that is killed is replaced; nobody gets a wrong answer meanwhile.
+            actors = ray.util.list_named_actors(all_namespaces=True)
+            victim = next(each for each in actors if "#service#" in each["name"])
+            ray.kill(ray.get_actor(victim["name"], namespace=victim["namespace"]))
+            right = 0
+            while right < 20:
+                answer = client.post("/retrieve", json=asked)
+                assert answer.status_code >= 500 or answer.content == expected
+                right += answer.status_code == 200
+
+            # Shards take its place.
+            assert self.start(port, shard_folders[0].parent) == 0
+            assert len(serve.status().applications[on_ray.APPLICATION].deployments) == 4
+            assert client.post("/retrieve", json=asked).content == expected
+            assert client.get("/health").json() == {**known, "searches": ["bm25"], "images": 0}
+
+            capsys.readouterr()
+            assert self.start(port + 1, index) == 2
+            assert "Ray Serve was started here before, with another port or host" in capsys.readouterr().err
+            assert self.start(port, index, "--cpus", "99", "--wait", "3") == 2
+            assert re.search(r"did not start in 3 s; .* CPUs are free", capsys.readouterr().err)
+            assert on_ray.main(["--stop"]) == 0
+            assert client.get("/health").status_code == 404
+        assert on_ray.main(["--stop"]) == 2
+        assert "the service does not run on this cluster" in capsys.readouterr().err
+
+
+class StandIn:
+    """Answers as OpenSearch's REST interface is documented to: /INDEX/_settings, /INDEX/_count, /_msearch."""
+
+    documents = (
+        {"title": "Eiffel Tower", "contents": "It stands in Paris.", "url": "http://x/e"},
+        {"text": "Paris has a museum."},
+        {"title": "Fuji", "contents": "A mountain."},
+    )
+
+    def __init__(self):
+        self.app = FastAPI()
+        self.uuid, self.fails, self.asked, self.authorization = "Vx1", None, [], None
+        self.app.get("/{index}/_settings")(self.settings)
+        self.app.get("/{index}/_count")(self.count)
+        self.app.post("/_msearch")(self.search)
+
+    async def settings(self, index: str, request: Request):
+        self.authorization = request.headers.get("authorization")
+        if index != "wiki":
+            return JSONResponse({"error": {"type": "index_not_found_exception"}, "status": 404}, 404)
+        return {"wiki_v2": {"settings": {"index": {"uuid": self.uuid, "number_of_shards": "2"}}}}
+
+    async def count(self, index: str):
+        return {"count": len(self.documents), "_shards": {"total": 2, "successful": 2, "failed": 0}}
+
+    async def search(self, request: Request):
+        assert request.headers["content-type"] == "application/x-ndjson"
+        text = (await request.body()).decode()
+        assert text.endswith("\n")
+        lines = [json.loads(line) for line in text.splitlines()]
+        self.asked = list(zip(lines[::2], lines[1::2], strict=True))
+        if self.fails == "busy":
+            return JSONResponse({"error": {"reason": "too many requests"}, "status": 429}, 429)
+        return {"took": 1, "responses": [self.answer(query) for _, query in self.asked]}
+
+    def answer(self, query):
+        if self.fails == "query":
+            return {"error": {"type": "parsing_exception", "reason": "no such field"}, "status": 400}
+        words = set(query["query"]["multi_match"]["query"].lower().split())
+        hits = []
+        for number, document in enumerate(self.documents):
+            score = float(sum(word in json.dumps(document).lower() for word in words))
+            if score:
+                hits.append({"_index": "wiki_v2", "_id": f"d{number}", "_score": score, "_source": document})
+        hits.sort(key=lambda hit: -hit["_score"])
+        shards_failed = int(self.fails == "shard")
+        return {
+            "took": 1,
+            "timed_out": False,
+            "_shards": {"total": 2, "successful": 2 - shards_failed, "skipped": 0, "failed": shards_failed},
+            "hits": {"total": {"value": len(hits), "relation": "eq"}, "hits": hits[: query["size"]]},
+            "status": 200,
+        }
+
+
+@contextmanager
+def open_search(stand_in, index="wiki"):
+    own = OpenSearch("http://search:9200", index, ["title^2", "contents"])
+    own._client._transport = httpx.ASGITransport(stand_in.app)
+    own._client._mounts = {}
+    with asked_in_process(own) as client:
+        yield client
+
+
+class TestOpenSearch:
+    def test_the_wire_format_is_the_same(self):
+        stand_in = StandIn()
+        with open_search(stand_in) as client:
+            answer = client.post(
+                "/retrieve", json={"queries": ["paris tower", "zebra", "Fuji"], "topk": 2, "return_scores": True}
+            )
+            assert answer.json()["result"] == [
+                [
+                    {
+                        "document": {
+                            "id": "d0",
+                            "title": "Eiffel Tower",
+                            "contents": "It stands in Paris.",
+                            "url": "http://x/e",
+                        },
+                        "score": 2.0,
+                    },
+                    {
+                        "document": {"id": "d1", "title": "", "contents": "Paris has a museum.", "url": ""},
+                        "score": 1.0,
+                    },
+                ],
+                [],
+                [{"document": {"id": "d2", "title": "Fuji", "contents": "A mountain.", "url": ""}, "score": 1.0}],
+            ]
+            assert stand_in.asked[0] == (
+                {"index": "wiki", "search_type": "dfs_query_then_fetch", "preference": "retrieval"},
+                {"size": 2, "query": {"multi_match": {"query": "paris tower", "fields": ["title^2", "contents"]}}},
+            )
+            assert set(ask(client, "fuji").json()["result"][0][0]) == {"id", "title", "contents", "url"}
+            assert look(client, encoded(striped("red"))).status_code == 404
+            assert ask(client, "").status_code == 422
+
+    def test_identity_follows_the_index(self):
+        stand_in = StandIn()
+        with open_search(stand_in) as client:
+            first = client.get("/health").json()
+            assert (first["status"], first["passages"], first["searches"]) == ("ok", 3, ["opensearch"])
+            assert client.get("/health").json() == first
+            stand_in.uuid = "another"
+            assert client.get("/health").json()["identity"] != first["identity"]
+
+    @pytest.mark.parametrize(
+        ("fails", "status", "message"),
+        [("busy", 503, "(429)"), ("shard", 503, "not all shards answered"), ("query", 500, "no such field")],
+    )
+    def test_failures_are_no_answers(self, fails, status, message):
+        stand_in = StandIn()
+        stand_in.fails = fails
+        with open_search(stand_in) as client:
+            answer = ask(client, "paris")
+            assert answer.status_code == status
+            assert message in answer.json()["detail"]
+            assert ("Retry-After" in answer.headers) == (status == 503)
+
+    def test_credentials_come_from_the_environment(self, monkeypatch):
+        monkeypatch.setenv("OPENSEARCH_USER", "me")
+        monkeypatch.setenv("OPENSEARCH_PASSWORD", "secret")
+        stand_in = StandIn()
+        with open_search(stand_in):
+            assert stand_in.authorization == "Basic " + base64.b64encode(b"me:secret").decode()
+
+    def test_an_index_that_is_not_there(self):
+        with (
+            pytest.raises(IndexProblem, match=r"nothing: OpenSearch \(404\): .*index_not_found_exception"),
+            open_search(StandIn(), "nothing"),
+        ):
+            pass
+
+    def test_nobody_answers(self, capfd):
+        assert opensearch.main(["http://127.0.0.1:1", "wiki", "--port", "0"]) == 2
+        assert "search_backends.retrieval.opensearch: wiki: OpenSearch (503): ConnectError" in capfd.readouterr().err
