@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import httpx
@@ -147,11 +147,14 @@ def build(folder: Path, passages: int) -> Path:
     return index
 
 
-def measure(index: Path, concurrencies: Sequence[int], requests: int, options: Sequence[str]) -> None:
-    """Prints the table."""
+def measure(
+    index: Path, concurrencies: Sequence[int], requests: int, options: Sequence[str], url: str | None = None
+) -> None:
+    """Prints the table, of a service of its own or of the one at ``url``."""
     queries = sample_queries(index)
     table = Table("at a time", "requests", "requests/s", "p50 ms", "p99 ms", "max ms", "service's mean ms", "memory")
-    with running(index, options) as (url, process):
+    service = running(index, options) if url is None else nullcontext((url.rstrip("/"), 0))
+    with service as (url, process):
         for concurrency in concurrencies:
             asyncio.run(drive(url, queries, concurrency, concurrency * 4))
             before = _own_seconds(url)
@@ -171,7 +174,7 @@ def measure(index: Path, concurrencies: Sequence[int], requests: int, options: S
 
 
 def _own_seconds(url: str) -> tuple[float, float]:
-    """Returns the service's own count for /retrieve: seconds and requests."""
+    """Returns the service's own count for /retrieve: seconds and requests. Of replicas it is one's."""
     stats = httpx.get(f"{url}/stats", trust_env=False).text
     sums = dict(re.findall(r'retrieval_request_seconds_(sum|count)\{endpoint="/retrieve"\} (\S+)', stats))
     return float(sums["sum"]), float(sums["count"])
@@ -186,13 +189,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--passages", type=int, default=100_000, help="of the index that is made up")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[64, 1024], help="requests at a time")
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--url", help="of a service that runs already, with that index (default: one is started)")
     parser.add_argument("--serve", default="", help='options of the service, as in "--threads 2 --text hybrid"')
     arguments = parser.parse_args(argv)
+    if arguments.url is not None and arguments.index is None:
+        parser.error("--url needs --index, out of which the queries are drawn")
 
     def run() -> int:
         with tempfile.TemporaryDirectory() as folder:
             index = arguments.index or build(Path(folder), arguments.passages)
-            measure(index, arguments.concurrency, arguments.requests, arguments.serve.split())
+            measure(index, arguments.concurrency, arguments.requests, arguments.serve.split(), arguments.url)
         return 0
 
     return run_main(PROGRAM, run)

@@ -220,7 +220,13 @@ def _connected() -> tuple[Any, Any]:
                 f"no Ray cluster answers ({error}): start one with `ray start --head`, or name it by RAY_ADDRESS, and "
                 f"its token, where it has one, by RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
             ) from None
+    # Of several clusters on a machine Ray chooses one.
+    _log(f"on the Ray cluster at {ray.get_runtime_context().gcs_address}")
     return ray, serve
+
+
+def _log(line: str) -> None:
+    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
 
 
 def stop() -> None:
@@ -292,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             },
         }
         addresses = start(settings, values.host, values.port, options, values.wait)
-        print(f"{PROGRAM}: {', '.join(addresses)} answers", file=sys.stderr)
+        _log(f"{', '.join(addresses)} answers")
         return 0
 
     return run_main(PROGRAM, run)

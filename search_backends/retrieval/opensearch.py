@@ -2,8 +2,7 @@
 
     python -m search_backends.retrieval.opensearch http://HOST:9200 INDEX --fields title^2,contents --port 8080
 
-User and password: OPENSEARCH_USER, OPENSEARCH_PASSWORD. Documents need `contents` or `text`, and may have
-`title` and `url`. It was tried with a stand-in that answers as OpenSearch is documented to.
+User, password: OPENSEARCH_USER, OPENSEARCH_PASSWORD. Fields: `contents` or `text`, `title`, `url`. Tried on a stand-in.
 """
 
 import argparse
