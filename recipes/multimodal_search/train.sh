@@ -59,8 +59,15 @@ fi
 
 data="$(realpath "$data")" val="$(realpath "$val")" OUT="$(realpath -m "${OUT:-outputs}")"
 export RECIPE OUT PYTHONPATH="$RECIPE${PYTHONPATH:+:$PYTHONPATH}"
+# VeRL prints its configuration, and Hydra keeps it. A cache's address with a password must not get there.
+cache=SEARCH_CACHE
+case "${SEARCH_CACHE:-}" in redis*@* | redis*password=*)
+  cache=""
+  [ "$nodes" = 1 ] || echo "train.sh: SEARCH_CACHE holds a password, so the nodes are not told: set it wherever Ray is started" >&2
+  ;;
+esac
 # Wherever the configuration is read, OmegaConf would resolve it; quoted once, it would be resolved the second time.
-for variable in RECIPE OUT PYTHONPATH SEARCH_URL SEARCH_CACHE data val; do
+for variable in RECIPE OUT PYTHONPATH SEARCH_URL $cache data val; do
   case "${!variable:-}" in *"\${"*) fail "$variable is ${!variable}: a path with \${ in it cannot be used; rename it" ;; esac
 done
 arguments=(
@@ -70,7 +77,7 @@ arguments=(
   "trainer.nnodes=$nodes"
 )
 # To the workers of a cluster that was started without them.
-for variable in RECIPE OUT PYTHONPATH SEARCH_URL SEARCH_CACHE VERL_FILE_LOGGER_PATH; do
+for variable in RECIPE OUT PYTHONPATH SEARCH_URL $cache VERL_FILE_LOGGER_PATH; do
   [ -z "${!variable:-}" ] ||
     arguments+=("++ray_kwargs.ray_init.runtime_env.env_vars.$variable=$(quoted "${!variable}")")
 done

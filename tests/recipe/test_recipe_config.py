@@ -253,6 +253,28 @@ def test_train_sh_gives_hydra_paths_as_they_are(tmp_path, name):
     assert overrides["trainer.save_freq"] == 5
 
 
+def test_train_sh_keeps_a_cache_s_password_out_of_the_configuration(tmp_path):
+    """VeRL prints it and Hydra writes it to a file. The processes inherit the variable all the same."""
+    path = stand_in(tmp_path / "bin", "print(json.dumps([os.environ['SEARCH_CACHE'], *sys.argv[1:]]))")
+    (tmp_path / "data").touch()
+    for cache, told in (
+        ("redis://:s%2Fe%40cret@host:6379/0", False),
+        ("rediss://host:6379/0?password=cret", False),
+        ("redis://host:6379/0", True),
+    ):
+        done = subprocess.run(
+            [RECIPE / "train.sh", "--data", tmp_path / "data", "--val", tmp_path / "data"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PATH": path, "SEARCH_CACHE": cache, "OUT": str(tmp_path / "out")},
+        )
+        for inherited, *arguments in map(json.loads, done.stdout.splitlines()):
+            assert inherited == cache
+            assert "cret" not in " ".join(arguments)
+            assert any("env_vars.SEARCH_CACHE" in argument for argument in arguments) == told
+
+
 @pytest.mark.parametrize("where", ["recipe", "out", "data", "cache"])
 def test_train_sh_refuses_paths_with_an_interpolation(tmp_path, where):
     path = stand_in(tmp_path / "bin", "sys.exit('started all the same')")
