@@ -11,8 +11,8 @@ FOLDER = Path(search_backends.__file__).parent
 MODULES = sorted(FOLDER.rglob("*.py"))
 
 
-# What is said once: what accepted answers are, which letters words are made of, how calls are written in a text, and how
-# errors begin.
+# What is said once: what accepted answers are, which letters words are made of, how calls are
+# written in a text, and how errors begin.
 KNOWN = {
     "verl_tapo.answers.accepted",
     "verl_tapo.answers.letters",
