@@ -230,12 +230,12 @@ class Host:
 
     def __init__(self, name, address, folder, recipe):
         self.name, self.address, self.home, self.recipe = name, address, folder / name, recipe
-        self.folders = []
+        self.folders, self.more = [], {}
         self.home.mkdir()
         self.inside = ["ip", "netns", "exec", name]
 
     def env(self):
-        return environment(self.recipe, HOME=str(self.home), VERL_PLATFORM="cpu", OMP_NUM_THREADS="1")
+        return environment(self.recipe, HOME=str(self.home), VERL_PLATFORM="cpu", OMP_NUM_THREADS="1", **self.more)
 
     def ray(self, *arguments):
         """Runs ``ray_cluster.sh``; its exit code and output."""
@@ -327,6 +327,10 @@ def answers(folder):
 @pytest.mark.skipif(shutil.which("ip") is None, reason="no `ip` (Debian's iproute2), which makes network namespaces")
 def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data, hosts, tmp_path):
     first, second = hosts
+    # An address with a password is told to each node, where Ray is started, and not to veRL.
+    password = "password-of-the-cache"
+    cache = f"redis://:{password}@{first.address}:6400/0"
+    first.more = second.more = {"SEARCH_CACHE": cache}
     code, said = first.ray("head")
     assert code == 0, said
     token = (first.home / ".ray" / "auth_token").read_text()
@@ -340,8 +344,6 @@ def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data,
     assert code == 0, said
 
     env = {"HOME": str(first.home), "RAY_ADDRESS": f"{first.address}:6379", "OMP_NUM_THREADS": "1"}
-    password = "password-of-the-cache"
-    cache = f"redis://:{password}@{first.address}:6400/0"
     env["SEARCH_URL"], env["SEARCH_CACHE"] = f"http://{first.address}:8111", cache
     out = tmp_path / "out"
     overrides = [
@@ -387,6 +389,7 @@ def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data,
         code, said, steps = train(recipe, data, out, env, *overrides, **run)
         asked_then, kept_then = searches()
     assert code == 0, said[-6000:]
+    assert password not in said
     # Each question went to the service once, whoever asked, and had one answer on both nodes.
     assert asked_then - asked == kept_then - kept
     told = answers(out / "tapo-vanilla" / "rollouts")
