@@ -42,7 +42,7 @@ def placeholders(name):
     return name.replace("<tool>/cache_hit", "<tool>/<number>")
 
 
-def logged(tokenizer, calls=True, **tapo):
+def logged(tokenizer, calls=True, log_probs=True, **tapo):
     """The metrics of a training step of recorded rollouts whose tools return a number; or of one without calls."""
     rows = fake_batch(tokenizer)
     for rollout, _, _ in rows:
@@ -51,6 +51,8 @@ def logged(tokenizer, calls=True, **tapo):
         for step in rollout.record.steps:
             step.metrics, step.seen = {"cache_hit": True}, step.tool == "zoom"
     data, metrics = data_proto(rows, tokenizer), {}
+    if not log_probs:
+        del data.batch["old_log_probs"]
     compute_tapo_advantage(
         data.batch["token_level_rewards"],
         data.batch["response_mask"],
@@ -83,7 +85,11 @@ def test_what_the_text_names_stands_in_a_table():
 
 def test_the_marked_ones_are_left_out_where_they_would_be_of_nothing(qwen_like_tokenizer):
     everything = logged(qwen_like_tokenizer)
-    others = [logged(qwen_like_tokenizer, tools={"another_tool": {}}), logged(qwen_like_tokenizer, calls=False)]
+    others = [
+        logged(qwen_like_tokenizer, tools={"another_tool": {}}),
+        logged(qwen_like_tokenizer, calls=False),
+        logged(qwen_like_tokenizer, log_probs=False),
+    ]
     missing = {placeholders(name) for other in others for name in everything.keys() - other.keys()}
     assert missing == {name for name, (may_be_left_out, _) in explained().items() if may_be_left_out}
     assert all(not value for name, value in others[1].items() if name.startswith(("tools/", "tapo/tool/")))

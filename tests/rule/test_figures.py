@@ -12,7 +12,7 @@ from rich.console import Console
 from verl_tapo import TapoConfig, transfer_credit
 from verl_tapo.audit import audit, terminal
 from verl_tapo.rule import figures
-from verl_tapo.rule.figures import FIGURES, FOUND, GROUNDING, Figure
+from verl_tapo.rule.figures import FIGURES, FOUND, GROUNDING, NLL, TOKEN_SHARES, Figure
 from verl_tapo.rule.report import StepCredit
 from verl_tapo.selftest.random_batches import random_batch
 
@@ -21,7 +21,8 @@ DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="u
 
 def undocumented():
     """Names of figures of which ``docs/metrics.md`` says something else, or nothing."""
-    names = [(figure.name, figure) for figure in (*FIGURES, *GROUNDING)] + [("grounding/tool/<tool>/found", FOUND)]
+    logged = (*FIGURES, *GROUNDING, *NLL.values(), *TOKEN_SHARES.values())
+    names = [(figure.name, figure) for figure in logged] + [("grounding/tool/<tool>/found", FOUND)]
     rows = {
         name: f"| `tapo/{name}`{' †' * (of.of_nothing is None and of is not figures.TOLD)} | {of.meaning} | {of.span} |"
         for name, of in names

@@ -1,4 +1,4 @@
-"""Rollouts of a prompt whose answer is known, and what can be told of their tools' answers."""
+"""What can be told of rollouts: of a prompt whose answer is known, and of how likely their tokens were."""
 
 from verl_tapo.selftest.rollouts import OTHER, SEARCH, FakeRollout
 
@@ -39,3 +39,27 @@ GROUNDING_METRICS = {
     "tapo/grounding/tool/text_search/found": 2 / 6,
 }
 """Of these."""
+
+
+def log_probs_of(rollout, whole=False):
+    """Log-probs of a rollout's tokens: -0.25 of calls, -0.5 of thoughts, -2 of answers, -100 of what was not sampled.
+
+    ``whole``: whether all of it comes before the last call, which is in another output of the rollout.
+    """
+    steps = rollout.record.steps
+    last = len(rollout.ids) if whole else max((step.turn[1] for step in steps), default=0)
+    found = [-0.5 if place < last else -2.0 for place in range(len(rollout.ids))]
+    for step in steps:
+        found[slice(*step.call)] = [-0.25] * (step.call[1] - step.call[0])
+    return [value if bit else -100.0 for value, bit in zip(found, rollout.mask, strict=True)]
+
+
+NLL_METRICS = {"tapo/nll/calls": 0.25, "tapo/nll/thoughts": 0.5, "tapo/nll/answers": 2.0}
+"""Of rollouts with these."""
+
+
+def token_shares(rows):
+    """Shares of policy tokens with these log-probs."""
+    values = [value for log_probs in rows for value in log_probs if value != -100]
+    kinds = {"calls": -0.25, "thoughts": -0.5, "answers": -2.0}
+    return {f"tapo/tokens/{kind}": values.count(value) / len(values) for kind, value in kinds.items()}

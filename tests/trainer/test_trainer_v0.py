@@ -10,12 +10,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from rollouts import GROUNDING_METRICS, LUXEMBOURG, grounded_group
+from rollouts import GROUNDING_METRICS, LUXEMBOURG, NLL_METRICS, grounded_group, log_probs_of, token_shares
 
 from verl_tapo import TapoConfig, TapoSettings, ToolStep, transfer_credit
 from verl_tapo.audit import audit
 from verl_tapo.records import recorded_steps
-from verl_tapo.selftest.rollouts import FakeRollout, data_proto, fake_batch
+from verl_tapo.selftest.rollouts import FakeRollout, data_proto, fake_batch, padded
 from verl_tapo.trainer import estimator, v0
 from verl_tapo.trainer.rollout import RolloutBatch
 from verl_tapo.trainer.verl_parser import declared_tools
@@ -642,3 +642,45 @@ def test_tools_are_those_that_the_configuration_declares(text, more, known, tmp_
 def test_no_tools_are_known_without_a_configuration_of_them():
     assert declared_tools(OmegaConf.create({"format": "kimi"})) is None
     assert declared_tools(OmegaConf.create({"tool_config_path": "/does/not/exist.yaml"})) is None
+
+
+def kinds(metrics):
+    return {name: value for name, value in metrics.items() if name.startswith(("tapo/nll/", "tapo/tokens/"))}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_log_probs_by_kind_of_token(qwen_like_tokenizer, trainer, recorded):
+    rows = fake_batch(qwen_like_tokenizer)
+    values = [log_probs_of(rollout) for rollout, _, _ in rows]
+    expected = {**NLL_METRICS, **token_shares(values)}
+    # What stands in the padding of a row is no token.
+    log_probs = padded(values, -1000.0, torch.float32)
+    for columns in (
+        {"old_log_probs": log_probs, "rollout_log_probs": torch.full_like(log_probs, -7.0)},
+        {"rollout_log_probs": log_probs},
+    ):
+        data = data_proto(rows, qwen_like_tokenizer, recorded=recorded)
+        del data.batch["old_log_probs"]
+        for name, value in columns.items():
+            data.batch[name] = value
+        assert kinds(step_metrics(compute(data))) == pytest.approx(expected)
+
+
+def test_log_probs_of_padding_rows_and_rows_without_a_reward(qwen_like_tokenizer, trainer):
+    """Padding rows do not count; a rollout whose reward is NaN was sampled all the same."""
+    rows = fake_batch(qwen_like_tokenizer)
+    values = [log_probs_of(rollout) for rollout, _, _ in rows]
+    data = data_proto([*rows, rows[0]], qwen_like_tokenizer, is_padding=[False] * len(rows) + [True])
+    data.batch["old_log_probs"] = padded([*values, [-50.0] * len(values[0])], 0.0, torch.float32)
+    data.batch["token_level_rewards"][3] = float("nan")
+    assert kinds(step_metrics(compute(data))) == pytest.approx({**NLL_METRICS, **token_shares(values)})
+
+
+def test_a_batch_without_log_probs_is_told_of_once(qwen_like_tokenizer, trainer, caplog):
+    rows = fake_batch(qwen_like_tokenizer)
+    shares = token_shares([log_probs_of(rollout) for rollout, _, _ in rows])
+    for _ in range(2):
+        data = data_proto(rows, qwen_like_tokenizer)
+        del data.batch["old_log_probs"]
+        assert kinds(step_metrics(compute(data))) == pytest.approx(shares)
+    assert caplog.text.count("there are no metrics tapo/nll: the batch has neither old_log_probs nor rollout_") == 1

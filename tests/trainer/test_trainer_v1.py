@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rollouts import GROUNDING_METRICS, LUXEMBOURG, grounded_group
+from rollouts import GROUNDING_METRICS, LUXEMBOURG, NLL_METRICS, grounded_group, log_probs_of, token_shares
 
 from verl_tapo.audit import audit
 from verl_tapo.records import TrajectoryRecord
 from verl_tapo.selftest.check import outcome
-from verl_tapo.selftest.rollouts import fake_batch, fake_group
+from verl_tapo.selftest.rollouts import SEARCH, FakeRollout, fake_batch, fake_group
 from verl_tapo.selftest.trainer_checks import V1, trainer_checks
 from verl_tapo.step_records import read_step_records
 from verl_tapo.trainer import estimator
@@ -115,7 +115,7 @@ def put(tq, rows, recorded=True, outputs=None, pad_to=None, tokenizer=None, extr
                 "old_log_probs": torch.full((len(rollout.ids),), -1.0),
                 "num_turns": 2,
                 **({**extra_fields, "session_id": session} if flat else {"extra_fields": extra_fields}),
-                **(extra or {}),
+                **(extra[number] if isinstance(extra, list) else extra or {}),
             }
         )
         keys.append(f"{prefix}{uid}_{session}_{output}")
@@ -625,3 +625,65 @@ def test_the_selftest_looks_into_this_trainer(queue, monkeypatch):
     found = outcomes()
     assert [each.verdict for each in found] == ["FAIL"] * 5
     assert "`verl-tapo doctor` shows the hooks" in found[0].detail
+
+
+def kinds(metrics):
+    return {name: value for name, value in metrics.items() if name.startswith(("tapo/nll/", "tapo/tokens/"))}
+
+
+def log_prob_columns(values):
+    """For `put`. Padding rows have no `old_log_probs` yet, so that with them the other column is read."""
+    return [{name: torch.tensor(row) for name in ("old_log_probs", "rollout_log_probs")} for row in values]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("name", ["grpo", "tapo"])
+def test_log_probs_by_kind_of_token_under_any_estimator(queue, make_trainer, qwen_like_tokenizer, name, recorded):
+    if PATCHED and name != "tapo":
+        pytest.skip("the hook that watches for others is not installed where veRL is patched")
+    rows = fake_batch(qwen_like_tokenizer)
+    values = [log_probs_of(rollout) for rollout, _, _ in rows]
+    columns = log_prob_columns(values)
+    batch = put(queue, rows, recorded=recorded, pad_to=8, tokenizer=qwen_like_tokenizer, extra=columns)
+    metrics = {}
+    advantages(queue, make_trainer(name), batch, metrics)
+    assert kinds(metrics) == pytest.approx({**NLL_METRICS, **token_shares(values)})
+
+
+def test_log_probs_that_are_no_numbers(queue, make_trainer, qwen_like_tokenizer):
+    rows = fake_batch(qwen_like_tokenizer)
+    values = [log_probs_of(rollout) for rollout, _, _ in rows]
+    shares = token_shares(values)
+    for row in values[::2]:
+        row[0] = row[-1] = float("nan")
+    batch = put(queue, rows, extra=log_prob_columns(values))
+    metrics = {}
+    advantages(queue, make_trainer(), batch, metrics)
+    assert kinds(metrics) == pytest.approx({**NLL_METRICS, **shares})
+
+
+def test_log_probs_of_several_outputs_of_a_session(queue, make_trainer, qwen_like_tokenizer):
+    """What an earlier output says is thought where a later one calls."""
+    early, late = (FakeRollout(qwen_like_tokenizer) for _ in range(2))
+    early.turn("Look.", [SEARCH]).answer("So far.")
+    late.turn("Again.", [SEARCH]).answer("Paris")
+    other = FakeRollout(qwen_like_tokenizer).answer("Rome")
+    rows = [(late, True, "u0"), (early, True, "u0"), (other, False, "u0")]
+    values = [log_probs_of(late), log_probs_of(early, whole=True), log_probs_of(other)]
+    batch = put(queue, rows, outputs=[(0, 1), (0, 0), (1, 0)], extra=log_prob_columns(values))
+    metrics = {}
+    advantages(queue, make_trainer(), batch, metrics)
+    assert kinds(metrics) == pytest.approx({**NLL_METRICS, **token_shares(values)})
+
+
+@pytest.mark.parametrize("name", ["grpo", "tapo"])
+def test_a_batch_without_log_probs_is_told_of_once(queue, make_trainer, qwen_like_tokenizer, caplog, monkeypatch, name):
+    if PATCHED:
+        pytest.skip("there the estimator has what the trainer hands over")
+    monkeypatch.setattr("verl_tapo.trainer.v1.LOG_PROBS", ("no_log_probs", "none_either"))
+    rows = fake_batch(qwen_like_tokenizer)
+    for _ in range(2):
+        metrics = {}
+        advantages(queue, make_trainer(name), put(queue, rows), metrics)
+        assert kinds(metrics) == pytest.approx(token_shares([log_probs_of(rollout) for rollout, _, _ in rows]))
+    assert caplog.text.count("there are no metrics tapo/nll: the batch has neither old_log_probs nor rollout_") == 1

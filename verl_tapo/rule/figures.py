@@ -1,8 +1,8 @@
 """What each figure of a batch means: its formula, its sentence, its range, and from where it pays to look.
 
-The logger's metrics (`verl_tapo.rule.report`, `verl_tapo.trainer.grounding`), the audit's tables, its page and its
-findings, and ``docs/metrics.md`` take all that from here. A figure is a share or a mean: one count over another. To add
-one, add it to `FIGURES`, and what it counts to `COUNTS` where that is not there.
+The logger's metrics (`verl_tapo.rule.report`, `verl_tapo.trainer.grounding`, `verl_tapo.trainer.token_kinds`), the
+audit's tables, its page and its findings, and ``docs/metrics.md`` take all that from here. A figure is a share or a
+mean: one count over another. To add one, add it to `FIGURES`, and what it counts to `COUNTS` where that is not there.
 """
 
 from __future__ import annotations
@@ -368,6 +368,38 @@ FOUND = Figure(
     column="answer found",
 )
 """For each tool, ``tapo/grounding/tool/<tool>/found``."""
+
+
+TOKEN_KINDS = {
+    "calls": "calls",
+    "thoughts": "thoughts before calls: in a rollout with calls, whatever else stands before the end of its last turn "
+    "with one",
+    "answers": "answers: what comes after the last turn with a call; in a rollout without calls, everything",
+}
+"""The kinds of tokens that a policy samples. Each of its tokens is of one kind."""
+
+NLL = {
+    kind: Figure(
+        f"nll/{kind}",
+        f"{kind}_nll_sum",
+        f"{kind}_with_log_prob",
+        f"mean negative log-prob, in nats a token, of {what}",
+        span="0 or more",
+        of_nothing=None,
+        unit="number",
+    )
+    for kind, what in TOKEN_KINDS.items()
+}
+TOKEN_SHARES = {
+    kind: Figure(
+        f"tokens/{kind}",
+        f"{kind}_tokens",
+        "policy_tokens",
+        f"share of all policy tokens that are {what.partition(':')[0]}",
+    )
+    for kind, what in TOKEN_KINDS.items()
+}
+"""`NLL` and these are of `verl_tapo.trainer.token_kinds`, for any estimator."""
 
 
 def shares_of(counts: Mapping[str, float], figures: list[Figure]) -> dict[str, float]:

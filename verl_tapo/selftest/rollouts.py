@@ -140,6 +140,7 @@ def data_proto(rows: Sequence[Row], tokenizer: Any, recorded: bool = True, **col
         "attention_mask": torch.cat([torch.ones_like(prompts), valid], 1),
         "token_level_scores": rewards,
         "token_level_rewards": rewards.clone(),
+        "old_log_probs": torch.full_like(rewards, -1.0),
     }
     objects: dict[str, Sequence[Any]] = {
         "uid": [uid for _, _, uid in rows],

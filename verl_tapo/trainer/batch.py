@@ -15,7 +15,7 @@ import torch
 from verl_tapo.records import RECORD_KEY
 from verl_tapo.rule.arrays import IntArray
 from verl_tapo.settings import TapoSettings
-from verl_tapo.trainer.rollout import RolloutBatch, Sessions, Tokens, agent_loop_of
+from verl_tapo.trainer.rollout import LOG_PROBS, RolloutBatch, Sampled, Sessions, Tokens, agent_loop_of
 from verl_tapo.trainer.verl_parser import declared_tools
 
 BaseAdvantages: TypeAlias = Callable[
@@ -40,7 +40,7 @@ def rollout_from_batch(
         algorithm: veRL's ``algorithm`` configuration.
         batch: tensors: ``token_level_rewards``, ``response_mask``, and where present ``token_level_scores``,
             ``responses``, ``prompts``, ``attention_mask``, ``rollout_mask`` (the response mask before rollout
-            correction).
+            correction), ``old_log_probs`` or ``rollout_log_probs``.
         columns: arrays of B objects: ``uid``, and where present the tool records, the reward's extra info (its keys as
             columns, or one column ``reward_extra_info``), ``keys`` (veRL's ``{uid}_{session}_{output}``) and
             ``is_padding``.
@@ -76,6 +76,7 @@ def rollout_from_batch(
         reward_model=lambda row: columns["reward_model"][row] if "reward_model" in columns else None,
         lengths=lengths,
         padding=padding,
+        sampled=lambda: _sampled(batch, lengths),
         sessions=None if keys is None else Sessions.from_keys(list(keys)),
         keys=keys,
         step=context.get("step"),
@@ -118,6 +119,18 @@ def _tokens(batch: Mapping[str, Any], mask: torch.Tensor, lengths: IntArray) -> 
     valid = np.arange(mask.shape[1]) < lengths[:, None]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return Tokens(responses.cpu().numpy()[valid], mask.cpu().numpy()[valid], offsets)
+
+
+def _sampled(batch: Mapping[str, Any], lengths: IntArray) -> Sampled:
+    mask = batch["response_mask"]
+    valid = np.arange(mask.shape[1]) < lengths[:, None]
+    given = (batch.get(name, None) for name in LOG_PROBS)
+    log_probs = next((found for found in given if found is not None and found.shape == mask.shape), None)
+    return Sampled(
+        mask.cpu().numpy()[valid],
+        None if log_probs is None else log_probs.float().cpu().numpy()[valid],
+        np.concatenate([[0], np.cumsum(lengths)]),
+    )
 
 
 def _prompt(batch: Mapping[str, Any], row: int) -> list[int]:

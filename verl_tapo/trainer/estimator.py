@@ -22,7 +22,8 @@ from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.step_records import StepRecorder, StepSnapshot
 from verl_tapo.trainer.grounding import grounding_metrics
 from verl_tapo.trainer.monitor import RunMonitor
-from verl_tapo.trainer.rollout import CURRENT, RolloutBatch
+from verl_tapo.trainer.rollout import CURRENT, LOG_PROBS, RolloutBatch
+from verl_tapo.trainer.token_kinds import token_metrics
 from verl_tapo.trainer.tool_metrics import check_outage, executed_tools, odd_reward_parts, reward_metrics, tool_metrics
 from verl_tapo.trainer.verl_parser import cached_parser
 
@@ -135,18 +136,30 @@ def rollout_metrics(rollout: RolloutBatch, settings: TapoSettings) -> dict[str, 
     return {**metrics, **reward_metrics(rewards)}
 
 
-def baseline_grounding(rollout: RolloutBatch, settings: TapoSettings) -> dict[str, float]:
-    """Returns `grounding_metrics` under another estimator. Without findable calls it is empty, and
-    the log says so once."""
+def baseline_metrics(rollout: RolloutBatch, settings: TapoSettings) -> dict[str, float]:
+    """Returns `grounding_metrics` and `token_metrics` under another estimator. Without findable calls
+    it is empty, and the log says so once."""
     success = rollout.success(settings)
     if rollout.sessions is not None:
         success = success[rollout.sessions.final_row]
     try:
         steps = find_steps(rollout, settings)
     except ValueError as error:
-        MONITOR.tell("calls are not found", f"there are no metrics tapo/grounding: {error}")
+        MONITOR.tell("calls are not found", f"there are no metrics tapo/grounding, tapo/nll and tapo/tokens: {error}")
         return {}
-    return grounding_metrics(rollout, success, steps)
+    return {**grounding_metrics(rollout, success, steps), **_sampled_metrics(rollout, steps)}
+
+
+def _sampled_metrics(rollout: RolloutBatch, steps: Sequence[ToolStep]) -> dict[str, float]:
+    """Returns `token_metrics` of a batch. Without log-probs they lack ``tapo/nll``, and the log says
+    so once."""
+    sampled = rollout.sampled()
+    if sampled is None or sampled.log_probs is None:
+        MONITOR.tell(
+            "no log-probs",
+            f"there are no metrics tapo/nll: the batch has neither {' nor '.join(LOG_PROBS)}",
+        )
+    return {} if sampled is None else token_metrics(sampled, steps, rollout.padding, rollout.sessions)
 
 
 def estimate(
@@ -205,7 +218,8 @@ def estimate(
         )
     if rollout.sessions is not None:
         success = success[rollout.sessions.final_row]
-    steps = [step for step in find_steps(rollout, settings) if not dropped[step.row]]
+    calls = find_steps(rollout, settings)
+    steps = [step for step in calls if not dropped[step.row]]
     found = time.perf_counter()
     advantages, report = transfer_credit(
         base,
@@ -225,6 +239,7 @@ def estimate(
     MONITOR.say_sources(int((~rollout.padding).sum()), rollout.metrics, settings)
     rollout.metrics.update(report.metrics())
     rollout.metrics.update(grounding_metrics(rollout, success, steps))
+    rollout.metrics.update(_sampled_metrics(rollout, calls))
     rollout.metrics.update(MONITOR.silent_tools(steps, rollout.metrics))
     rollout.metrics.update(rollout_metrics(rollout, settings))
     MONITOR.sum_up(report, rollout.step, rollout.part)

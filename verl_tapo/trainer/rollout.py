@@ -39,11 +39,24 @@ class Tokens(NamedTuple):
         return Tokens(self.ids[where], self.policy[where], offsets)
 
 
+LOG_PROBS = ("old_log_probs", "rollout_log_probs")
+"""Columns of veRL's that hold the log-probs of sampled tokens, the preferred one first."""
+
+
+class Sampled(NamedTuple):
+    """How likely the response tokens of B rows were, one after the other, without padding. N tokens."""
+
+    policy: IntArray  # (N,) 1 on tokens that the policy generated and is trained on
+    log_probs: npt.NDArray[np.floating[Any]] | None  # (N,) natural logarithms; None if the trainer has none
+    offsets: IntArray  # (B + 1,)
+
+
 class Sessions(NamedTuple):
     """Trajectories of several rows (veRL: an agent loop with several outputs per session)."""
 
     of_row: Sequence[Hashable]  # (B,)
     final_row: IntArray  # (B,) row of the last output of each row's trajectory: it carries the reward
+    output: IntArray  # (B,) number of each row among its trajectory's outputs, in their order
 
     @classmethod
     def from_keys(cls, keys: Sequence[str]) -> Sessions | None:
@@ -55,7 +68,8 @@ class Sessions(NamedTuple):
         final: dict[str, tuple[int, int]] = {}
         for row, (session, _, output) in enumerate(parts):
             final[session] = max(final.get(session, (-1, -1)), (int(output), row))
-        return cls(of_row, np.array([final[session][1] for session in of_row]))
+        outputs = np.array([int(output) for _, _, output in parts])
+        return cls(of_row, np.array([final[session][1] for session in of_row]), outputs)
 
 
 @dataclass
@@ -77,6 +91,8 @@ class RolloutBatch:
     """(B,) number of response tokens."""
     padding: npt.NDArray[np.bool_]
     """(B,) rows that are no real samples."""
+    sampled: Callable[[], Sampled | None] = lambda: None
+    """The log-probs of the response tokens; None if they cannot be had, mask included."""
     sessions: Sessions | None = None
     """Groups the rows that are outputs of one trajectory, for loops that return several. None: each
     row is one."""

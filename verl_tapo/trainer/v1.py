@@ -22,8 +22,17 @@ from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.trainer import estimator
 from verl_tapo.trainer.batch import base_input
 from verl_tapo.trainer.check import check_run
-from verl_tapo.trainer.estimator import baseline_grounding, rollout_metrics
-from verl_tapo.trainer.rollout import CURRENT, RolloutBatch, Sessions, Tokens, agent_loop_of, agent_names_of
+from verl_tapo.trainer.estimator import baseline_metrics, rollout_metrics
+from verl_tapo.trainer.rollout import (
+    CURRENT,
+    LOG_PROBS,
+    RolloutBatch,
+    Sampled,
+    Sessions,
+    Tokens,
+    agent_loop_of,
+    agent_names_of,
+)
 from verl_tapo.trainer.tool_metrics import check_rollouts
 from verl_tapo.trainer.verl_parser import declared_tools
 
@@ -53,7 +62,7 @@ def _add_metrics(trainer: Any, batch: Any, metrics: dict[str, Any]) -> None:
     rollout, _ = fetch_rollout(trainer, batch, settings)
     _check_rollouts(trainer, batch, settings)
     metrics.update(rollout_metrics(rollout, settings))
-    metrics.update(baseline_grounding(rollout, settings))
+    metrics.update(baseline_metrics(rollout, settings))
 
 
 def _check_rollouts(trainer: Any, batch: Any, settings: TapoSettings) -> None:
@@ -216,6 +225,12 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
             return None
         return Tokens(stored["responses"].values().cpu().numpy(), response_mask.values().cpu().numpy(), offsets)
 
+    def sampled() -> Sampled:
+        stored, policy = get(*LOG_PROBS), response_mask.values().cpu().numpy()
+        given = (stored[name].values() for name in LOG_PROBS if name in stored)
+        log_probs = next((found for found in given if len(found) == len(policy)), None)
+        return Sampled(policy, None if log_probs is None else log_probs.float().cpu().numpy(), offsets)
+
     @cache
     def prompts() -> list[list[int]]:
         return [prompt.tolist() for prompt in get("prompts")["prompts"].unbind()]
@@ -246,6 +261,7 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
         reward_model=lambda row: reward_models()[row],
         lengths=np.diff(offsets),
         padding=_padding(batch),
+        sampled=sampled,
         sessions=Sessions.from_keys(batch.keys),
         keys=batch.keys,
         step=getattr(trainer, "global_steps", None),
