@@ -15,6 +15,7 @@ from agent_loops import schema
 from conftest import CHAT_TEMPLATE
 from real_tokenizers import FAMILIES, folder
 from tiny_models import tiny_tokenizer
+from verl.experimental.agent_loop import tool_parser
 
 from verl_tapo.calls.formats import NATIVE_FORMATS
 from verl_tapo.cli import main
@@ -125,6 +126,44 @@ def test_calls_that_no_format_reads(model, qwen_like_tokenizer):
     assert "does not find the calls that the chat template writes, <call>" in only(report.warnings)
     report = examine(model(qwen_like_tokenizer, template), config("seed"), SCHEMAS)
     assert "nor does any format of veRL. Register a parser for them with veRL" in only(report.problems)
+
+
+LLAMA = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ tools | tojson if loop.first }}"
+    "{% if message.tool_calls %}{% set call = message.tool_calls[0].function %}"
+    '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}'
+    "{% else %}{{ message.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class LlamaParser(tool_parser.ToolParser):
+    """As a user may register one with veRL."""
+
+    async def extract_tool_calls(self, responses_ids, tools=None):
+        text = self.tokenizer.decode(responses_ids, skip_special_tokens=True)
+        found = re.search(r'\{"name": "(.*?)", "parameters": (.*)\}', text)
+        return text, [tool_parser.FunctionCall(name=found[1], arguments=found[2])] if found else []
+
+
+def test_a_parser_that_is_registered_with_verl(model, qwen_like_tokenizer, monkeypatch):
+    path = model(qwen_like_tokenizer, LLAMA)
+    assert "nor does any format of veRL" in only(examine(path, config(), SCHEMAS).warnings)
+    monkeypatch.setitem(tool_parser.ToolParser._registry, "own", LlamaParser)
+    report = examine(path, config(), SCHEMAS)
+    assert only(report.problems).endswith("; own would: actor_rollout_ref.rollout.multi_turn.format=own")
+    report = examine(path, config("own", parallel=1), SCHEMAS)
+    assert report.problems == report.warnings == []
+    assert section(report, "Tool format own")["the template's calls"].startswith("are found: ")
+    assert section(report, "Found")["calls"] == "2 of 2, 2 as they were written; veRL executed 2"
+
+
+def test_a_parser_that_does_not_read_what_the_template_writes(model, qwen_like_tokenizer, monkeypatch):
+    monkeypatch.setitem(tool_parser.ToolParser._registry, "own", LlamaParser)
+    report = examine(model(qwen_like_tokenizer), config("own"), SCHEMAS)
+    assert only(report.problems).endswith("; hermes would: actor_rollout_ref.rollout.multi_turn.format=hermes")
+    report = examine(model(qwen_like_tokenizer, SILENT), config("own"), SCHEMAS)
+    assert report.warnings[1].endswith("it must have learned the form of own, or be shown it in prompts")
 
 
 SILENT = (

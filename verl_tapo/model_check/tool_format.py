@@ -87,7 +87,7 @@ def examine_format(template: Template, report: Report) -> bool | None:
         unknown = f". {' and '.join(spelled)} are no single tokens of its tokenizer" if spelled else ""
         report.warnings.append(
             f"the chat template does not show how the model writes calls: it must have learned the form of {given}, or "
-            f"be shown it in prompts: {shown(own, _CALL)}{unknown}"
+            f"be shown it in prompts{': ' if own else ''}{shown(own, _CALL)}{unknown}"
         )
     if spelled and forms:
         report.warnings.append(
