@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [argument for argument in rest if argument.startswith("-")]:
         commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     config = _config_of(arguments.config, arguments.config_dir)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # tokens of a model may be of any script
     run = run_doctor if arguments.command == "doctor" else run_selftest
     return run(config, [*arguments.overrides, *rest], arguments.verbose, arguments.model)
 

@@ -1,9 +1,11 @@
 """``doctor --model``: what it finds of models' tokenizers, chat templates and formats, good ones and broken ones."""
 
+import io
 import json
 import logging
 import re
 import socket
+import sys
 from itertools import pairwise
 
 import pytest
@@ -209,6 +211,13 @@ def test_templates_that_fail(model, qwen_like_tokenizer, template, problem):
     assert "\n" not in only(report.problems)
 
 
+def test_what_a_stranger_s_template_says_steers_no_terminal(model, qwen_like_tokenizer):
+    template = "{{ raise_exception('\\x1b[2J\\x1b]0;title\\x07 gone') }}"
+    problem = only(examine(model(qwen_like_tokenizer, template), config(), SCHEMAS).problems)
+    assert "TemplateError: \\x1b[2J\\x1b]0;title\\x07 gone" in problem
+    assert problem.isprintable()
+
+
 def test_a_template_of_the_configuration_replaces_the_model_s(model, qwen_like_tokenizer):
     path = model(qwen_like_tokenizer, SILENT)
     assert examine(path, config(template=CHAT_TEMPLATE), SCHEMAS).warnings == []
@@ -363,6 +372,13 @@ class TestLoading:
         path = model(qwen_like_tokenizer)
         monkeypatch.setattr(type(qwen_like_tokenizer), "decode", lambda *a, **k: "onetwo")
         assert "does not give a text back: 'one\\x00two' comes out as 'onetwo'" in self.problem(path)
+
+
+def test_a_terminal_that_knows_ascii_alone(model, qwen_like_tokenizer, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    assert main(["doctor", "--model", model(qwen_like_tokenizer), "data.max_prompt_length=4000"]) == 0
+    assert b"query of \\u5317\\u4eac < Gr\\xf6\\xdfe" in written.getvalue()
 
 
 def test_the_command(model, qwen_like_tokenizer, capsys):

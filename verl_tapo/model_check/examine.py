@@ -14,7 +14,7 @@ from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token
 from verl_tapo.model_check.control_tokens import control_token_rows
 from verl_tapo.model_check.conversation import converse
 from verl_tapo.model_check.loading import Model, load_model, named, one_line
-from verl_tapo.model_check.run import TEMPLATE_SETTING, Report, Rows, run_of
+from verl_tapo.model_check.run import TEMPLATE_SETTING, Report, Rows, printable, run_of
 from verl_tapo.model_check.template import Template, prompt_rows
 from verl_tapo.model_check.tool_format import examine_format
 
@@ -26,7 +26,19 @@ def examine(name: str, config: Any, schemas: Sequence[Any] | None) -> Report:
         name: a folder, or a name of the Hugging Face hub, see `load_model`.
         config: the trainer's, composed.
         schemas: see `run_of`.
+
+    Returns:
+        What was found. Of a stranger's files it holds no control characters, which a terminal would obey.
     """
+    report = _examine(name, config, schemas)
+    return Report(
+        [(title, [(printable(row), printable(text)) for row, text in rows]) for title, rows in report.sections],
+        [printable(problem) for problem in report.problems],
+        [printable(warning) for warning in report.warnings],
+    )
+
+
+def _examine(name: str, config: Any, schemas: Sequence[Any] | None) -> Report:
     report = Report()
     try:
         model = load_model(name, config.actor_rollout_ref.model.get("custom_chat_template", None))

@@ -94,6 +94,11 @@ def shown(text: str, longest: int = _LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
 
 
+def printable(text: str) -> str:
+    """A text with an escape for each character that cannot be printed."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def listed(names: Sequence[str], most: int = 8) -> str:
     """Names, the first ``most`` of them."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
