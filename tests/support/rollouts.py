@@ -42,7 +42,8 @@ GROUNDING_METRICS = {
 
 
 def log_probs_of(rollout, whole=False):
-    """Log-probs of a rollout's tokens: -0.25 of calls, -0.5 of thoughts, -2 of answers, -100 of what was not sampled.
+    """Log-probs of a rollout's tokens: -0.25 of calls and the end of their turn, -0.5 of thoughts, -2 of answers, and
+    -100 of what was not sampled.
 
     ``whole``: whether all of it comes before the last call, which is in another output of the rollout.
     """
@@ -50,7 +51,7 @@ def log_probs_of(rollout, whole=False):
     last = len(rollout.ids) if whole else max((step.turn[1] for step in steps), default=0)
     found = [-0.5 if place < last else -2.0 for place in range(len(rollout.ids))]
     for step in steps:
-        found[slice(*step.call)] = [-0.25] * (step.call[1] - step.call[0])
+        found[step.call[0] : step.turn[1]] = [-0.25] * (step.turn[1] - step.call[0])  # in which calls follow each other
     return [value if bit else -100.0 for value, bit in zip(found, rollout.mask, strict=True)]
 
 

@@ -31,11 +31,11 @@ def test_by_hand():
     found = metrics([mask], [log_probs], [step(0, (0, 5), (2, 4))])
     assert found == pytest.approx(
         {
-            "tapo/nll/calls": 0.6 / 2,
-            "tapo/nll/thoughts": 4.2 / 3,  # the turn's end is no call, and comes before the answer
+            "tapo/nll/calls": 0.8 / 3,
+            "tapo/nll/thoughts": 4 / 2,
             "tapo/nll/answers": 12 / 3,
-            "tapo/tokens/calls": 2 / 8,
-            "tapo/tokens/thoughts": 3 / 8,
+            "tapo/tokens/calls": 3 / 8,
+            "tapo/tokens/thoughts": 2 / 8,
             "tapo/tokens/answers": 3 / 8,
         }
     )
@@ -47,10 +47,10 @@ def test_several_turns_and_parallel_calls():
     log_probs = [-1, -2, -3, 0, -4, -5, 0, -6, -7, 0, -8]
     steps = [step(0, (7, 9), (7, 8)), step(0, (0, 3), (0, 1)), step(0, (0, 3), (2, 3))]
     found = metrics([mask], [log_probs], steps)
-    assert found["tapo/nll/calls"] == pytest.approx((1 + 3 + 6) / 3)
-    assert found["tapo/nll/thoughts"] == pytest.approx((2 + 4 + 5 + 7) / 4)
+    assert found["tapo/nll/calls"] == pytest.approx((1 + 3 + 6 + 7) / 4)
+    assert found["tapo/nll/thoughts"] == pytest.approx((2 + 4 + 5) / 3)
     assert found["tapo/nll/answers"] == pytest.approx(8)
-    assert [found[f"tapo/tokens/{kind}"] for kind in ("calls", "thoughts", "answers")] == [3 / 8, 4 / 8, 1 / 8]
+    assert [found[f"tapo/tokens/{kind}"] for kind in ("calls", "thoughts", "answers")] == [4 / 8, 3 / 8, 1 / 8]
 
 
 def test_a_rollout_without_calls_is_an_answer():
@@ -83,18 +83,18 @@ def test_spans_keep_to_their_row():
 def test_padding_rows_and_tokens_of_tools_do_not_count():
     rows = [[1, 1, 0], [1, 1, 1]]
     log_probs = [[-1, -3, -100], [-100, -100, -100]]
-    found = metrics(rows, log_probs, [step(0, (0, 2), (0, 1))], padding=[0, 1])
-    assert found["tapo/nll/calls"] == 1.0
-    assert found["tapo/nll/thoughts"] == 3.0
+    found = metrics(rows, log_probs, [step(0, (0, 2), (1, 2))], padding=[0, 1])
+    assert found["tapo/nll/calls"] == 3.0
+    assert found["tapo/nll/thoughts"] == 1.0
     assert "tapo/nll/answers" not in found
     assert found["tapo/tokens/calls"] == 1 / 2
 
 
 def test_log_probs_that_are_no_numbers_are_left_out_of_the_mean():
     nan, inf = float("nan"), float("inf")
-    found = metrics([[1] * 6], [[nan, -2, -inf, -4, nan, inf]], [step(0, (0, 4), (0, 2))])
-    assert found["tapo/nll/calls"] == 2.0
-    assert found["tapo/nll/thoughts"] == 4.0
+    found = metrics([[1] * 6], [[nan, -2, -inf, -4, nan, inf]], [step(0, (0, 4), (2, 4))])
+    assert found["tapo/nll/calls"] == 4.0
+    assert found["tapo/nll/thoughts"] == 2.0
     assert "tapo/nll/answers" not in found  # both are no numbers
     assert found["tapo/tokens/answers"] == pytest.approx(2 / 6)  # and tokens all the same
 
@@ -104,14 +104,14 @@ def test_several_outputs_of_a_rollout():
     keys = ["u_0_2", "u_0_0", "u_1_0", "u_0_1"]
     masks = [[1, 1], [1, 1], [1], [1, 1, 1]]
     log_probs = [[-1, -2], [-3, -4], [-5], [-6, -7, -8]]
-    found = metrics(masks, log_probs, [step(3, (0, 2), (0, 1))], sessions=Sessions.from_keys(keys))
-    assert found["tapo/nll/calls"] == pytest.approx(6)
-    assert found["tapo/nll/thoughts"] == pytest.approx((3 + 4 + 7) / 3)
+    found = metrics(masks, log_probs, [step(3, (0, 2), (1, 2))], sessions=Sessions.from_keys(keys))
+    assert found["tapo/nll/calls"] == pytest.approx(7)
+    assert found["tapo/nll/thoughts"] == pytest.approx((3 + 4 + 6) / 3)
     assert found["tapo/nll/answers"] == pytest.approx((8 + 1 + 2 + 5) / 4)
 
 
 def test_without_log_probs_there_are_shares():
-    found = metrics([[1, 1, 0, 1, 1]], None, [step(0, (0, 2), (0, 1))])
+    found = metrics([[1, 1, 0, 1, 1]], None, [step(0, (0, 2), (1, 2))])
     assert found == {"tapo/tokens/calls": 1 / 4, "tapo/tokens/thoughts": 1 / 4, "tapo/tokens/answers": 2 / 4}
 
 

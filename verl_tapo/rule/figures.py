@@ -7,6 +7,7 @@ mean: one count over another. To add one, add it to `FIGURES`, and what it count
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -371,7 +372,7 @@ FOUND = Figure(
 
 
 TOKEN_KINDS = {
-    "calls": "calls",
+    "calls": "calls, what ends their turn included",
     "thoughts": "thoughts before calls: in a rollout with calls, whatever else stands before the end of its last turn "
     "with one",
     "answers": "answers: what comes after the last turn with a call; in a rollout without calls, everything",
@@ -395,7 +396,7 @@ TOKEN_SHARES = {
         f"tokens/{kind}",
         f"{kind}_tokens",
         "policy_tokens",
-        f"share of all policy tokens that are {what.partition(':')[0]}",
+        f"share of all policy tokens that are {re.split('[:,]', what)[0]}",
     )
     for kind, what in TOKEN_KINDS.items()
 }

@@ -67,9 +67,15 @@ def _kinds(
     for row in np.flatnonzero(~padding).tolist():
         last = starts[row] + thoughts[row]
         kind[starts[row] : last], kind[last : ends[row]] = _THOUGHT, _ANSWER
+    last_call: dict[tuple[int, int], int] = {}
     for step in steps:
         start, end = starts[step.row] + step.call[0], starts[step.row] + step.call[1]
         kind[start : min(end, ends[step.row])] = _CALL
+        turn = step.row, starts[step.row] + step.turn[1]
+        last_call[turn] = max(last_call.get(turn, 0), end)
+    # Behind a turn's last call there is its end: to call is to end the turn.
+    for (row, end), start in last_call.items():
+        kind[start : min(end, ends[row])] = _CALL
     return kind
 
 
