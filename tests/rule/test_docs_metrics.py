@@ -74,7 +74,8 @@ def assert_within(metrics):
 
 def test_every_metric_is_explained_and_exists(qwen_like_tokenizer, tmp_path):
     metrics = logged(qwen_like_tokenizer, record_dir=str(tmp_path / "records"))
-    assert {placeholders(name) for name in metrics} == set(explained())
+    # Of V1's tags; test_trainer_v1.py has it.
+    assert {placeholders(name) for name in metrics} == set(explained()) - {"tapo/weights_apart"}
     assert_within(metrics)
 
 

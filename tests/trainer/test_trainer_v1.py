@@ -676,6 +676,14 @@ def test_log_probs_of_several_outputs_of_a_session(queue, make_trainer, qwen_lik
     assert kinds(metrics) == pytest.approx({**NLL_METRICS, **token_shares(values)})
 
 
+def test_log_probs_of_rollouts_of_one_length(queue, make_trainer, qwen_like_tokenizer):
+    rows = [(FakeRollout(qwen_like_tokenizer).turn("Look.", [SEARCH]).answer("Rome"), ok, "u0") for ok in (True, False)]
+    values = [log_probs_of(rollout) for rollout, _, _ in rows]
+    metrics = {}
+    advantages(queue, make_trainer(), put(queue, rows, extra=log_prob_columns(values)), metrics)
+    assert kinds(metrics) == pytest.approx({**NLL_METRICS, **token_shares(values)})
+
+
 @pytest.mark.parametrize("name", ["grpo", "tapo"])
 def test_a_batch_without_log_probs_is_told_of_once(queue, make_trainer, qwen_like_tokenizer, caplog, monkeypatch, name):
     if PATCHED:

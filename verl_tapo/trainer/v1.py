@@ -227,7 +227,7 @@ def fetch_rollout(trainer: Any, batch: Any, settings: TapoSettings) -> tuple[Rol
 
     def sampled() -> Sampled:
         stored, policy = get(*LOG_PROBS), response_mask.values().cpu().numpy()
-        given = (stored[name].values() for name in LOG_PROBS if name in stored)
+        given = (torch.cat(list(stored[name].unbind())) for name in LOG_PROBS if name in stored)
         log_probs = next((found for found in given if len(found) == len(policy)), None)
         return Sampled(policy, None if log_probs is None else log_probs.float().cpu().numpy(), offsets)
 
