@@ -176,6 +176,23 @@ def test_agrees_with_verl(fmt, tokenizer, request, verl_calls):
     check()
 
 
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_call_in_a_closed_thought_is_none(tokenizer, request, verl_calls):
+    """Also where nothing follows the thought; gpt-oss is the one format whose parser in veRL knows thoughts."""
+    tokenizer = request.getfixturevalue(tokenizer)
+    parser, call = ToolCallParser("gpt-oss", tokenizer), written("gpt-oss", "zoom", {"image": 1})
+    thought = f"<|channel|>analysis<|message|>I could {call}, or not.<|end|>"
+    for text, expected in (
+        (thought, 0),
+        (f"{thought}<|start|>assistant<|channel|>final<|message|>No.<|return|>", 0),
+        (thought.removesuffix("<|end|>"), 1),  # a thought that does not end
+        (thought + call, 1),
+        (call + thought, 1),
+    ):
+        ids = encode(tokenizer, text)
+        assert len(parser.calls(ids)) == len(verl_calls("gpt-oss", tokenizer, ids)) == expected
+
+
 def plain_json(value):
     try:
         return value if value is None else json.loads(value)

@@ -253,6 +253,12 @@ def test_calls_in_thoughts(model, qwen_like_tokenizer, monkeypatch):
     assert only(report.warnings) == "a call in a thought is found by veRL, not by this reader: please report it"
 
 
+def test_calls_in_thoughts_of_a_format_that_knows_thoughts(model, qwen_like_tokenizer):
+    report = examine(model(qwen_like_tokenizer, SILENT), config("gpt-oss"), SCHEMAS)
+    assert section(report, "Tool format gpt-oss")["a call in a thought"] == "is not found, and not executed"
+    assert section(report, "Found")["calls"].startswith("4 of 4, 4 as they were written")
+
+
 def test_control_tokens_in_tools_texts(model, qwen_like_tokenizer):
     path = model(qwen_like_tokenizer)
     rows = section(examine(path, config(), SCHEMAS), "Control tokens")

@@ -438,7 +438,8 @@ class Format(NamedTuple):
     section: bytes = b""
     """A marker in the turn, which well-written turns have before their calls."""
     unclosed: bool = False
-    """A block may be closed by the turn's end."""
+    """What stands behind the last closing marker counts: a block may be closed by the turn's end,
+    or a thought in which a call stands."""
     responses: tuple[bytes, ...] = (b"<tool_response>",)
     """The beginnings of a tool's answer, the preferred one first."""
     silent: tuple[str, ...] = ()
@@ -486,6 +487,7 @@ FORMATS = {
         _read_gpt_oss,
         find=_harmony_calls,
         section=b"<|start|>",
+        unclosed=True,
         responses=(b"<|start|>functions.",),
         silent=("pad_token_id",),
     ),
