@@ -1,8 +1,8 @@
 """GRPO and TAPO with the language model: see the quickstart's `compare.py`, whose options it has.
 
-    python examples/quickstart_lm/compare_lm.py --seeds 1 2 3 trainer.save_freq=-1
+    python examples/quickstart_lm/compare_lm.py trainer.save_freq=-1 trainer.test_freq=10 --steps 10 --seeds 1 2 3
 
-Runs that are complete are not run again.
+That saves no checkpoints, and asks held-out questions before and after only. Runs that are complete are not run again.
 """
 
 import sys

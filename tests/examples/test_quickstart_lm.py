@@ -111,6 +111,17 @@ def assert_parsed_as_executed(trajectories, tokenizer):
     assert sum(len(trajectory["executed"]) for trajectory in trajectories) > 0
 
 
+def assert_recorded(trajectories, tokenizer):
+    """The spans of recorded calls decode to those that were executed."""
+    calls = 0
+    for trajectory in trajectories:
+        steps = [step for step in trajectory["record"]["steps"] if step["status"] in ("ok", "error")]
+        said = [decoded_call(trajectory, step["call"], tokenizer) for step in steps]
+        assert said == [[step["tool"], step["arguments"]] for step in steps] == executed(trajectory)
+        calls += len(steps)
+    assert calls > 0
+
+
 def assert_learned(run, metrics):
     assert all(entry["actor/grad_norm"] > 0 for entry in metrics)
     assert not same(weights(run, 1), weights(run, 2))
@@ -122,13 +133,7 @@ def test_tapo_with_recorded_calls(finished, tokenizer):
     run, metrics, trajectories = finished("recorded", "tapo", "tapo_tool_agent")
     assert_healthy(metrics)
     assert all(entry["tapo/recorded_rollouts"] == 1 for entry in metrics)
-    calls = 0
-    for trajectory in trajectories:
-        steps = [step for step in trajectory["record"]["steps"] if step["status"] in ("ok", "error")]
-        said = [decoded_call(trajectory, step["call"], tokenizer) for step in steps]
-        assert said == [[step["tool"], step["arguments"]] for step in steps] == executed(trajectory)
-        calls += len(steps)
-    assert calls > 0
+    assert_recorded(trajectories, tokenizer)
     assert_parsed_as_executed(trajectories, tokenizer)
     assert_learned(run, metrics)
 
@@ -160,7 +165,10 @@ def test_tapo_with_the_stock_loop_in_bfloat16(finished, tokenizer):
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_lora_changes_what_the_rollouts_sample(finished):
-    """Greedy answers to the same questions before training and after it; without the adapters they would be equal."""
+    """Greedy answers to the same questions before training and after it; without the adapters they would be equal.
+
+    In the second step rollouts and actor agree, but for the rounding of merged weights, which veRL sends in bfloat16.
+    """
     run, metrics, _ = finished(
         "lora",
         "tapo",
@@ -181,7 +189,9 @@ def test_lora_changes_what_the_rollouts_sample(finished):
     assert sorted(before) != sorted(after)
     trained = [entry for entry in metrics if "actor/grad_norm" in entry]
     assert len(trained) == STEPS
-    assert all(entry["actor/grad_norm"] > 0 for entry in trained)
+    for entry in trained:
+        assert entry["actor/grad_norm"] > 0
+        assert entry["training/rollout_probs_diff_max"] < 0.1
 
 
 def test_questions_name_their_country_and_can_be_answered(tmp_path):
