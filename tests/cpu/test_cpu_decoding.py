@@ -312,3 +312,18 @@ def test_what_is_kept_has_a_limit_and_is_forgotten(load):
     assert prefixes.longest(prompt)[0] == 0
     decoder.forget()
     assert prefixes.longest(other) == (0, [])
+
+
+def test_a_row_that_began_with_old_weights_is_not_kept(load):
+    model, _ = load("qwen3")
+    decoder = Decoder(model)
+    prompt = random.Random(3).choices(range(10, 400), k=30)
+    request = Request(prompt, Sampling(max_tokens=40), random.Random(0), torch.arange(30))
+    decoder.submit(request)
+    for _ in range(3):
+        decoder.step()
+    decoder.forget()
+    while decoder.busy:
+        decoder.step()
+    assert len(request.tokens) == 40
+    assert decoder._prefixes.longest([*prompt, *request.tokens]) == (0, [])

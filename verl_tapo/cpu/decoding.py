@@ -41,6 +41,8 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     stop_reason: StopReason | None = None
+    may_be_kept: bool = True
+    """False for one that began before the weights changed."""
 
     @property
     def next_position(self) -> int:
@@ -60,7 +62,8 @@ class Decoder:
         model: a causal language model of transformers, on the CPU, with full attention in every layer.
         max_rows: requests in a batch, >= 1; with 1 a request's logits do not depend on others to the last bit, and
             nothing is computed once for several.
-        max_prefill_tokens: prompts that join in one step have together at most as many tokens, one prompt excepted.
+        max_prefill_tokens: prompts that join in one step have together at most as many tokens, one prompt excepted; as
+            many are kept for later prompts.
         forbidden: tokens that are never drawn: placeholders of images. Log-probabilities know nothing of that.
     """
 
@@ -90,8 +93,10 @@ class Decoder:
 
     def forget(self) -> None:
         """Drops what is kept for later prompts. Call it when the weights change."""
-        if self._prefixes:
+        if self._prefixes is not None:
             self._prefixes.clear()
+        for request in self._rows:
+            request.may_be_kept = False
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
@@ -204,7 +209,10 @@ class Decoder:
 
     def _remember(self, row: int, tokens: list[int]) -> None:
         """Keeps keys and values of a row, which holds ``tokens``."""
-        if self._prefixes is None or not self._rows[row].is_text or not self._prefixes.worth_keeping(tokens):
+        request = self._rows[row]
+        if self._prefixes is None or not (request.is_text and request.may_be_kept):
+            return
+        if not self._prefixes.worth_keeping(tokens):
             return
         columns = self._mask[row].bool()
         layers = [(layer.keys[row][:, columns], layer.values[row][:, columns]) for layer in self._cache.layers]
