@@ -144,6 +144,7 @@ def main(kind: type[Run] = Run, description: str = __doc__ or "") -> int:
     runs: dict[str, list[Run]] = {arm: [] for arm in settings}
     every = max(1, args.steps // 6)
     overrides = [f"trainer.test_freq={every}", f"trainer.save_freq={args.steps}", *args.overrides]
+    results = "-".join([f"{args.out / 'compare'}-{args.loss}-{args.steps}", *map(_file_name, args.variants)])
     for seed in args.seeds:
         for arm, own in settings.items():
             name = f"compare-{args.loss}-{args.steps}-{_file_name(arm)}-{seed}"
@@ -159,11 +160,11 @@ def main(kind: type[Run] = Run, description: str = __doc__ or "") -> int:
             except Failure as failure:
                 print(f"\n{failure}", file=sys.stderr)
                 return 1
+            frame(runs).to_csv(f"{results}.csv", index=False, float_format="%.6g")  # also of a study that is broken off
     steps = frame(runs)
-    name = "-".join([f"{args.out / 'compare'}-{args.loss}-{args.steps}", *map(_file_name, args.variants)])
-    steps.to_csv(f"{name}.csv", index=False, float_format="%.6g")
-    plot(steps, Path(f"{name}.png"))
-    print(f"\n{describe(steps)}\n{name}.csv\n{name}.png")
+    steps.to_csv(f"{results}.csv", index=False, float_format="%.6g")
+    plot(steps, Path(f"{results}.png"))
+    print(f"\n{describe(steps)}\n{results}.csv\n{results}.png")
     return 0
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from run import read_metrics
+from run import Failure, read_metrics
 
 STEPS = 12
 CHECKS = 2
@@ -115,3 +115,19 @@ def test_what_is_no_setting_is_refused(entry, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         compare.main()
     assert "expected an entry of algorithm.tapo, like theta=1.0" in capsys.readouterr().err
+
+
+def test_a_study_that_is_broken_off_leaves_its_results(tmp_path, monkeypatch, capsys):
+    def train(run):
+        if run.advantage == "tapo":
+            raise Failure("no more")
+        write_run(tmp_path, run.name, [0.5] * STEPS)
+        return read_metrics(run.metrics_file)
+
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--steps", str(STEPS), "--out", str(tmp_path)])
+    assert compare.main() == 1
+    assert "no more" in capsys.readouterr().err
+    steps = pd.read_csv(tmp_path / f"compare-vanilla-{STEPS}.csv")
+    assert set(steps["advantage"]) == {"grpo"}
+    assert steps["step"].max() == STEPS
