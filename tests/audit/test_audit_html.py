@@ -521,6 +521,7 @@ GROUNDED = {
 }
 
 
+@pytest.mark.long
 @needs_browser
 def test_whether_the_tools_found_the_answer_in_plain_sentences(open_report: Any) -> None:
     """Without JavaScript, too; nothing where it cannot be told, as in audits of before."""
@@ -939,6 +940,7 @@ def test_ticks_have_as_many_decimals_as_they_need(open_report: Any) -> None:
         assert len(set(ticks)) == len(ticks)
 
 
+@pytest.mark.long
 @needs_browser
 def test_two_lines_that_are_one_are_both_seen(open_report: Any) -> None:
     result = audit_result()
@@ -1005,6 +1007,7 @@ def test_a_list_entry_breaks_between_its_facts_only(open_report: Any, width: int
     assert len(lines) == 24
 
 
+@pytest.mark.long
 @needs_browser
 def test_a_table_that_is_cut_off_says_so(open_report: Any) -> None:
     for width, cut in ((390, True), (1366, False)):
@@ -1073,6 +1076,7 @@ def test_the_policy_stops_what_might_slip_through(open_report: Any) -> None:
     del report.requests[1:]  # what the policy stopped is listed as well
 
 
+@pytest.mark.long
 @needs_browser
 def test_long_lines_are_cut_until_asked_for(open_report: Any) -> None:
     result = audit_result()
@@ -1166,6 +1170,7 @@ def test_it_prints(open_report: Any) -> None:
     assert len(report.page.pdf()) > 10_000
 
 
+@pytest.mark.long
 @needs_browser
 def test_names_headings_and_landmarks(open_report: Any) -> None:
     report = open_report(audit_result(), "#g0t0c0")

@@ -234,6 +234,7 @@ def test_when_the_asking_call_is_cancelled_another_asks(count: int, place: File 
     asyncio.run(run())
 
 
+@pytest.mark.long
 def test_a_living_call_keeps_its_lease(place: File | Server) -> None:
     async def run() -> None:
         backend = Backend(delay_s=2.5)

@@ -409,6 +409,7 @@ class TestUnderLoad:
         assert "built 500 passages" in done.stdout
 
 
+@pytest.mark.long
 class TestStarting:
     def start(self, *arguments, env=None):
         command = [sys.executable, "-m", "search_backends.retrieval.serve", *map(str, arguments)]

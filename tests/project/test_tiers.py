@@ -37,6 +37,7 @@ def test_each_comes_first_some_day_however_often_tests_run(count, every):
     assert {rotated(units, day)[0] for day in range(0, 20 * every, every)} == set(units)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("until", "skipped"), [(None, False), ("1", True), ("99999999999", False)])
 def test_long_tests_come_last_and_are_skipped_by_name_after_the_deadline(tmp_path, until, skipped):
     for name in ("test_a.py", "test_b.py"):
@@ -59,6 +60,7 @@ def test_long_tests_come_last_and_are_skipped_by_name_after_the_deadline(tmp_pat
     assert ("2 skipped" in done.stdout) is skipped
 
 
+@pytest.mark.long
 def test_output_that_is_no_text_passes_between_test_processes(tmp_path):
     (tmp_path / "test_a.py").write_text(
         "import logging\n\ndef test_a():\n    logging.warning('half a \\ud83d pair')\n    raise ValueError('\\udc00')\n"

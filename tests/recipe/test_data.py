@@ -194,6 +194,7 @@ def test_training_rows_that_occur_in_evaluation_are_left_out(tmp_path):
     assert rows_of(tmp_path / "again" / "fvqa_train.parquet") == rows_of(tmp_path / "out" / "fvqa_train.parquet")
 
 
+@pytest.mark.long
 def test_bad_rows_are_counted_and_many_are_refused(tmp_path, capsys):
     bomb = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(bomb, format="PNG")
@@ -365,6 +366,7 @@ def test_a_question_cannot_bring_images_or_turns_of_its_own(tmp_path):
     assert "What" in content
 
 
+@pytest.mark.long
 def test_images_fit_the_budget_and_stand_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned

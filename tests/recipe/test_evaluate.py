@@ -285,6 +285,7 @@ def test_transcripts_of_before_say_nothing_of_what_was_found(stand_ins, folder, 
     assert "Grounded:" not in (folder / "out" / "results.md").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("play", ["500", "hang", "outage", "refuses", "judge"])
 def test_failures_of_the_infrastructure_are_not_scored_and_are_done_again(stand_ins, folder, play, monkeypatch):
     # The fourth is a server that takes no such message; it says nothing of the model either.
@@ -357,6 +358,7 @@ def test_an_answer_of_another_form_is_the_server_s_fault(stand_ins, folder, serv
     assert "the model server's answer is no chat completion" in failure["why"]
 
 
+@pytest.mark.long
 def test_an_outage_stops_the_run_with_one_message(stand_ins, folder, capsys):
     data = write(folder, [row(number, "outage") for number in range(30)])
     with Server() as server:
@@ -792,6 +794,7 @@ def install_vllm(folder, monkeypatch, *lines):
     monkeypatch.setenv("PATH", str(file.parent), prepend=os.pathsep)
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_served_and_the_server_stopped(stand_ins, folder, checkpoint, monkeypatch, capsys):
     program = STAND_INS.with_name("evaluation_server.py")
     install_vllm(

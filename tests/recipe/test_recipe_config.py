@@ -426,6 +426,7 @@ def test_ray_cluster_sh_waits_for_nodes_no_longer_than_told(tmp_path):
     assert "nothing listens at 127.0.0.1:9: the first node is down" in done.stderr
 
 
+@pytest.mark.long
 def test_check_finds_what_is_wrong(tmp_path):
     file = tmp_path / "data.parquet"
     file.write_text("none")

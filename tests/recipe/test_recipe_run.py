@@ -185,6 +185,7 @@ def test_a_service_that_dies_ends_the_run_with_one_message(recipe, service, data
     assert not (tmp_path / "out" / "tapo-vanilla" / "checkpoints").exists()
 
 
+@pytest.mark.long
 def test_evaluates_with_the_real_tools_and_rewards(recipe, service, tmp_path):
     """The model is a script; tools, service, cache and rewards are the recipe's."""
     url, _ = service

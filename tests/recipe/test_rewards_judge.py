@@ -301,6 +301,7 @@ def test_a_hiccup_is_not_noticed(answer):
     assert (parts["acc"], parts["judge_failed"], len(requests)) == (1.0, 0.0, 2)
 
 
+@pytest.mark.long
 def test_rewards_wait_for_a_judge_that_comes_back(caplog):
     parts, requests = score_once(*[DOWN] * 4, CORRECT, patience_s=5, on_outage="stop", timeout_s=5)
     assert (parts["acc"], parts["judge_used"], parts["judge_failed"]) == (1.0, 1.0, 0.0)
@@ -358,6 +359,7 @@ def test_one_answer_that_the_judge_never_manages_is_no_outage():
 # Memory
 
 
+@pytest.mark.long
 def test_verdicts_are_remembered_and_failures_are_not(tmp_path):
     cache = str(tmp_path / "judge.sqlite")
     parts, requests = score_once(GARBAGE, cache=cache)

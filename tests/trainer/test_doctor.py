@@ -370,6 +370,7 @@ def test_data_files_that_are_none_are_not_the_doctor_s_affair(capsys, tmp_path, 
     assert "agent_name" not in out
 
 
+@pytest.mark.long
 def test_files(capsys, tmp_path):
     overlay = tmp_path / "mine.yaml"
     overlay.write_text("algorithm:\n  adv_estimator: tapo\n  tapo:\n    beta: 0.7\n")
@@ -611,6 +612,7 @@ for overrides in (["algorithm.adv_estimator=grpo", "+algorithm.tapo.beta=0.5"],
     assert "built for another machine" in by_default
 
 
+@pytest.mark.long
 def test_a_kernel_whose_package_is_missing_is_a_problem_before_the_run(capsys, monkeypatch):
     code, out = doctor(capsys, "+algorithm.tapo.tools.search.query=embedding")
     assert code == 0, out

@@ -198,6 +198,7 @@ def test_the_command(capsys, monkeypatch, tmp_path):
     assert "noise" not in out
 
 
+@pytest.mark.long
 def test_without_verl():
     code = "import sys\nsys.modules['verl'] = None\nfrom verl_tapo.cli import main\nsys.exit(main(['selftest']))\n"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

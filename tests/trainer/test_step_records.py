@@ -73,6 +73,7 @@ def write(folder, *snapshots, **options):
     return recorder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("record_format", FORMATS)
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
