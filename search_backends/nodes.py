@@ -134,13 +134,17 @@ def missing(paths: Sequence[str]) -> Iterator[str]:
         try:
             there = ray.get(answer, timeout=max(1.0, end - time.monotonic()))
         except Exception as error:  # Ray's, of many kinds
-            yield f"node {address} runs no task: {str(error).strip().splitlines()[-1] or type(error).__name__}"
+            yield f"node {address} runs no task: {_last_line(error)}"
             continue
         for name, value in here.items():
             if name in paths and there[name] == "missing":
                 yield f"node {address}: there is no {name}"
             elif name not in paths and there[name] != value:
                 yield f"node {address}: {name} is {there[name]}, {value} on the node that starts the run"
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 if __name__ == "__main__":

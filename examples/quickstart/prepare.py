@@ -67,18 +67,28 @@ def prepare(out: Path, counts: dict[str, int], seed: int = 0, attributes: Sequen
         pd.DataFrame(rows).to_parquet(out / f"{name}.parquet")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(description: str | None, counts: dict[str, int]) -> argparse.ArgumentParser:
+    """``--out``, a number of questions for each file, ``--seed``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    for name, count in COUNTS.items():
+    for name, count in counts.items():
         parser.add_argument(f"--{name}", type=int, default=count, help="number of questions")
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def print_sizes(out: Path) -> None:
+    print(*(f"{file}  {file.stat().st_size // 1024} KiB" for file in sorted(out.glob("*.parquet"))), sep="\n")
+
+
+def main() -> None:
+    parser = command_line(__doc__, COUNTS)
     parser.add_argument(
         "--attributes", nargs="+", choices=ATTRIBUTES, default=ATTRIBUTES, help="ask for these alone; default: all"
     )
     args = parser.parse_args()
     prepare(args.out, {name: getattr(args, name) for name in COUNTS}, args.seed, args.attributes)
-    print(*(f"{file}  {file.stat().st_size // 1024} KiB" for file in sorted(args.out.glob("*.parquet"))), sep="\n")
+    print_sizes(args.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ question and in no answer of a tool during training.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -25,6 +24,7 @@ sys.path.append(str(HERE.parent / "quickstart"))
 from flags_and_facts.questions import Kind, Question, answerable, ask
 from flags_and_facts.search import Index, load_index
 from flags_and_facts.world import Split, World, load_world
+from prepare import command_line, print_sizes
 
 COUNTS = {"train": 640, "heldout": 48}
 """Questions in each file."""
@@ -102,14 +102,9 @@ def prepare(out: Path, counts: dict[str, int] = COUNTS, seed: int = 0) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    for name, count in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=count, help="number of questions")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = command_line(__doc__, COUNTS).parse_args()
     prepare(args.out, {name: getattr(args, name) for name in COUNTS}, args.seed)
-    print(*(f"{file}  {file.stat().st_size // 1024} KiB" for file in sorted(args.out.glob("*.parquet"))), sep="\n")
+    print_sizes(args.out)
 
 
 if __name__ == "__main__":

@@ -29,18 +29,7 @@ MODES = ["sync", "colocate_async", "separate_async"]
 
 @pytest.fixture(scope="module")
 def config():
-    from hydra import compose, initialize_config_module
-
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose(
-            "tapo",
-            overrides=[
-                "actor_rollout_ref.rollout.n=8",
-                "actor_rollout_ref.rollout.multi_turn.format=hermes",
-                "trainer.device=cpu",
-                "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
-            ],
-        )
+    return V1().config
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import ray
@@ -18,6 +18,27 @@ from verl_tapo.cpu import ROLLOUT_NAME
 def server_name(replica_rank: int, suffix: str = "") -> str:
     """Returns the name of the Ray actor."""
     return f"{ROLLOUT_NAME}_server_{replica_rank}{suffix}"
+
+
+async def in_parts(
+    weights: Iterable[tuple[str, torch.Tensor]], limit: int, leads: bool
+) -> AsyncIterator[dict[str, torch.Tensor]]:
+    """Yields weights in parts of at least ``limit`` bytes, but for the last; to one that does not lead, none.
+
+    Every rank iterates, because gathering a weight needs them all.
+    """
+    part: dict[str, torch.Tensor] = {}
+    size = 0
+    async for name, tensor in ensure_async_iterator(weights):
+        if not leads:
+            continue
+        part[name] = tensor.detach()
+        size += tensor.nbytes
+        if size >= limit:
+            yield part
+            part, size = {}, 0
+    if part:
+        yield part
 
 
 class TransformersReplica(RolloutReplica):  # type: ignore[misc]
@@ -90,21 +111,10 @@ class TransformersRollout(BaseRollout):  # type: ignore[misc]
                 "checkpoint_engine.backend=naive"
             )
         limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
-        server = ray.get_actor(server_name(self.replica_rank)) if self.leads else None
+        server: Any = ray.get_actor(server_name(self.replica_rank)) if self.leads else None
         if server:
             await server.begin_update.remote()
-        part: dict[str, torch.Tensor] = {}
-        size = 0
-        # Every rank iterates, because gathering a weight needs them all.
-        async for name, tensor in ensure_async_iterator(weights):
-            if server is None:
-                continue
-            part[name] = tensor.detach()
-            size += tensor.nbytes
-            if size >= limit:
-                await server.update_weights.remote(part)
-                part, size = {}, 0
+        async for part in in_parts(weights, limit, self.leads):
+            await server.update_weights.remote(part)
         if server:
-            if part:
-                await server.update_weights.remote(part)
             await server.end_update.remote(global_steps)

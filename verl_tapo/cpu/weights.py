@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 import ray
 import torch
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
-from verl.workers.rollout.utils import ensure_async_iterator
 
 from verl_tapo.cpu import BACKEND
+from verl_tapo.cpu.replica import in_parts
 
 Part: TypeAlias = "dict[str, torch.Tensor] | None"
 
@@ -85,16 +85,9 @@ class RayCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self, weights: Iterable[tuple[str, torch.Tensor]], global_steps: int | None = None
     ) -> dict[str, float]:
         """Sends all weights. Every worker of the actor iterates, because gathering a weight needs them all."""
-        part: dict[str, torch.Tensor] = {}
-        async for name, tensor in ensure_async_iterator(weights):
-            if self._is_master:
-                part[name] = tensor.detach()
-                if sum(each.nbytes for each in part.values()) >= self._bucket_size:
-                    await self._mailbox.put.remote(part)
-                    part = {}
+        async for part in in_parts(weights, self._bucket_size, self._is_master):
+            await self._mailbox.put.remote(part)
         if self._is_master:
-            if part:
-                await self._mailbox.put.remote(part)
             await self._mailbox.put.remote(None)
         return {}
 

@@ -151,7 +151,8 @@ class V1:
         return v1.get_trainer_cls("sync")
 
     @cached_property
-    def _config(self) -> Any:
+    def config(self) -> Any:
+        """The configuration of a run on a CPU, for one trainer and TransferQueue."""
         from hydra import compose, initialize_config_module
 
         with initialize_config_module("verl.trainer.config", version_base=None):
@@ -174,14 +175,14 @@ class V1:
             # Never the cluster that RAY_ADDRESS may name.
             ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             self._stop.callback(ray.shutdown)
-            transfer_queue.init(self._config.transfer_queue)
+            transfer_queue.init(self.config.transfer_queue)
             self._stop.callback(transfer_queue.close)
         return transfer_queue
 
     def advantages(self, rows: Sequence[Row], estimator: str, recorded: bool = True, **tapo: Any) -> torch.Tensor:
         """See `Trainer`."""
         trainer = object.__new__(self._cls)  # without its workers
-        trainer.config = self._config.copy()
+        trainer.config = self.config.copy()
         trainer.config.algorithm.adv_estimator = estimator
         for key, value in tapo.items():
             trainer.config.algorithm.tapo[key] = value
