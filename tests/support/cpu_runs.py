@@ -18,7 +18,17 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     score = sum(map(ord, solution_str)) % 7 / 6
     return {"score": score, "acc": float(score > 0.5)}
 """
+# What a run logs of TAPO's under any estimator.
+OBSERVED = ("tapo/grounding/", "tapo/nll/", "tapo/tokens/")
 PROCESS_OVERHEAD = {"RAY_DEDUP_LOGS": "0", "TOKENIZERS_PARALLELISM": "false", "HYDRA_FULL_ERROR": "1"}
+
+
+def assert_observed_alone(metrics):
+    """Of another estimator's steps: what their calls are like is told, by each kind of figure, and nothing else."""
+    told = {name for step in metrics for name in step if name.startswith("tapo/")}
+    for kind in OBSERVED:
+        assert any(name.startswith(kind) for name in told), kind
+    assert not [name for name in told if not name.startswith(OBSERVED)]
 
 
 @dataclass
