@@ -20,7 +20,7 @@ from verl_tapo.audit.model import Call, StepBatch, Trajectory
 from verl_tapo.rule import figures as meaning
 from verl_tapo.rule.config import TapoConfig
 from verl_tapo.rule.credit import transfer_credit
-from verl_tapo.rule.figures import Facts
+from verl_tapo.rule.figures import Facts, RolloutFacts
 from verl_tapo.rule.report import CreditReport, StepCredit
 from verl_tapo.rule.steps import SIGHTS, ToolStep
 
@@ -76,11 +76,10 @@ class StepAnalysis:
     def counts(self) -> Counts:
         """All that can be counted; see `figures`."""
         trajectories = self.batch.trajectories
-        counts = tally(self.calls, trajectories, self.cfg)
+        counts = tally(self.calls, dict(enumerate(trajectories)), self.cfg)
         if self.facts is not None:
             counts.add(meaning.counts_of(self.facts))
-        for _, lift in self.lifts:
-            counts.add({"reference_groups": 1, "lift_sum": lift})
+        counts.add(meaning.counts_of_lift(np.array([lift for _, lift in self.lifts])))
         recorded = [trajectory.changed for trajectory in trajectories]
         if None not in recorded:
             counts["changed_size"] = sum(filter(None, recorded))
@@ -104,13 +103,16 @@ class StepAnalysis:
         counts = {tool: tally(calls, _holders(calls), self.cfg) for tool, calls in by_tool.items()}
         for tool, sums in meaning.counts_by_tool(self.facts).items() if self.facts is not None else ():
             counts[tool].add(sums)
+        lifts: dict[str, list[float]] = defaultdict(list)
         for tool, lift in self.lifts:
-            counts[tool].add({"reference_groups": 1, "lift_sum": lift})
+            lifts[tool].append(lift)
+        for tool, of_tool in lifts.items():
+            counts[tool].add(meaning.counts_of_lift(np.array(of_tool)))
         return counts
 
 
-def _holders(calls: Iterable[JudgedCall]) -> list[Trajectory]:
-    return list({judged.place[0]: judged.holder for judged in calls}.values())
+def _holders(calls: Iterable[JudgedCall]) -> dict[int, Trajectory]:
+    return {judged.place[0]: judged.holder for judged in calls}
 
 
 def _changed_size(calls: Iterable[JudgedCall], cfg: TapoConfig) -> int:
@@ -120,27 +122,37 @@ def _changed_size(calls: Iterable[JudgedCall], cfg: TapoConfig) -> int:
     return sum(turns.values())
 
 
-def tally(calls: Sequence[JudgedCall], trajectories: Sequence[Trajectory], cfg: TapoConfig) -> Counts:
-    """Counts of some calls and their trajectories, besides `verl_tapo.rule.figures.COUNTS`."""
-    failing = [t for t in trajectories if not t.success and t.advantage < 0]
+def tally(calls: Sequence[JudgedCall], holders: Mapping[int, Trajectory], cfg: TapoConfig) -> Counts:
+    """Counts of some calls and their trajectories, besides `verl_tapo.rule.figures.COUNTS`.
+
+    Args:
+        calls: of one training step.
+        holders: the trajectories by their numbers in the step.
+        cfg: the rule's settings.
+    """
+    trajectories = list(holders.values())
     state = np.array([SIGHTS[t.grounded] for t in trajectories], dtype=np.int64)
     success = np.array([t.success for t in trajectories], dtype=bool)
+    misassigned = {judged.place[0] for judged in calls if judged.credit.matched}
+    corrected = {judged.place[0] for judged in calls if judged.credit.gate == "corrected"}
+    facts = RolloutFacts(
+        np.array([t.group for t in trajectories], dtype=object),
+        success,
+        np.array([t.advantage for t in trajectories], dtype=np.float64),
+        np.array([number in misassigned for number in holders], dtype=bool),
+        np.array([number in corrected for number in holders], dtype=bool),
+    )
     counts = Counts(
-        prompts=len({t.group for t in trajectories}),
-        successes=int(success.sum()),
-        failing_trajectories=len(failing),
-        misassigned_trajectories=len({j.place[0] for j in calls if j.credit.matched}),
-        correctable_trajectories=len({j.place[0] for j in calls if j.credit.gate == "corrected"}),
         size=sum(t.size for t in trajectories),
         changed_size=_changed_size(calls, cfg),
-        penalty=-sum(t.advantage * t.size for t in failing),
+        penalty=-sum(t.advantage * t.size for t in trajectories if not t.success and t.advantage < 0),
+        penalty_removed=_removed(calls, cfg),
     )
-    counts.add(meaning.counts_of_grounding(state, success))
+    counts.add({**meaning.counts_of_rollouts(facts), **meaning.counts_of_grounding(state, success)})
     for judged in calls:
         counts["malformed_calls"] += judged.call.status == "malformed"
         counts["unanswered_calls"] += judged.call.status == "unanswered"
         counts["only_success_steps"] += judged.credit.matched and judged.only_success
-    counts["penalty_removed"] = _removed(calls, cfg)
     return counts
 
 

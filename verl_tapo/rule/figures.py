@@ -2,7 +2,8 @@
 
 The logger's metrics (`verl_tapo.rule.report`, `verl_tapo.trainer.grounding`, `verl_tapo.trainer.token_kinds`), the
 audit's tables, its page and its findings, and ``docs/metrics.md`` take all that from here. A figure is a share or a
-mean: one count over another. To add one, add it to `FIGURES`, and what it counts to `COUNTS` where that is not there.
+mean: one count over another. To add one, add it to `FIGURES`, and what it counts to `COUNTS` (of steps) or
+`counts_of_rollouts` where that is not there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from verl_tapo.rule.arrays import BoolArray, FloatArray, IntArray, numbered
 from verl_tapo.rule.roles import Gate, Role, is_matched
@@ -48,6 +50,12 @@ class Facts(NamedTuple):
         return matched
 
     @property
+    def corrected(self) -> BoolArray:
+        """(S,) whether its credit is corrected."""
+        corrected: BoolArray = self.gate == Gate.CORRECTED
+        return corrected
+
+    @property
     def inexact(self) -> BoolArray:
         """(S,) whether it is misassigned, and equal to none of its witnesses, only similar."""
         return self.matched & (self.similarity < EQUAL)
@@ -64,7 +72,7 @@ COUNTS: dict[str, Counter] = {
     "below_theta_steps": lambda f: f.gate == Gate.BELOW_THETA,
     "below_alpha_steps": lambda f: f.gate == Gate.BELOW_ALPHA,
     "misassigned_steps": lambda f: f.matched,
-    "corrected_steps": lambda f: f.gate == Gate.CORRECTED,
+    "corrected_steps": lambda f: f.corrected,
     "lucky_steps": lambda f: f.lucky,
     "inexact_steps": lambda f: f.inexact,
     "forgiven_steps": lambda f: f.forgiven,
@@ -92,6 +100,42 @@ def counts_by_tool(facts: Facts) -> dict[str, dict[str, float]]:
     return {tool: {name: values[place] for name, values in sums.items()} for tool, place in number.items()}
 
 
+class RolloutFacts(NamedTuple):
+    """What the rule found of rollouts, as columns. T rollouts."""
+
+    group: npt.NDArray[Any]
+    """(T,) the prompt group."""
+    success: BoolArray
+    """(T,) ``y``"""
+    advantage: FloatArray
+    """(T,) ``a``"""
+    misassigned: BoolArray
+    """(T,) whether one of its steps is."""
+    corrected: BoolArray
+    """(T,) whether one of its steps is."""
+
+
+def counts_of_rollouts(facts: RolloutFacts) -> dict[str, float]:
+    """Those of rollouts; `counts_of_grounding` has the rest."""
+    of = {
+        "trajectories": np.ones_like(facts.success),
+        "successes": facts.success,
+        "failing_trajectories": ~facts.success & (facts.advantage < 0),
+        "misassigned_trajectories": facts.misassigned,
+        "correctable_trajectories": facts.corrected,
+    }
+    return {"prompts": float(len(np.unique(facts.group))), **_sums(of)}
+
+
+def counts_of_lift(lift: FloatArray) -> dict[str, float]:
+    """Those of reference groups.
+
+    Args:
+        lift: (R,) see `verl_tapo.rule.report.Lifts`.
+    """
+    return {"reference_groups": float(len(lift)), "lift_sum": float(np.sum(lift))}
+
+
 def counts_of_grounding(state: IntArray, success: BoolArray) -> dict[str, float]:
     """Of T rollouts, by whether they are grounded.
 
@@ -109,6 +153,10 @@ def counts_of_grounding(state: IntArray, success: BoolArray) -> dict[str, float]
         "told_failures": told & ~success,
         "grounded_failures": told & ~success & found,
     }
+    return _sums(of)
+
+
+def _sums(of: Mapping[str, BoolArray]) -> dict[str, float]:
     return {name: float(rollouts.sum()) for name, rollouts in of.items()}
 
 

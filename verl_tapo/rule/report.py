@@ -11,7 +11,7 @@ import numpy as np
 
 from verl_tapo.rule import figures
 from verl_tapo.rule.arrays import BoolArray, FloatArray, IntArray, distinct_pairs
-from verl_tapo.rule.figures import Facts
+from verl_tapo.rule.figures import Facts, RolloutFacts
 from verl_tapo.rule.inputs import Batch
 from verl_tapo.rule.matching import Match
 from verl_tapo.rule.roles import Gate, Role, is_matched
@@ -174,20 +174,20 @@ class CreditReport:
 
     def _counts(self) -> dict[str, float]:
         """What is counted over steps, rollouts, tokens and reference groups."""
-        batch, holder, lift = self._batch, self._batch.holder, self.lifts().lift
+        batch = self._batch
         real = batch.policy_tokens > 0
+        misassigned, corrected = np.zeros_like(real), np.zeros_like(real)
+        misassigned[batch.holder[self.facts.matched]] = True
+        corrected[batch.holder[self.facts.corrected]] = True
+        rollouts = RolloutFacts(
+            batch.group[real], batch.success[real], batch.advantage[real], misassigned[real], corrected[real]
+        )
         return {
             **figures.counts_of(self.facts),
-            "trajectories": float(real.sum()),
-            "successes": float((real & batch.success).sum()),
-            "prompts": float(len(np.unique(batch.group[real]))),
-            "failing_trajectories": float((real & ~batch.success & (batch.advantage < 0)).sum()),
-            "misassigned_trajectories": float(len(np.unique(holder[is_matched(self._gate)]))),
-            "correctable_trajectories": float(len(np.unique(holder[self._gate == Gate.CORRECTED]))),
+            **figures.counts_of_rollouts(rollouts),
+            **figures.counts_of_lift(self.lifts().lift),
             "changed_size": float(self.changed_tokens),
             "size": float(batch.policy_tokens.sum()),
-            "reference_groups": float(len(lift)),
-            "lift_sum": float(lift.sum()),
         }
 
     def lifts(self) -> Lifts:
