@@ -11,11 +11,13 @@ from cpu_runs import REWARD
 from run import train
 from run_lm import LanguageRun
 from test_quickstart_lm import (
+    BFLOAT16,
     LOOPS,
     SMALL,
     assert_learned,
     assert_parsed_as_executed,
     assert_recorded,
+    assert_rounded,
     model,
     tokenizer,
 )
@@ -28,28 +30,44 @@ __all__ = ["model", "tokenizer"]
 
 pytestmark = pytest.mark.timeout(1800)
 
+# Its embedding has 108 MiB, and vLLM takes no weight that does not fit into one part.
+WHOLE_WEIGHTS = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=128"
+
 
 @dataclass
 class VllmLanguageRun(VllmRun, LanguageRun):
     """The example's, with vLLM."""
 
 
-def test_two_steps_of_tapo(model, tokenizer, tmp_path):
-    told.prepare(tmp_path / "data", {"train": 16, "heldout": 4})
-    (tmp_path / "reward.py").write_text(REWARD)
-    agents = tmp_path / "agents.yaml"
-    loop = "tapo_tool_agent"
+def finish(folder, advantage, loop, *overrides):
+    """Two steps; returns the run, its metrics and its trajectories."""
+    told.prepare(folder / "data", {"train": 16, "heldout": 4})
+    (folder / "reward.py").write_text(REWARD)
+    agents = folder / "agents.yaml"
     agents.write_text(yaml.safe_dump([{"name": loop, "_target_": f"vllm_cpu.witnessed_loops.{LOOPS[loop]}"}]))
-    overrides = [
-        *SMALL,
-        f"reward.custom_reward_function.path={tmp_path / 'reward.py'}",
+    chosen = [
+        f"reward.custom_reward_function.path={folder / 'reward.py'}",
+        f"actor_rollout_ref.rollout.agent.default_agent_loop={loop}",
         f"actor_rollout_ref.rollout.agent.agent_loop_config_path={agents}",
     ]
-    run = VllmLanguageRun("vllm", out=tmp_path, overrides=overrides)
+    run = VllmLanguageRun("vllm", advantage, out=folder, overrides=[*SMALL, WHOLE_WEIGHTS, *chosen, *overrides])
     metrics = train(run)
-    trajectories = read_trajectories(run.trajectories_file)
+    return run, metrics, read_trajectories(run.trajectories_file)
+
+
+def test_tapo_with_recorded_calls(model, tokenizer, tmp_path):
+    run, metrics, trajectories = finish(tmp_path, "tapo", "tapo_tool_agent")
     assert_trained_on_what_was_sampled(metrics)
     assert all(step["tapo/recorded_rollouts"] == 1 for step in metrics)
     assert_recorded(trajectories, tokenizer)
+    assert_parsed_as_executed(trajectories, tokenizer)
+    assert_learned(run, metrics)
+
+
+@pytest.mark.long
+def test_grpo_with_the_stock_loop_in_bfloat16(model, tokenizer, tmp_path):
+    run, metrics, trajectories = finish(tmp_path, "grpo", "tool_agent", *BFLOAT16)
+    assert_rounded(metrics)
+    assert all(trajectory["record"] is None for trajectory in trajectories)
     assert_parsed_as_executed(trajectories, tokenizer)
     assert_learned(run, metrics)
