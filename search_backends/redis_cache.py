@@ -295,7 +295,10 @@ class Server:
         info: Any = self._client.info()
         limit = info.get("maxmemory_human", "0B") if info.get("maxmemory") else "no limit"
         used, policy = info.get("used_memory_human", "?"), info.get("maxmemory_policy", "?")
-        return f"server {info.get('redis_version', '?')}, memory {used} of {limit}, {policy}", True
+        # Valkey names itself, and the version of Redis that it is like beside its own.
+        name = info.get("server_name", "redis")
+        version = info.get(f"{name}_version", "?")
+        return f"server {name} {version}, memory {used} of {limit}, {policy}", True
 
     def delete(self, keys: Sequence[str]) -> None:
         """See `Contents`."""

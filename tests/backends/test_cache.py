@@ -6,17 +6,20 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import random
+import re
 import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hosts import two_hosts
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from redis_servers import RedisServer
@@ -130,6 +133,7 @@ class Server:
 
     def __init__(self, redis_server: RedisServer) -> None:
         self.at, self._client = redis_server.address, redis_server.client()
+        self.name = Path(redis_server.program).name.removesuffix("-server")
         self._client.flushall()
 
     def _each(self, kind: str) -> list[bytes]:
@@ -415,10 +419,14 @@ def test_a_lease_from_before_the_clock_was_set_back_blocks_nobody(
 WORKER = """
 import asyncio, os, random, sys
 from pathlib import Path
+from search_backends import redis_cache
 from search_backends.cache import Cache
 
+# 64 processes on busy cores: none may take the server, or one that asks, for dead.
+redis_cache._WAIT_S = 60.0
+
 async def run(file, log, keys):
-    cache = Cache(file)
+    cache = Cache(file, lease_s=120.0)
     async def ask(key):
         async def compute():
             with open(log, "a") as out:
@@ -440,28 +448,45 @@ asyncio.run(run(sys.argv[1], sys.argv[2], int(sys.argv[3])))
 """
 
 
-def spawn(script: str, *args: object) -> subprocess.Popen[str]:
-    environment = {"PYTHONPATH": str(Path(module.__file__).parents[1])}
-    command = [sys.executable, "-c", script, *map(str, args)]
+def spawn(script: str, *args: object, inside: Sequence[str] = ()) -> subprocess.Popen[str]:
+    environment = {"PYTHONPATH": str(Path(module.__file__).parents[1]), "PATH": os.environ["PATH"]}
+    command = [*inside, sys.executable, "-c", script, *map(str, args)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def test_four_processes_ask_once_for_each_of_many_keys(place: File | Server, tmp_path: Path) -> None:
-    keys = 60
-    workers = [spawn(WORKER, place.at, tmp_path / "log", keys) for _ in range(4)]
+def said(workers: list[subprocess.Popen[str]], last: str) -> list[str]:
+    """What all of them have said, each until ``last``."""
+    lines = []
     for worker in workers:
         assert worker.stdout is not None
-        assert worker.stdout.readline() == "ready\n"
+        while (line := worker.stdout.readline().rstrip("\n")) != last:
+            assert line, "a process ended early"
+            lines.append(line)
+    return lines
+
+
+def go_on(workers: list[subprocess.Popen[str]]) -> None:
     for worker in workers:
         assert worker.stdin is not None
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    printed = [worker.communicate(timeout=300)[0].splitlines() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * 4
-    assert Counter((tmp_path / "log").read_text().splitlines()) == {f"key {i}": 1 for i in range(keys)}
+
+
+def all_ask_alike(at: str, log: Path, insides: Sequence[Sequence[str]], keys: int = 60) -> None:
+    """Processes on hosts, one for each of ``insides``, ask the same questions; each is asked once."""
+    workers = [spawn(WORKER, at, log, keys, inside=inside) for inside in insides]
+    assert said(workers, "ready") == []
+    go_on(workers)
+    printed = [worker.communicate(timeout=900)[0].splitlines() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * len(workers)
+    assert Counter(log.read_text().splitlines()) == {f"key {i}": 1 for i in range(keys)}
     assert all(len(lines) == 4 * keys for lines in printed)
     assert len({line for lines in printed for line in lines}) == keys  # all were told the same
     assert len({line.rpartition(" ")[2] for line in printed[0]}) > 1  # and several did the asking
+
+
+def test_four_processes_ask_once_for_each_of_many_keys(place: File | Server, tmp_path: Path) -> None:
+    all_ask_alike(place.at, tmp_path / "log", [()] * 4)
 
 
 HOLDER = """
@@ -628,7 +653,10 @@ def test_the_command_line_shows_and_purges(place: File | Server, capsys: pytest.
         return capsys.readouterr().out
 
     assert says("stats", file).splitlines()[:2] == ["answers 2", "hits 4"]
-    assert ("file ok" if isinstance(place, File) else "no limit, noeviction") in says("stats", file)
+    if isinstance(place, File):
+        assert "file ok" in says("stats", file)
+    else:
+        assert re.search(rf"server {place.name} \d+\.\S+, memory \S+ of no limit, noeviction", says("stats", file))
     assert "being asked 0" in says("stats", file)
     assert "[red] castle" in says("list", file)
     assert "castle" not in says("list", file, "--match", "tower")
@@ -879,61 +907,81 @@ def test_without_redis_py_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
         Cache(f"redis://:{WRITTEN}@host:6379/0")
 
 
-@pytest.mark.long
-def test_a_server_killed_under_load_gives_no_wrong_answer_and_no_hang(tmp_path: Path) -> None:
-    """Many processes, many questions: killed with `kill -9` in the middle and started again."""
-    server = RedisServer(tmp_path)
-    keys = 60
-    try:
-        workers = [spawn(LOAD, server.address, keys) for _ in range(8)]
-        for worker in workers:
-            assert worker.stdout is not None
-            assert worker.stdout.readline() == "ready\n"
-        for worker in workers:
-            assert worker.stdin is not None
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-        for worker in workers:
-            assert worker.stdout is not None
-            assert all(line == "right\n" for line in iter(worker.stdout.readline, "half\n"))
-        server.kill()
-        time.sleep(1)
-        server.start()
-        printed = [worker.communicate(timeout=120)[0].splitlines() for worker in workers]
-    finally:
-        server.kill()
-    assert [worker.returncode for worker in workers] == [0] * 8
-    assert all(line == "right" for lines in printed for line in lines[:-1])
-    assert all(len(lines) == 1 + 10 * keys for lines in printed)  # of the second half
-    assert all(int(lines[-1]) > 0 for lines in printed)  # calls without the cache were counted
+def killed_under_load(server: RedisServer, insides: Sequence[Sequence[str]], keys: int = 60) -> None:
+    """Processes on hosts ask many questions while the server is killed with `kill -9` and started again."""
+    pause_s = 0.0125 * len(insides)  # or they would only wait for the processor
+    workers = [spawn(LOAD, server.address, keys, pause_s, inside=inside) for inside in insides]
+    lines = said(workers, "ready")
+    go_on(workers)
+    lines += said(workers, "half")
+    server.kill()
+    lines += said(workers, "gone")
+    server.start()
+    go_on(workers)
+    ends = [worker.communicate(timeout=900)[0].splitlines() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * len(workers)
+    lines += [line for end in ends for line in end[:-1]]
+    assert set(lines) == {"right"}
+    assert len(lines) > 20 * keys * len(workers)
+    assert all(int(end[-1]) > 0 for end in ends)  # calls without the cache were counted
 
 
 LOAD = """
-import asyncio, random, sys
+import asyncio, sys
 from search_backends import cache
 from search_backends.cache import Cache
 
 cache._PAUSE_S = 0.5
 
-async def run(address, keys):
+async def run(address, keys, pause_s):
     opened = Cache(address, lease_s=2.0)
     async def ask(key):
         async def compute():
             await asyncio.sleep(0.02)
             return f"the answer to {key}"
-        return (await opened.get_or_compute(key, compute, label=key))[0] == f"the answer to {key}"
-    for number in range(20):
-        if number == 10:
-            print("half", flush=True)
-            while not opened.failures:  # until the server is gone
-                await ask(f"key {random.randrange(keys)}")
-        for right in await asyncio.gather(*(ask(f"key {i}") for i in range(keys))):
-            print("right" if right else "wrong")
-        await asyncio.sleep(0.1)
+        value, hit = await opened.get_or_compute(key, compute, label=key)
+        print("right" if value == f"the answer to {key}" else "wrong")
+        return hit
+    async def ask_all():
+        await asyncio.sleep(pause_s)
+        return await asyncio.gather(*(ask(f"question {i}") for i in range(keys)))
+    for _ in range(10):
+        await ask_all()
+    print("half", flush=True)
+    while not opened.failures:
+        await ask_all()
+    print("gone", flush=True)
+    back = asyncio.create_task(asyncio.to_thread(input))
+    while not back.done():
+        await ask_all()
+    for _ in range(10):
+        await ask_all()
+    while not all(await ask_all()):  # until the server is used again
+        pass
     await opened.close()
     print(opened.failures)
 
 print("ready", flush=True)
 input()
-asyncio.run(run(sys.argv[1], int(sys.argv[2])))
+asyncio.run(run(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))
 """
+
+
+@pytest.mark.long
+def test_a_server_killed_under_load_gives_no_wrong_answer_and_no_hang(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    try:
+        killed_under_load(server, [()] * 8)
+    finally:
+        server.kill()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_sixty_four_processes_on_two_hosts(tmp_path: Path) -> None:
+    """One call of the back end for each question, whoever asks; then the server is killed."""
+    with two_hosts() as (first, second):
+        server = RedisServer(tmp_path, "--protected-mode", "no", host=first.address, inside=first.inside)
+        insides = [first.inside, second.inside] * 32
+        all_ask_alike(server.address, tmp_path / "log", insides, keys=20)
+        killed_under_load(server, insides, keys=20)

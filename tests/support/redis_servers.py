@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,35 +17,36 @@ _STARTED_S = 30.0
 
 
 class RedisServer:
-    """A `redis-server` that can be killed, stopped and started again on its port.
+    """A Redis server that can be killed, stopped and started again on its port.
 
-    ``options``: of its command line.
+    It is the program that ``$REDIS_SERVER`` names, ``valkey-server`` for example, and `redis-server` otherwise.
+
+    ``options``: of its command line. ``host``, ``inside``: its address, and what stands before its command.
     """
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.program = shutil.which("redis-server") or shutil.which("valkey-server")
+    def __init__(self, folder: Path, *options: str, host: str = "127.0.0.1", inside: Sequence[str] = ()) -> None:
+        self.program = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))
         if self.program is None:
             pytest.skip("needs the program redis-server (Debian: apt-get install redis-server)")
         pytest.importorskip("redis")
-        self.folder, self.options = folder, list(options)
+        self.folder, self.options, self.host, self.inside = folder, list(options), host, list(inside)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.address = f"redis://127.0.0.1:{self.port}/0"
+        self.address = f"redis://{host}:{self.port}/0"
         self.start()
 
     def start(self) -> None:
-        command = [self.program, "--port", str(self.port), "--save", "", "--dir", str(self.folder), *self.options]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        command = [*self.inside, self.program, "--bind", self.host, "--port", str(self.port), "--save", ""]
+        log = self.folder / "server.log"
+        with log.open("w") as said:
+            command += ["--dir", str(self.folder), *self.options]
+            self.process = subprocess.Popen(command, stdout=said, stderr=said)
         until = time.monotonic() + _STARTED_S
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                assert self.process.poll() is None, "redis-server did not start"
-                assert time.monotonic() < until, "redis-server does not answer"
-                time.sleep(0.02)
+        while "Ready to accept connections" not in log.read_text():
+            assert self.process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.02)
 
     def kill(self) -> None:
         """As `kill -9` does; whatever is not on the disk is lost."""
