@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "search-cache:1:"  # counted up where the form of what is stored changes
 _WAIT_S = 2.0  # for the server, before it counts as down
+_FIRST_WAITS = 5  # of these, at the start: where all of a run's processes start at once, machines are busy
 _LONGEST = 1 << 24  # bytes of an answer that is kept or taken
 _MESSAGE_CHARS = 2000
 _REMAINS_MS = 60_000  # for which the failure of a call stays for those who wait
@@ -110,7 +111,7 @@ def _connected(address: str) -> Redis:
     """
     shown = without_secrets(address)
     try:
-        from redis import ConnectionError, Redis, RedisError
+        from redis import ConnectionError, Redis, RedisError, TimeoutError
         from redis.backoff import NoBackoff
         from redis.retry import Retry
     except ImportError:
@@ -131,7 +132,8 @@ def _connected(address: str) -> Redis:
             "/ @ : # in a password are written %2F %40 %3A %23"
         ) from None
     try:
-        client.ping()
+        patient = Retry(NoBackoff(), _FIRST_WAITS - 1, supported_errors=(TimeoutError,))
+        patient.call_with_retry(client.ping, lambda _: None)
         client.eval("return 1", 0)
     except (RedisError, OSError, TypeError) as error:
         client.close()

@@ -35,6 +35,7 @@ PROGRAM = "search_backends.retrieval.load_test"
 WORDS, QUERY_WORDS = 100, 6
 VOCABULARY, LEFT_OUT = 300_000, 50
 QUERIES = 2000
+_LOOK_S = 0.1
 
 
 def write_corpus(file: Path, passages: int, seed: int = 0) -> None:
@@ -117,32 +118,43 @@ async def drive(url: str, queries: Sequence[str], concurrency: int, requests: in
     return time.perf_counter() - started, taken
 
 
-def memory(process: int) -> str:
-    """Returns a process's resident memory, and the part of it that is not mapped files."""
+def _memory(process: int) -> dict[str, float]:
+    """Megabytes of a process: VmHWM (the most so far), VmRSS and, of that, RssAnon, which are no mapped files.
+
+    It is empty for a process that has ended, and where there is no /proc.
+    """
     try:
         status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-    except OSError:  # not Linux
-        return "-"
-    sizes = dict(re.findall(r"(VmRSS|RssAnon):\s+(\d+) kB", status))
-    return f"{int(sizes['VmRSS']) / 1024:,.0f} MB ({int(sizes['RssAnon']) / 1024:,.0f} MB without files)"
+    except OSError:
+        return {}
+    return {name: int(size) / 1024 for name, size in re.findall(r"(VmHWM|VmRSS|RssAnon):\s+(\d+) kB", status)}
+
+
+def memory(process: int) -> str:
+    """Returns a process's resident memory, and the part of it that is not mapped files."""
+    sizes = _memory(process)
+    return f"{sizes['VmRSS']:,.0f} MB ({sizes['RssAnon']:,.0f} MB without files)" if sizes else "-"
 
 
 def build(folder: Path, passages: int) -> Path:
     """Makes a corpus and its index, and reports the cost."""
-    import resource
-
     write_corpus(folder / "passages.jsonl", passages)
     index = folder / "index"
     command = ["--corpus", str(folder / "passages.jsonl"), "--out", str(index)]
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "search_backends.retrieval.build", *command], check=False)
-    if done.returncode:
-        raise IndexProblem(f"the build ended with exit code {done.returncode}")
+    process = subprocess.Popen([sys.executable, "-m", "search_backends.retrieval.build", *command])
+    resident = own = 0.0
+    while process.poll() is None:
+        sizes = _memory(process.pid)
+        resident, own = max(resident, sizes.get("VmHWM", 0)), max(own, sizes.get("RssAnon", 0))
+        time.sleep(_LOOK_S)
+    if process.returncode:
+        raise IndexProblem(f"the build ended with exit code {process.returncode}")
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
     size = sum(file.stat().st_size for file in index.rglob("*") if file.is_file()) / 2**20
     print(
-        f"built {passages:,} passages in {seconds:.1f} s, at most {peak:,.0f} MB of memory, {size:,.0f} MB on the disk"
+        f"built {passages:,} passages in {seconds:.1f} s, at most {resident:,.0f} MB of memory "
+        f"({own:,.0f} MB without files), {size:,.0f} MB on the disk"
     )
     return index
 

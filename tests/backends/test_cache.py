@@ -742,6 +742,28 @@ def test_a_server_that_hangs_costs_one_wait_in_a_pause(tmp_path: Path, monkeypat
         server.kill()
 
 
+@pytest.mark.parametrize("slow", [4, 5])
+def test_a_server_that_is_slow_at_the_start_is_waited_for(
+    slow: int, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from redis import Redis, TimeoutError
+
+    ping, waits = Redis.ping, [TimeoutError("Timeout reading from socket")] * slow
+
+    def late(client: Any) -> Any:
+        if waits:
+            raise waits.pop()
+        return ping(client)
+
+    monkeypatch.setattr(Redis, "ping", late)
+    if slow == 5:
+        with pytest.raises(ValueError, match="cannot be used: Timeout reading from socket"):
+            Cache(redis_server.address)
+    else:
+        asyncio.run(Cache(redis_server.address).close())
+    assert not waits
+
+
 def test_a_full_server_gives_what_it_has_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
