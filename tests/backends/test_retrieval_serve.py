@@ -697,6 +697,38 @@ class TestOnRay:
         assert on_ray.main(["--stop"]) == 2
         assert "the service does not run on this cluster" in capsys.readouterr().err
 
+    def test_a_replica_is_added_where_calls_wait(self, port, index):
+        from ray import serve
+
+        def replicas():
+            return serve.status().applications[on_ray.APPLICATION].deployments["service"].replica_states["RUNNING"]
+
+        asked = {"queries": ["river town 3", "Urumqi", "old"], "topk": 7, "return_scores": True}
+        with asked_in_process(Service(Settings(index))) as whole:
+            expected = whole.post("/retrieve", json=asked).content
+        assert self.start(port, index, "--replicas", "1:2", "--ongoing", "1") == 0
+        assert replicas() == 1
+        enough = threading.Event()
+
+        def call():
+            answers = set()
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+                while not enough.is_set():
+                    answers.add(client.post("/retrieve", json=asked).content)
+            return answers
+
+        with ThreadPoolExecutor(8) as pool:
+            callers = [pool.submit(call) for _ in range(8)]
+            try:
+                until = time.monotonic() + 300  # Ray adds one after half a minute of waiting calls
+                while replicas() < 2:
+                    assert time.monotonic() < until, "no replica was added"
+                    time.sleep(0.5)
+            finally:
+                enough.set()
+            assert [caller.result() for caller in callers] == [{expected}] * 8
+        assert on_ray.main(["--stop"]) == 0
+
 
 class StandIn:
     """Answers as OpenSearch's REST interface is documented to: /INDEX/_settings, /INDEX/_count, /_msearch."""
