@@ -43,16 +43,24 @@ END
   [ -z "$interface" ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
 }
 
+has_token() {
+  [ -n "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ] || [ -s ~/.ray/auth_token ]
+}
+
 # Ray lets in who has the token. Without one, everybody who reaches its ports can run programs here.
 with_token() {
   export RAY_AUTH_MODE=token
-  [ -z "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ] || return 0
-  [ -s ~/.ray/auth_token ] || "$@"
+  has_token || "$@"
+}
+
+# $1: ADDRESS:PORT
+listens() {
+  timeout 5 bash -c "exec 3<>/dev/tcp/${1%:*}/${1##*:}" 2>/dev/null
 }
 
 # Waits until the first node answers, and takes our token.
 reach() {
-  until timeout 5 bash -c "exec 3<>/dev/tcp/$1/$PORT" 2>/dev/null; do
+  until listens "$1:$PORT"; do
     [ "$SECONDS" -lt "$LIMIT" ] || fail "nothing listens at $1:$PORT: is Ray started there, and the port open?"
     sleep 1
   done
@@ -63,13 +71,18 @@ reach() {
   esac
 }
 
-# Ray waits for a minute and more where it cannot go on; with --block it goes on until it is stopped.
+# Ray waits for a minute and more where it cannot go on; with --block it goes on until it is stopped, or until the first
+# node has been away for a minute.
 start() {
-  local limit=(timeout "$LIMIT")
+  local code=0 limit=(timeout "$LIMIT")
   case " $* " in *" --block "*) limit=() ;; esac
-  "${limit[@]}" ray start "$@" --disable-usage-stats || fail "Ray did not start (exit code $?), see above"
+  "${limit[@]}" ray start "$@" --disable-usage-stats || code=$?
+  [ "$code" = 0 ] || [ -z "$first" ] || listens "$first:$PORT" ||
+    fail "the first node is gone: nothing listens at $first:$PORT, and Ray has ended here too. Once ray_cluster.sh head runs there again, the same command joins this node again"
+  [ "$code" = 0 ] || fail "Ray did not start, or was ended (exit code $code), see above"
 }
 
+first=""
 command="${1:-}"
 [ $# -eq 0 ] || shift
 case "$command" in
@@ -104,7 +117,11 @@ case "$command" in
   wait)
     case "${1:-}" in '' | *[!0-9]*) fail "wait needs the number of nodes" 2 ;; esac
     : "${RAY_ADDRESS:?is where the first node listens, ADDRESS:PORT}"
-    python3 -m search_backends.nodes wait "$1" --limit "${2:-300}"
+    within="${2:-300}"
+    # By the time that Ray listens, `head` has made its token. Clusters that others start may have none.
+    until listens "$RAY_ADDRESS" || [ "$SECONDS" -ge "$within" ]; do sleep 1; done
+    ! has_token || export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
+    python3 -m search_backends.nodes wait "$1" --limit $((within > SECONDS ? within - SECONDS : 0))
     ;;
   *)
     sed -n '2,5s/^# //p' "$0" >&2

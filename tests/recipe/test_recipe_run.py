@@ -20,9 +20,11 @@ from pathlib import Path
 import pandas as pd
 import prepare
 import pytest
+from hosts import two_hosts
 from PIL import Image
 from recipe.evaluation_server import Server
 from recipe.flags_corpus import write_corpus
+from redis_servers import RedisServer
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -226,29 +228,34 @@ def test_evaluates_with_the_real_tools_and_rewards(recipe, service, tmp_path):
     assert "FVQA-test" in (tmp_path / "results" / "results.md").read_text()
 
 
-class Host:
-    """A host of the test's own: a network namespace with one address, a home and a folder for Ray."""
+class Node:
+    """A host with a home of its own and a folder for Ray."""
 
-    def __init__(self, name, address, folder, recipe):
-        self.name, self.address, self.home, self.recipe = name, address, folder / name, recipe
+    def __init__(self, host, folder, recipe):
+        self.host, self.address, self.inside, self.kill = host, host.address, host.inside, host.kill
+        self.home, self.recipe = folder / host.name, recipe
         self.folders, self.more = [], {}
         self.home.mkdir()
-        self.inside = ["ip", "netns", "exec", name]
 
     def env(self):
         return environment(self.recipe, HOME=str(self.home), VERL_PLATFORM="cpu", OMP_NUM_THREADS="1", **self.more)
 
-    def ray(self, *arguments):
-        """Runs ``ray_cluster.sh``; its exit code and output."""
+    def command(self, *arguments):
+        """Of ``ray_cluster.sh``."""
         command = [*self.inside, self.recipe / "ray_cluster.sh", *arguments]
         if arguments[0] in ("head", "join"):
             command += ["--num-cpus", "8", "--num-gpus", "1", "--object-store-memory", "200000000"]
             # A short name: the paths of Ray's sockets may have 107 bytes.
             self.folders.append(Path(tempfile.mkdtemp(prefix="ray")))
             command += ["--temp-dir", self.folders[-1]]
+        return command
+
+    def ray(self, *arguments):
+        """Runs ``ray_cluster.sh``; its exit code and output."""
         # Into a file: Ray's processes would keep a pipe open.
         log = self.home / "ray.log"
         with log.open("w") as file:
+            command = self.command(*arguments)
             done = subprocess.run(command, env=self.env(), stdout=file, stderr=file, timeout=300, check=False)
         return done.returncode, log.read_text()
 
@@ -259,10 +266,6 @@ class Host:
         )
         return done.stdout
 
-    def kill(self):
-        pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False).stdout
-        subprocess.run(["kill", "-9", *pids.split()], capture_output=True, check=False)
-
     def close(self):
         self.kill()
         for folder in self.folders:
@@ -270,43 +273,12 @@ class Host:
 
 
 @pytest.fixture
-def hosts(recipe, tmp_path):
-    """Two, joined by a cable, without a route to anywhere else."""
-    names = [f"tapo-{os.getpid()}-{end}" for end in "ab"]
-    wire = [["link", "add", "veth-a", "netns", names[0], "type", "veth", "peer", "veth-b", "netns", names[1]]]
-    made = [["netns", "add", name] for name in names] + wire
-    for name, end, number in zip(names, "ab", (1, 2), strict=True):
-        made += [
-            ["-n", name, "link", "set", f"veth-{end}", "name", "eth0"],
-            ["-n", name, "addr", "add", f"10.99.0.{number}/24", "dev", "eth0"],
-            ["-n", name, "link", "set", "eth0", "up"],
-            ["-n", name, "link", "set", "lo", "up"],
-        ]
-    hosts = []
-    try:
-        for arguments in made:
-            done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"this process may make no network namespaces: ip {' '.join(arguments)}: {done.stderr}")
-        hosts += [Host(name, f"10.99.0.{number}", tmp_path, recipe) for number, name in enumerate(names, 1)]
-        yield hosts
-    finally:
-        for host in hosts:
-            host.close()
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-
-@contextmanager
-def shared_cache(host, port, password):
-    program = shutil.which("redis-server") or pytest.skip("needs the program redis-server")
-    command = [program, "--bind", host.address, "--port", str(port), "--requirepass", password, "--save", ""]
-    process = subprocess.Popen([*host.inside, *command], cwd=host.home, stdout=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait(30)
+def nodes(recipe, tmp_path):
+    with two_hosts() as hosts:
+        nodes = [Node(host, tmp_path, recipe) for host in hosts]
+        yield nodes
+        for node in nodes:
+            node.close()
 
 
 # Of the prompt's own image: later ones have no fixed numbers.
@@ -325,13 +297,15 @@ def answers(folder):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(shutil.which("ip") is None, reason="no `ip` (Debian's iproute2), which makes network namespaces")
-def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data, hosts, tmp_path):
-    first, second = hosts
+def test_trains_on_two_nodes_and_goes_on_after_each_has_died(recipe, index, data, nodes, tmp_path):
+    first, second = nodes
     # An address with a password is told to each node, where Ray is started, and not to veRL.
     password = "password-of-the-cache"
-    cache = f"redis://:{password}@{first.address}:6400/0"
-    first.more = second.more = {"SEARCH_CACHE": cache}
+    (tmp_path / "cache").mkdir()
+    server = RedisServer(tmp_path / "cache", "--requirepass", password, host=first.address, inside=first.inside)
+    cache = server.address.replace("redis://", f"redis://:{password}@")
+    ray_address = f"{first.address}:6379"
+    first.more = second.more = {"SEARCH_CACHE": cache, "RAY_ADDRESS": ray_address}
     code, said = first.ray("head")
     assert code == 0, said
     token = (first.home / ".ray" / "auth_token").read_text()
@@ -344,21 +318,32 @@ def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data,
     code, said = second.ray("join", first.address)
     assert code == 0, said
 
-    env = {"HOME": str(first.home), "RAY_ADDRESS": f"{first.address}:6379", "OMP_NUM_THREADS": "1"}
+    env = {"HOME": str(first.home), "RAY_ADDRESS": ray_address, "OMP_NUM_THREADS": "1"}
     env["SEARCH_URL"], env["SEARCH_CACHE"] = f"http://{first.address}:8111", cache
     out = tmp_path / "out"
     overrides = [
-        "trainer.total_training_steps=4",
+        "trainer.total_training_steps=5",
         "trainer.save_freq=1",
         "actor_rollout_ref.rollout.agent.num_workers=2",
         f"algorithm.tapo.record_dir={out / 'records'}",
     ]
 
-    def kill(log):
-        if "step:1 " in log:
-            second.kill()
-            return True
-        return False
+    def run(kill=None):
+        """Until ``kill``, a node, is killed after the run's first step, or to its end."""
+
+        def watch(log):
+            if "step:" in log:
+                kill.kill()
+            return "step:" in log
+
+        meanwhile = watch if kill else None
+        return train(recipe, data, out, env, *overrides, meanwhile=meanwhile, inside=first.inside, nodes="2")
+
+    def checkpoints():
+        return sorted(path.name for path in (out / "tapo-vanilla" / "checkpoints").glob("global_step_*"))
+
+    def services():
+        return serving(recipe, index, tmp_path / "serve.log", first.address, 8111, first.inside)
 
     def searches():
         """How many searches the service has answered, and how many answers the cache holds."""
@@ -368,26 +353,43 @@ def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data,
         kept = first.says("python3", "-m", "search_backends.cache", "stats", cache).split()[1]
         return sum(map(float, found)), int(kept)
 
-    with (
-        serving(recipe, index, tmp_path / "serve.log", first.address, 8111, first.inside),
-        shared_cache(first, 6400, password),
-    ):
-        run = {"inside": first.inside, "nodes": "2"}
-        code, said, _ = train(recipe, data, out, env, *overrides, meanwhile=kill, **run)
+    with services():
+        code, said, _ = run(kill=second)
         assert code != 0
         assert "a node was lost. Once ray_cluster.sh has joined it again" in said, said[-6000:]
         assert second.address in said[-2000:]
-        before = sorted(path.name for path in (out / "tapo-vanilla" / "checkpoints").glob("global_step_*"))
-        assert before
+        begun = checkpoints()
+        assert begun
 
-        code, said, _ = train(recipe, data, out, env, *overrides, **run)
+        code, said, _ = run()
         assert code == 2
         assert "1 of 2 nodes are there" in said
 
-        code, said = second.ray("join", first.address)
+        # The first node, with what runs on it: service, cache, trainer.
+        with (second.home / "join.log").open("w") as log:
+            joined = subprocess.Popen(
+                second.command("join", first.address, "--block"), env=second.env(), stdout=log, stderr=log
+            )
+        code, said = first.ray("wait", "2", "120")
         assert code == 0, said
+        code, said, _ = run(kill=first)
+        assert code == -9
+        assert f"Resuming from {out / 'tapo-vanilla' / 'checkpoints' / begun[-1]}" in said
+        assert joined.wait(200) == 1
+        ended = (second.home / "join.log").read_text().splitlines()[-1]
+        assert f"the first node is gone: nothing listens at {ray_address}, and Ray has ended here too." in ended
+    before = checkpoints()
+    assert len(before) > len(begun)
+
+    server.start()
+    code, said = first.ray("head")
+    assert code == 0, said
+    assert (first.home / ".ray" / "auth_token").read_text() == token
+    code, said = second.ray("join", first.address)
+    assert code == 0, said
+    with services():
         asked, kept = searches()
-        code, said, steps = train(recipe, data, out, env, *overrides, **run)
+        code, said, steps = run()
         asked_then, kept_then = searches()
     assert code == 0, said[-6000:]
     assert password not in said
@@ -402,10 +404,10 @@ def test_trains_on_two_nodes_and_goes_on_after_one_has_died(recipe, index, data,
     assert workers == {
         (name, ip) for name in ("WorkerDict", "AgentLoopWorkerTQ") for ip in ("", f", ip={second.address}")
     }
-    assert [step["training/global_step"] for step in steps][-1] == 4
+    assert [step["training/global_step"] for step in steps][-1] == 5
     for step in steps:
         assert step["training/rollout_probs_diff_max"] < 1e-4
         assert step["tools/infrastructure_faults"] == 0
         assert step["tapo/recorded_rollouts"] == 1.0
     assert sum(step["tools/text_search/ok"] for step in steps) > 0
-    assert len(list((out / "records").iterdir())) >= 4
+    assert len(list((out / "records").iterdir())) >= 5
