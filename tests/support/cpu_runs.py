@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +76,13 @@ def write_prompts(path: Path, count: int, images: bool = True) -> Path:
     return path
 
 
-def run_main_ppo(overrides: list[str], folder: Path, env: dict[str, str] | None = None, timeout: float = 1700) -> Run:
+def run_main_ppo(
+    overrides: list[str],
+    folder: Path,
+    env: dict[str, str] | None = None,
+    timeout: float = 1700,
+    killed_after: int | None = None,
+) -> Run:
     """Runs ``python -m verl.trainer.main_ppo --config-name cpu`` in a folder.
 
     Args:
@@ -83,6 +91,7 @@ def run_main_ppo(overrides: list[str], folder: Path, env: dict[str, str] | None 
         folder: for whatever the run writes; made if it does not exist.
         env: further environment variables.
         timeout: seconds.
+        killed_after: the step whose checkpoint, once it is there, ends the run: its processes are killed (kill -9).
 
     Raises:
         AssertionError: if the run fails, with the end of what it said.
@@ -111,18 +120,36 @@ def run_main_ppo(overrides: list[str], folder: Path, env: dict[str, str] | None 
         *overrides,
     ]
     environment = os.environ | PROCESS_OVERHEAD | {"VERL_PLATFORM": "cpu", "VERL_FILE_LOGGER_PATH": str(log)}
-    with (folder / "output.txt").open("w+") as output:
-        code = subprocess.run(
+    with (folder / "output.txt").open("w") as output:
+        process = subprocess.Popen(
             command,
             env=environment | (env or {}),
             cwd=folder,
             stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=timeout,
-            check=False,
-        ).returncode
-        output.seek(0)
-        said = output.read()
+            start_new_session=True,
+        )
+    try:
+        if killed_after is None:
+            code = process.wait(timeout)
+        else:
+            code = _wait_for_checkpoint(process, folder / "checkpoints", killed_after, time.monotonic() + timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    said = (folder / "output.txt").read_text()
     assert code == 0, f"main_ppo ended with {code}:\n{said[-6000:]}"
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     return Run([step["data"] for step in steps], said, folder)
+
+
+def _wait_for_checkpoint(process: subprocess.Popen[bytes], checkpoints: Path, step: int, until: float) -> int:
+    """0 once it is there; the exit code of a run that ended before."""
+    written = checkpoints / "latest_checkpointed_iteration.txt"
+    while not written.is_file() or written.read_text().strip() != str(step):
+        if process.poll() is not None:
+            return process.returncode
+        assert time.monotonic() < until, f"no checkpoint of step {step}"
+        time.sleep(0.05)
+    return 0
