@@ -90,9 +90,11 @@ def measure_processes(name: str, place: str, processes: int, questions: int) -> 
     start = time.perf_counter()
     for worker in workers:
         worker.start()
-    counts = [asked.get() for _ in workers]
     for worker in workers:
         worker.join()
+    if any(worker.exitcode for worker in workers):
+        sys.exit(f"{name}: a process failed, see above")
+    counts = [asked.get() for _ in workers]
     calls, failures = (sum(column) for column in zip(*counts, strict=True))
     print(
         f"{name}: {processes} processes, {questions} questions each, the same: {calls} calls of the back end, "
