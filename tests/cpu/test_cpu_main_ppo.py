@@ -77,10 +77,13 @@ ASYNC = [
                 # Two prompts for each worker: one's rollouts may all be equally long (see docs/tested.md).
                 "data.train_batch_size=8",
                 "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+                # One slow server, so that it is at work whenever new weights come.
+                "actor_rollout_ref.rollout.max_num_seqs=1",
+                "data.max_response_length=96",
                 "actor_rollout_ref.rollout.nnodes=1",
-                "actor_rollout_ref.rollout.n_gpus_per_node=2",
+                "actor_rollout_ref.rollout.n_gpus_per_node=1",
                 "actor_rollout_ref.rollout.checkpoint_engine.backend=ray",
-                "ray_kwargs.ray_init.num_gpus=4",
+                "ray_kwargs.ray_init.num_gpus=3",
             ],
         ),
     ],
