@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from verl_tapo import TapoConfig, transfer_credit
-from verl_tapo.selftest.check import Check, Failed, outcome
+from verl_tapo.selftest.check import Check, Failed, Skipped, outcome
 from verl_tapo.selftest.random_batches import random_batch, random_config
 
 HERE = Path(__file__).resolve().parent
@@ -181,11 +181,15 @@ class Training:
         odd = sorted({name for step in steps for name, value in step.items() if not math.isfinite(value)})
         if odd:
             raise Failed(f"not finite: {', '.join(odd)}")
-        if not any(step["actor/grad_norm"] > 0 for step in steps):
-            raise Failed("no gradient: all rollouts of each prompt succeed, or all fail, with this model")
         faults = max(step.get("tools/infrastructure_faults", 0.0) for step in steps)
         if faults:
             raise Failed(f"{faults:.0%} of the tools' calls failed")
+        if not any(step["actor/grad_norm"] > 0 for step in steps):
+            score = _mean(steps, "critic/score/mean")
+            raise Skipped(
+                f"no gradient: all rollouts of each prompt succeed, or all fail (mean score {score:.2g}): the steps "
+                "ran, but nothing was learned; try more rollouts (actor_rollout_ref.rollout.n), or another model"
+            )
         shown = ("critic/score/mean", "tools/calls_per_trajectory", *_DIFFERENCES)
         return ", ".join(f"{name} {_mean(steps, name):.3g}" for name in shown)
 
@@ -196,9 +200,7 @@ class Training:
         if recorded < 1:
             raise Failed(f"only {recorded:.0%} of the rollouts have a record")
         if not any(step["tapo/corrected_steps"] > 0 for step in steps):
-            raise Failed(
-                "no failing call had a witness in two steps: not wrong, but nothing was seen; try more rollouts"
-            )
+            raise Skipped("no failing call had a witness in two steps, so nothing was seen; try more rollouts")
         return ", ".join(f"{name} {_mean(steps, name):.3g}" for name in ("tapo/corrected_steps", "tapo/token_share"))
 
     def samples_as_the_actor_does(self) -> str:
