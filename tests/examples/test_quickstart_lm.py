@@ -74,23 +74,28 @@ def tokenizer(model):
     return AutoTokenizer.from_pretrained(model)
 
 
+def witnessed(out, loop):
+    """The settings of a small run whose loop writes down what it does; makes the files that they name."""
+    told.prepare(out / "data", {"train": 16, "heldout": 4})
+    (out / "reward.py").write_text(REWARD)  # varies among a prompt's rollouts, so that there is something to learn
+    agents = out / f"{loop}.yaml"
+    agents.write_text(yaml.safe_dump([{"name": loop, "_target_": f"vllm_cpu.witnessed_loops.{LOOPS[loop]}"}]))
+    return [
+        *SMALL,
+        f"actor_rollout_ref.rollout.agent.default_agent_loop={loop}",
+        f"actor_rollout_ref.rollout.agent.agent_loop_config_path={agents}",
+        f"reward.custom_reward_function.path={out / 'reward.py'}",
+    ]
+
+
 @pytest.fixture(scope="session")
 def finished(model, tmp_path_factory):
     """Runs it once, however many tests ask: name, advantage, loop and overrides -> the run, metrics, trajectories."""
     out = tmp_path_factory.mktemp("quickstart-lm")
-    told.prepare(out / "data", {"train": 16, "heldout": 4})
-    (out / "reward.py").write_text(REWARD)  # varies among a prompt's rollouts, so that there is something to learn
 
     @cache
     def finish(name, advantage, loop, *overrides):
-        agents = out / f"{name}.yaml"
-        agents.write_text(yaml.safe_dump([{"name": loop, "_target_": f"vllm_cpu.witnessed_loops.{LOOPS[loop]}"}]))
-        chosen = [
-            f"actor_rollout_ref.rollout.agent.default_agent_loop={loop}",
-            f"actor_rollout_ref.rollout.agent.agent_loop_config_path={agents}",
-            f"reward.custom_reward_function.path={out / 'reward.py'}",
-        ]
-        run = WitnessedRun(name, advantage, out=out, overrides=[*SMALL, *chosen, *overrides])
+        run = WitnessedRun(name, advantage, out=out, overrides=[*witnessed(out, loop), *overrides])
         metrics = train(run)
         return run, metrics, read_trajectories(run.folder / "trajectories.jsonl")
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-import told
-import yaml
-from cpu_runs import REWARD
 from run import train
 from run_lm import LanguageRun
 from test_quickstart_lm import (
     BFLOAT16,
-    LOOPS,
-    SMALL,
     assert_learned,
     assert_parsed_as_executed,
     assert_recorded,
     assert_rounded,
     model,
     tokenizer,
+    witnessed,
 )
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs this, in an environment of its own")
@@ -41,16 +37,8 @@ class VllmLanguageRun(VllmRun, LanguageRun):
 
 def finish(folder, advantage, loop, *overrides):
     """Two steps; returns the run, its metrics and its trajectories."""
-    told.prepare(folder / "data", {"train": 16, "heldout": 4})
-    (folder / "reward.py").write_text(REWARD)
-    agents = folder / "agents.yaml"
-    agents.write_text(yaml.safe_dump([{"name": loop, "_target_": f"vllm_cpu.witnessed_loops.{LOOPS[loop]}"}]))
-    chosen = [
-        f"reward.custom_reward_function.path={folder / 'reward.py'}",
-        f"actor_rollout_ref.rollout.agent.default_agent_loop={loop}",
-        f"actor_rollout_ref.rollout.agent.agent_loop_config_path={agents}",
-    ]
-    run = VllmLanguageRun("vllm", advantage, out=folder, overrides=[*SMALL, WHOLE_WEIGHTS, *chosen, *overrides])
+    chosen = [*witnessed(folder, loop), WHOLE_WEIGHTS, *overrides]
+    run = VllmLanguageRun("vllm", advantage, out=folder, overrides=chosen)
     metrics = train(run)
     return run, metrics, read_trajectories(run.trajectories_file)
 

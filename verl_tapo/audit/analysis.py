@@ -145,7 +145,7 @@ def tally(calls: Sequence[JudgedCall], holders: Mapping[int, Trajectory], cfg: T
     counts = Counts(
         size=sum(t.size for t in trajectories),
         changed_size=_changed_size(calls, cfg),
-        penalty=-sum(t.advantage * t.size for t in trajectories if not t.success and t.advantage < 0),
+        penalty=-sum(t.advantage * t.size for t, fails in zip(trajectories, facts.failing, strict=True) if fails),
         penalty_removed=_removed(calls, cfg),
     )
     counts.add({**meaning.counts_of_rollouts(facts), **meaning.counts_of_grounding(state, success)})

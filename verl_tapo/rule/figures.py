@@ -114,13 +114,19 @@ class RolloutFacts(NamedTuple):
     corrected: BoolArray
     """(T,) whether one of its steps is."""
 
+    @property
+    def failing(self) -> BoolArray:
+        """(T,) whether it failed and is punished."""
+        failing: BoolArray = ~self.success & (self.advantage < 0)
+        return failing
+
 
 def counts_of_rollouts(facts: RolloutFacts) -> dict[str, float]:
     """Those of rollouts; `counts_of_grounding` has the rest."""
     of = {
         "trajectories": np.ones_like(facts.success),
         "successes": facts.success,
-        "failing_trajectories": ~facts.success & (facts.advantage < 0),
+        "failing_trajectories": facts.failing,
         "misassigned_trajectories": facts.misassigned,
         "correctable_trajectories": facts.corrected,
     }
