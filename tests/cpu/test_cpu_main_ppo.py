@@ -52,15 +52,25 @@ def test_two_steps_of_a_vision_model(tmp_path, family, mode, more):
     assert all(value.isfinite().all() for _, value in weights)
 
 
-# A server takes a prompt's rollouts at a time, so that new weights come in the middle of some; they go on with them.
+# A step begins as soon as its rollouts are there, not up to two seconds later, when the others may be finished too.
+EAGER = """
+from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
+
+
+class Eager(ReplayBufferAsync):
+    def __init__(self, **kwargs):
+        super().__init__(poll_interval=0.02, **kwargs)
+"""
+# A server takes a rollout at a time, and always has others to do besides those that are trained on. So new weights come
+# in the middle of one, however fast the machine is. What was queued before it is trained on first, in up to four steps.
 ASYNC = [
     "algorithm.adv_estimator=tapo",
     "actor_rollout_ref.actor.optim.lr=1e-3",
-    "actor_rollout_ref.rollout.max_num_seqs=4",
+    "actor_rollout_ref.rollout.max_num_seqs=1",
     "data.train_batch_size=4",
     "data.max_prompt_length=128",
     "data.max_response_length=48",
-    "trainer.total_training_steps=5",
+    "trainer.total_training_steps=8",
     "trainer.save_freq=1",
     "trainer.n_gpus_per_node=2",
 ]
@@ -73,12 +83,11 @@ ASYNC = [
         (
             "separate_async",
             [
+                "trainer.v1.separate_async.num_warmup_batches=2",
                 "trainer.v1.separate_async.parameter_sync_step=2",
                 # Two prompts for each worker: one's rollouts may all be equally long (see docs/tested.md).
                 "data.train_batch_size=8",
                 "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-                # One slow server, so that it is at work whenever new weights come.
-                "actor_rollout_ref.rollout.max_num_seqs=1",
                 "data.max_response_length=96",
                 "actor_rollout_ref.rollout.nnodes=1",
                 "actor_rollout_ref.rollout.n_gpus_per_node=1",
@@ -90,14 +99,23 @@ ASYNC = [
 )
 def test_two_workers_killed_and_resumed(tmp_path, mode, more):
     model = save_tiny_model(tmp_path / "model", "qwen3_vl")
-    overrides = [f"actor_rollout_ref.model.path={model}", f"trainer.v1.trainer_mode={mode}", *ASYNC, *more]
+    eager = tmp_path / "eager.py"
+    eager.write_text(EAGER)
+    overrides = [
+        f"actor_rollout_ref.model.path={model}",
+        f"trainer.v1.trainer_mode={mode}",
+        f"trainer.v1.sampler.custom_sampler.path={eager}",
+        "trainer.v1.sampler.custom_sampler.name=Eager",
+        *ASYNC,
+        *more,
+    ]
     before = run_main_ppo(overrides, tmp_path / "run", killed_after=2)
     after = run_main_ppo(overrides, tmp_path / "run")
     steps = [*before.metrics, *after.metrics]
     begun = after.metrics[0]["training/global_step"]
     assert f"Resuming from {tmp_path / 'run' / 'checkpoints' / f'global_step_{begun - 1}'}" in after.stdout
     assert begun > 2
-    assert [step["training/global_step"] for step in after.metrics] == list(range(begun, 6))
+    assert [step["training/global_step"] for step in after.metrics] == list(range(begun, 9))
     fresh = "training/off_policy/trajectory_staleness_worst/max"
     assert steps[0][fresh] == 0
     for step in steps:

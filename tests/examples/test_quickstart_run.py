@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import prepare
 import pytest
 import torch
 import yaml
-from cpu_runs import assert_observed_alone
+from cpu_runs import assert_observed_alone, wait_for_checkpoint
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from run import HERE, Failure, Run, check, describe, read_metrics, summary, train, validation
 
@@ -179,14 +178,13 @@ def test_killed_and_resumed_it_ends_where_it_would_have(out, tapo):
         killed = subprocess.Popen(
             run.command(), env=run.environment(), cwd=HERE, stdout=log, stderr=log, start_new_session=True
         )
-    written = run.folder / "checkpoints" / "latest_checkpointed_iteration.txt"
-    deadline = time.monotonic() + 900
-    while not written.is_file() or written.read_text().strip() != "1":
-        assert killed.poll() is None, run.log_file.read_text()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    try:
+        code = wait_for_checkpoint(killed, run.folder / "checkpoints", 1, 900)
+        assert code == 0, run.log_file.read_text()[-3000:]
+    finally:
+        if killed.poll() is None:
+            os.killpg(killed.pid, signal.SIGKILL)
+            killed.wait()
     assert not (run.folder / "checkpoints" / "global_step_2").exists()
     with (run.folder / "resumed.log").open("w") as log:
         subprocess.run(run.command(), env=run.environment(), cwd=HERE, stdout=log, stderr=log, check=True)

@@ -133,7 +133,7 @@ def run_main_ppo(
         if killed_after is None:
             code = process.wait(timeout)
         else:
-            code = _wait_for_checkpoint(process, folder / "checkpoints", killed_after, time.monotonic() + timeout)
+            code = wait_for_checkpoint(process, folder / "checkpoints", killed_after, timeout)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -144,9 +144,10 @@ def run_main_ppo(
     return Run([step["data"] for step in steps], said, folder)
 
 
-def _wait_for_checkpoint(process: subprocess.Popen[bytes], checkpoints: Path, step: int, until: float) -> int:
+def wait_for_checkpoint(process: subprocess.Popen[bytes], checkpoints: Path, step: int, timeout: float) -> int:
     """0 once it is there; the exit code of a run that ended before."""
     written = checkpoints / "latest_checkpointed_iteration.txt"
+    until = time.monotonic() + timeout
     while not written.is_file() or written.read_text().strip() != str(step):
         if process.poll() is not None:
             return process.returncode
