@@ -33,6 +33,8 @@ from verl_tapo.trainer.verl_parser import cached_parser
 STEPS = 2
 LOOPS = {"tapo_tool_agent": "WitnessedTapoToolAgentLoop", "tool_agent": "WitnessedToolAgentLoop"}
 SMALL = [
+    # The actor's log-probs beside the rollouts'.
+    "algorithm.rollout_correction.bypass_mode=false",
     "data.train_batch_size=2",
     "data.max_response_length=112",
     "actor_rollout_ref.rollout.multi_turn.max_assistant_turns=2",

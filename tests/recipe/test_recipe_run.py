@@ -281,6 +281,74 @@ def nodes(recipe, tmp_path):
             node.close()
 
 
+ASK = """
+import sys, httpx
+
+asked = {"queries": ["capital of Kenya", "currency Japan", "river"], "topk": 7, "return_scores": True}
+try:
+    answer = httpx.post(f"{sys.argv[1]}/retrieve", json=asked, timeout=30, trust_env=False)
+    print(answer.status_code, answer.text)
+except httpx.TransportError as error:
+    print(0, repr(error))
+"""
+
+
+@pytest.mark.long
+def test_the_retrieval_service_on_both_nodes_of_which_one_is_killed(recipe, index, nodes, tmp_path):
+    first, second = nodes
+    addresses = [f"http://{node.address}:8111" for node in nodes]
+
+    def ask(address):
+        code, _, answer = first.says(sys.executable, "-c", ASK, address).partition(" ")
+        return int(code), answer
+
+    with serving(recipe, index, tmp_path / "serve.log", first.address, 8111, first.inside):
+        code, expected = ask(addresses[0])
+        assert code == 200
+        assert "Nairobi" in expected
+    first.more = second.more = {"RAY_ADDRESS": f"{first.address}:6379", "RAY_AUTH_MODE": "token"}
+    assert first.ray("head")[0] == 0
+    shutil.copytree(first.home / ".ray", second.home / ".ray")
+    assert second.ray("join", first.address)[0] == 0
+
+    def start(folder, *options):
+        """Returns its last line."""
+        command = [*first.inside, sys.executable, "-m", "search_backends.retrieval.on_ray", folder, "--port", "8111"]
+        with (tmp_path / "on_ray.log").open("w+") as log:
+            done = [*command, "--wait", "120", "--threads", "1", *options]
+            subprocess.run(done, env=first.env(), cwd=recipe, stdout=log, stderr=log, timeout=300, check=False)
+            log.seek(0)
+            return log.read().splitlines()[-1]
+
+    def until_right(address):
+        """What is answered before it is right is an error, never something else."""
+        until = time.monotonic() + 180
+        while (answer := ask(address)) != (200, expected):
+            assert answer[0] in (0, 404, *range(500, 600)), answer
+            assert time.monotonic() < until, answer
+
+    # A node has 8 CPUs, and so takes one of two replicas.
+    assert start(index, "--replicas", "2", "--cpus", "5").endswith(f"{', '.join(addresses)} answers")
+    for address in addresses:
+        assert ask(address) == (200, expected)
+    second.kill()
+    until_right(addresses[0])
+    assert second.ray("join", first.address)[0] == 0
+    for address in reversed(addresses):
+        until_right(address)
+
+    # It takes two of two shards and of what asks them. So without the other node no answer can be whole.
+    shards = ["search_backends.retrieval.shards", index, "--count", "2", "--out", tmp_path / "shards"]
+    first.says(sys.executable, "-m", *shards)
+    assert addresses[0] in start(tmp_path / "shards", "--cpus", "4")
+    assert ask(addresses[0]) == (200, expected)
+    second.kill()
+    codes = [ask(addresses[0])[0] for _ in range(5)]
+    assert 200 not in codes
+    assert second.ray("join", first.address)[0] == 0
+    until_right(addresses[0])
+
+
 # Of the prompt's own image: later ones have no fixed numbers.
 ASKED = r'(\{"name": "text_search", .*?|\{"name": "image_search", "arguments": \{"image": 1\}\})'
 SEARCHED = re.compile(rf"<tool_call>\n{ASKED}\n</tool_call>\nuser\n<tool_response>\n(.*?)\n</tool_response>", re.DOTALL)
