@@ -223,6 +223,10 @@ def plot_rules(summary: pd.DataFrame, worlds: Sequence[str], file: Path) -> None
 
 MARK = re.compile(r"(<!-- (\w+): report\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 DOCUMENT = HERE.parent.parent / "docs" / "evidence.md"
+SWITCHES = "grounding.witnesses=true,grounding.own=true,grounding.luck=true"
+TRAINER = (
+    HERE.parent / "quickstart" / "results" / f"compare-vanilla-20-{SWITCHES.replace('=', '-').replace(',', '-')}.csv"
+)
 
 
 def grounding_table(summary: pd.DataFrame, rules: Sequence[str], cells: Sequence[tuple[str, str]]) -> str:
@@ -274,11 +278,39 @@ def grounding_tables(results: pd.DataFrame) -> dict[str, str]:
     }
 
 
+def trainer_table(steps: pd.DataFrame) -> str:
+    """Of the quickstart's `compare.py`, in veRL's own trainer: percentages, and paired differences from GRPO and TAPO.
+
+    Args:
+        steps: Its CSV. Seeds that some arm has not completed are left out.
+    """
+    steps = steps.assign(advantage=steps["advantage"].replace(f"tapo/{SWITCHES}", "grounded")).sort_values("step")
+    last = steps.groupby(["advantage", "seed"])["step"].max().unstack("advantage")
+    steps = steps[steps["seed"].isin(last.index[(last == steps["step"].max()).all(axis=1)])]
+    runs = steps.dropna(subset="success").groupby(["advantage", "seed"])["success"]
+    figures = {
+        "early": runs.apply(lambda run: run.head((len(run) + 1) // 2).mean()),
+        "final": runs.apply(lambda run: run.tail(LATE).mean()),
+        "held out": steps.dropna(subset="held_out").groupby(["advantage", "seed"])["held_out"].last(),
+    }
+    arms = steps["advantage"].unique()
+    rows = []
+    for arm in arms:
+        row = [arm, str(len(figures["final"][arm])), *(_mean(100 * figure[arm], 1) for figure in figures.values())]
+        for against in ("grpo", "tapo"):
+            differences = [100 * (figure[arm] - figure[against]) for figure in figures.values()]
+            row += ["" if arm in ("grpo", against) else _mean(each, 1, sign=True) for each in differences]
+        rows.append(row)
+    head = ["rule", "seeds", *figures, *(f"{name} - {against}" for against in ("GRPO", "TAPO") for name in figures)]
+    return _markdown(head, rows)
+
+
 COLUMNS = {
     "main": ["world", "loss", "success early", "success final"],
     "grounding": ["world", "rule", "seeds", "final", "above .5", "early - GRPO", "early - TAPO", "final - TAPO"],
     "switches": ["rule", "seeds", "final", "above .5", "early - GRPO", "final - GRPO"],
     "errors": ["rule", "seeds", "final", "above .5", "early - GRPO", "early - TAPO"],
+    "trainer": ["rule", "seeds", "early", "final", "held out", "early - GRPO", "final - GRPO", "held out - GRPO"],
 }
 """What of each table stands in the document; ``tables.md`` has all of it."""
 
@@ -356,6 +388,9 @@ def write(folder: Path) -> tuple[str, dict[str, str]]:
         plot_rules(summary, plain, folder / "rules.png")
     for name, table in grounding.items():
         parts += [f"## Grounded credit: {name.replace('_', ' ')}", table]
+    if TRAINER.is_file():
+        documented["trainer"] = trainer_table(pd.read_csv(TRAINER))
+        parts += ["## In veRL's trainer: the quickstart, 20 steps (%)", documented["trainer"]]
     return "\n".join(parts), documented
 
 

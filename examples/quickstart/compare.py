@@ -34,6 +34,10 @@ MORE = {
     "misassigned_steps": "tapo/misassigned_steps",
     "corrected_steps": "tapo/corrected_steps",
     "lucky_steps": "tapo/lucky_steps",
+    "grounded_successes": "tapo/grounding/grounded_successes",
+    "grounded_failures": "tapo/grounding/grounded_failures",
+    "forgiven_steps": "tapo/grounding/forgiven_steps",
+    "withheld_steps": "tapo/grounding/withheld_steps",
 }
 """Columns beside the success rates, and veRL's names for them."""
 

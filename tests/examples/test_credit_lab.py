@@ -317,6 +317,36 @@ def test_tables_stand_between_their_marks():
     assert report.fill(filled, {"main": table}) == filled
 
 
+def test_the_trainer_s_table_pairs_seeds_that_all_arms_have_completed():
+    arms = {"grpo": 0.0, "tapo": 0.1, f"tapo/{report.SWITCHES}": 0.2}
+    rows = [
+        {"advantage": arm, "seed": seed, "step": step, "success": seed / 10 + added if step > 0 else None}
+        for arm, added in arms.items()
+        for seed in (1, 2, 3)
+        for step in range(9 if (arm, seed) != ("tapo", 3) else 5)
+    ]
+    for row in rows:
+        row["held_out"] = {0: 0.05, 8: row["seed"] / 10 + 2 * arms[row["advantage"]]}.get(row["step"])
+    # The second half is better by 0.1 than the first, with TAPO by 0.3; "final" averages the last 5 of 8 steps.
+    for row in rows:
+        if row["step"] > 4:
+            row["success"] += 0.3 if row["advantage"] == "tapo" else 0.1
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in report.trainer_table(pd.DataFrame(rows)).splitlines()
+    ]
+    grpo, tapo, grounded = (dict(zip(table[0], row, strict=True)) for row in table[2:])
+    assert [row["rule"] for row in (grpo, tapo, grounded)] == ["grpo", "tapo", "grounded"]
+    assert {row["seeds"] for row in (grpo, tapo, grounded)} == {"2"}
+    assert [grpo[name].partition(" ")[0] for name in ("early", "final", "held out")] == ["15.0", "23.0", "15.0"]
+    assert grpo["early - GRPO"] == grpo["early - TAPO"] == tapo["early - TAPO"] == ""
+    assert tapo["early - GRPO"].startswith("**+10.0 ± 0.0")
+    assert tapo["final - GRPO"].startswith("**+26.0 ± 0.0")
+    assert tapo["held out - GRPO"].startswith("**+20.0 ± 0.0")
+    assert grounded["final - TAPO"].startswith("**-6.0 ± 0.0")
+    assert grounded["held out - TAPO"].startswith("**+20.0 ± 0.0")
+
+
 @pytest.mark.long
 def test_the_document_s_tables_are_those_of_the_results(tmp_path, monkeypatch):
     for name in ("plot_curves", "plot_rules"):
