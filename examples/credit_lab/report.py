@@ -308,6 +308,17 @@ def trainer_table(steps: pd.DataFrame) -> str:
 COLUMNS = {
     "main": ["world", "loss", "success early", "success final"],
     "grounding": ["world", "rule", "seeds", "final", "above .5", "early - GRPO", "early - TAPO", "final - TAPO"],
+    "grounding_losses": [
+        "world",
+        "loss",
+        "rule",
+        "seeds",
+        "final",
+        "above .5",
+        "early - GRPO",
+        "final - GRPO",
+        "final - TAPO",
+    ],
     "switches": ["rule", "seeds", "final", "above .5", "early - GRPO", "final - GRPO"],
     "errors": ["rule", "seeds", "final", "above .5", "early - GRPO", "early - TAPO"],
     "trainer": ["rule", "seeds", "early", "final", "held out", "early - GRPO", "final - GRPO", "held out - GRPO"],

@@ -3,7 +3,7 @@
     python examples/quickstart_lm/told.py --out examples/quickstart_lm/out/data
 
 ``train.parquet`` asks about the training countries, ``heldout.parquet`` about the others, which occur in no training
-question and in no answer of a tool during training.
+question and in no answer of a tool during training. ``--attributes continent`` asks what can be guessed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,10 +22,10 @@ import pandas as pd
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "quickstart"))
 
-from flags_and_facts.questions import Kind, Question, answerable, ask
+from flags_and_facts.questions import Kind, Question, answerable, ask, different
 from flags_and_facts.search import Index, load_index
-from flags_and_facts.world import Split, World, load_world
-from prepare import command_line, print_sizes
+from flags_and_facts.world import ATTRIBUTES, Split, World, load_world
+from prepare import write
 
 COUNTS = {"train": 640, "heldout": 48}
 """Questions in each file."""
@@ -35,16 +36,22 @@ EXAMPLES = (("currency", "Japan"), ("capital", "Kenya"))
 """What precedes every question: without two worked examples the model hardly ever writes a valid call."""
 
 
-def questions(world: World, index: Index, count: int, rng: random.Random) -> list[Question]:
-    """``count`` different questions that name their country, all of them answerable."""
-    found: dict[str, Question] = {}
-    while len(found) < count:
-        question = ask(world, rng, rng.choices(list(KINDS), list(KINDS.values()))[0])
+def questions(
+    world: World, index: Index, count: int, rng: random.Random, attributes: Sequence[str] = ATTRIBUTES
+) -> list[Question]:
+    """``count`` different questions that name their country, all of them answerable.
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    kinds, parts = list(KINDS), list(KINDS.values())
+
+    def draw() -> Question:
+        question = ask(world, rng, rng.choices(kinds, parts)[0], attributes)
         name = world.countries[question.code].name
-        if answerable(question, world, index):
-            told = replace(question, text=question.text.replace("the country with this flag", name))
-            found.setdefault(told.text, told)
-    return list(found.values())
+        return replace(question, text=question.text.replace("the country with this flag", name))
+
+    return different(count, draw, lambda question: answerable(question, world, index))
 
 
 def call(query: str) -> str:
@@ -89,23 +96,17 @@ def row(question: Question, world: World, index: int, name: str, searched: Split
     }
 
 
-def prepare(out: Path, counts: dict[str, int] = COUNTS, seed: int = 0) -> None:
-    """Writes ``train.parquet`` and ``heldout.parquet``."""
+def prepare(out: Path, counts: dict[str, int] = COUNTS, seed: int = 0, attributes: Sequence[str] = ATTRIBUTES) -> None:
+    """Writes ``train.parquet`` and ``heldout.parquet``; ``attributes``: what is asked."""
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     parts: list[tuple[str, Split, Split | None]] = [("train", "train", "train"), ("heldout", "heldout", None)]
     for name, split, searched in parts:
         world = load_world(split)
-        asked = questions(world, load_index(searched), counts[name], rng)
+        asked = questions(world, load_index(searched), counts[name], rng, attributes)
         rows = [row(question, world, number, name, searched) for number, question in enumerate(asked)]
         pd.DataFrame(rows).to_parquet(out / f"{name}.parquet")
 
 
-def main() -> None:
-    args = command_line(__doc__, COUNTS).parse_args()
-    prepare(args.out, {name: getattr(args, name) for name in COUNTS}, args.seed)
-    print_sizes(args.out)
-
-
 if __name__ == "__main__":
-    main()
+    write(__doc__, COUNTS, prepare)

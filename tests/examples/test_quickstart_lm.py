@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -220,6 +221,18 @@ def test_questions_name_their_country_and_can_be_answered(tmp_path):
     for prompt, truth in zip(facts["prompt"], facts["reward_model"], strict=True):
         query = prompt[-1]["content"].removeprefix("What is the ").removesuffix("?")
         assert truth["ground_truth"][0] in load_index("train").text_search(query)
+
+
+def test_questions_of_one_kind_and_more_of_them_than_there_are(tmp_path, monkeypatch, capsys):
+    told.prepare(tmp_path, {"train": 30, "heldout": 9}, attributes=["continent"])
+    for name in ("train", "heldout"):
+        texts = [prompt[-1]["content"] for prompt in pd.read_parquet(tmp_path / f"{name}.parquet")["prompt"]]
+        assert all(text.startswith("What is the continent of ") for text in texts)
+        assert any("largest neighbour" in text for text in texts)
+    monkeypatch.setattr(sys, "argv", ["told.py", "--out", str(tmp_path), "--attributes", "continent", "--train", "300"])
+    with pytest.raises(SystemExit):
+        told.write(told.__doc__, told.COUNTS, told.prepare)
+    assert "300 different questions cannot be asked" in capsys.readouterr().err
 
 
 def test_the_worked_examples_are_what_the_tool_and_the_reward_say():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,9 +121,27 @@ def questions(
     """``count`` different questions, all of them answerable; with some attributes only, they ask for those alone."""
     named = len(attributes) == len(ATTRIBUTES)
     weights = {kind: weight for kind, weight in WEIGHTS.items() if named or kind not in ("flag", "sheet")}
-    found: dict[tuple[object, ...], Question] = {}
-    while len(found) < count:
-        question = ask(world, rng, rng.choices(list(weights), list(weights.values()))[0], attributes)
-        if answerable(question, world, index):
+    kinds, parts = list(weights), list(weights.values())
+    return different(
+        count,
+        lambda: ask(world, rng, rng.choices(kinds, parts)[0], attributes),
+        lambda question: answerable(question, world, index),
+    )
+
+
+def different(count: int, draw: Callable[[], Question], fits: Callable[[Question], bool]) -> list[Question]:
+    """``count`` questions that differ in text or country, of those that ``draw`` returns and that fit.
+
+    Raises:
+        ValueError: A hundred times as many draws did not bring so many.
+    """
+    found: dict[tuple[str, str], Question] = {}
+    for _ in range(100 * count):
+        if len(found) == count:
+            break
+        question = draw()
+        if fits(question):
             found.setdefault((question.text, question.code), question)
+    if len(found) < count:
+        raise ValueError(f"{count} different questions cannot be asked: {len(found)} were found")
     return list(found.values())
