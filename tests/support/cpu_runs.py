@@ -145,10 +145,11 @@ def run_main_ppo(
 
 
 def wait_for_checkpoint(process: subprocess.Popen[bytes], checkpoints: Path, step: int, timeout: float) -> int:
-    """0 once it is there; the exit code of a run that ended before."""
+    """0 once it is there, or a later one; the exit code of a run that ended before."""
     written = checkpoints / "latest_checkpointed_iteration.txt"
     until = time.monotonic() + timeout
-    while not written.is_file() or written.read_text().strip() != str(step):
+    # It is empty for a moment.
+    while not written.is_file() or int(written.read_text() or -1) < step:
         if process.poll() is not None:
             return process.returncode
         assert time.monotonic() < until, f"no checkpoint of step {step}"
