@@ -315,14 +315,14 @@ def test_the_retrieval_service_on_both_nodes_of_which_one_is_killed(recipe, inde
         """Returns its last line."""
         command = [*first.inside, sys.executable, "-m", "search_backends.retrieval.on_ray", folder, "--port", "8111"]
         with (tmp_path / "on_ray.log").open("w+") as log:
-            done = [*command, "--wait", "120", "--threads", "1", *options]
+            done = [*command, "--wait", "280", "--threads", "1", *options]
             subprocess.run(done, env=first.env(), cwd=recipe, stdout=log, stderr=log, timeout=300, check=False)
             log.seek(0)
             return log.read().splitlines()[-1]
 
     def until_right(address):
         """What is answered before it is right is an error, never something else."""
-        until = time.monotonic() + 180
+        until = time.monotonic() + 300
         while (answer := ask(address)) != (200, expected):
             assert answer[0] in (0, 404, *range(500, 600)), answer
             assert time.monotonic() < until, answer
