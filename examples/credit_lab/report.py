@@ -53,12 +53,17 @@ def _smooth(curves: np.ndarray) -> np.ndarray:
     return pd.DataFrame(curves.T).rolling(WINDOW, min_periods=1).mean().to_numpy().T
 
 
+def _early(run: pd.DataFrame) -> pd.DataFrame:
+    """The first half of a run's steps."""
+    return run.head((len(run) + 1) // 2)
+
+
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
     """One row a run: its keys and its figures, steps to a level included."""
     runs = []
     for keys, run in results.drop_duplicates([*KEYS, "step"]).groupby(KEYS, sort=False):
         run = run.sort_values("step")
-        late, early = run.tail(LATE), run.head((len(run) + 1) // 2)
+        late, early = run.tail(LATE), _early(run)
         figures: dict[str, object] = dict(zip(KEYS, keys, strict=True))
         for name in ("success", "proficiency"):
             figures |= {f"{name}_start": run[name].iloc[0], f"{name}_early": early[name].mean()}
@@ -224,9 +229,7 @@ def plot_rules(summary: pd.DataFrame, worlds: Sequence[str], file: Path) -> None
 MARK = re.compile(r"(<!-- (\w+): report\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 DOCUMENT = HERE.parent.parent / "docs" / "evidence.md"
 SWITCHES = "grounding.witnesses=true,grounding.own=true,grounding.luck=true"
-TRAINER = (
-    HERE.parent / "quickstart" / "results" / f"compare-vanilla-20-{SWITCHES.replace('=', '-').replace(',', '-')}.csv"
-)
+TRAINER = HERE.parent / "quickstart" / "results" / "grounded.csv"
 
 
 def grounding_table(summary: pd.DataFrame, rules: Sequence[str], cells: Sequence[tuple[str, str]]) -> str:
@@ -287,15 +290,14 @@ def trainer_table(steps: pd.DataFrame) -> str:
     steps = steps.assign(advantage=steps["advantage"].replace(f"tapo/{SWITCHES}", "grounded")).sort_values("step")
     last = steps.groupby(["advantage", "seed"])["step"].max().unstack("advantage")
     steps = steps[steps["seed"].isin(last.index[(last == steps["step"].max()).all(axis=1)])]
-    runs = steps.dropna(subset="success").groupby(["advantage", "seed"])["success"]
+    runs = steps.dropna(subset="success").groupby(["advantage", "seed"])[["success"]]
     figures = {
-        "early": runs.apply(lambda run: run.head((len(run) + 1) // 2).mean()),
-        "final": runs.apply(lambda run: run.tail(LATE).mean()),
-        "held out": steps.dropna(subset="held_out").groupby(["advantage", "seed"])["held_out"].last(),
+        "early": runs.apply(lambda run: _early(run)["success"].mean()),
+        "final": runs.apply(lambda run: run.tail(LATE)["success"].mean()),
+        "held out": steps.groupby(["advantage", "seed"])["held_out"].last(),
     }
-    arms = steps["advantage"].unique()
     rows = []
-    for arm in arms:
+    for arm in steps["advantage"].unique():
         row = [arm, str(len(figures["final"][arm])), *(_mean(100 * figure[arm], 1) for figure in figures.values())]
         for against in ("grpo", "tapo"):
             differences = [100 * (figure[arm] - figure[against]) for figure in figures.values()]

@@ -3,7 +3,7 @@
     python examples/quickstart_lm/told.py --out examples/quickstart_lm/out/data
 
 ``train.parquet`` asks about the training countries, ``heldout.parquet`` about the others, which occur in no training
-question and in no answer of a tool during training. ``--attributes continent`` asks what can be guessed.
+question and in no answer of a tool during training. ``--attributes continent`` asks for that alone.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from functools import cache
@@ -18,7 +17,7 @@ import prepare
 import pytest
 import torch
 import yaml
-from cpu_runs import assert_observed_alone, wait_for_checkpoint
+from cpu_runs import assert_observed_alone, killed_at_the_end, wait_for_checkpoint
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from run import HERE, Failure, Run, check, describe, read_metrics, summary, train, validation
 
@@ -178,13 +177,9 @@ def test_killed_and_resumed_it_ends_where_it_would_have(out, tapo):
         killed = subprocess.Popen(
             run.command(), env=run.environment(), cwd=HERE, stdout=log, stderr=log, start_new_session=True
         )
-    try:
+    with killed_at_the_end(killed):
         code = wait_for_checkpoint(killed, run.folder / "checkpoints", 1, 900)
         assert code == 0, run.log_file.read_text()[-3000:]
-    finally:
-        if killed.poll() is None:
-            os.killpg(killed.pid, signal.SIGKILL)
-            killed.wait()
     assert not (run.folder / "checkpoints" / "global_step_2").exists()
     with (run.folder / "resumed.log").open("w") as log:
         subprocess.run(run.command(), env=run.environment(), cwd=HERE, stdout=log, stderr=log, check=True)

@@ -314,11 +314,9 @@ def test_the_retrieval_service_on_both_nodes_of_which_one_is_killed(recipe, inde
     def start(folder, *options):
         """Returns its last line."""
         command = [*first.inside, sys.executable, "-m", "search_backends.retrieval.on_ray", folder, "--port", "8111"]
-        with (tmp_path / "on_ray.log").open("w+") as log:
-            done = [*command, "--wait", "280", "--threads", "1", *options]
-            subprocess.run(done, env=first.env(), cwd=recipe, stdout=log, stderr=log, timeout=300, check=False)
-            log.seek(0)
-            return log.read().splitlines()[-1]
+        command += ["--wait", "280", "--threads", "1", *options]
+        done = subprocess.run(command, env=first.env(), capture_output=True, text=True, timeout=300, check=False)
+        return done.stderr.splitlines()[-1]
 
     def until_right(address):
         """What is answered before it is right is an error, never something else."""

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,19 +131,26 @@ def run_main_ppo(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    try:
+    with killed_at_the_end(process):
         if killed_after is None:
             code = process.wait(timeout)
         else:
             code = wait_for_checkpoint(process, folder / "checkpoints", killed_after, timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
     said = (folder / "output.txt").read_text()
     assert code == 0, f"main_ppo ended with {code}:\n{said[-6000:]}"
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     return Run([step["data"] for step in steps], said, folder)
+
+
+@contextmanager
+def killed_at_the_end(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kills (kill -9) all processes of its session where it has not ended by then."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait_for_checkpoint(process: subprocess.Popen[bytes], checkpoints: Path, step: int, timeout: float) -> int:
