@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from flags_and_facts.questions import SYSTEM, Question, questions
+from flags_and_facts.questions import SYSTEM, WEIGHTS, Kind, Question, questions
 from flags_and_facts.search import load_index
 from flags_and_facts.world import ATTRIBUTES, Split, World, load_world
 
@@ -45,18 +45,24 @@ def row(question: Question, world: World, index: int, name: str, searched: Split
     }
 
 
-def prepare(out: Path, counts: dict[str, int], seed: int = 0, attributes: Sequence[str] = ATTRIBUTES) -> None:
+def prepare(
+    out: Path,
+    counts: dict[str, int],
+    seed: int = 0,
+    attributes: Sequence[str] = ATTRIBUTES,
+    kinds: Sequence[Kind] = tuple(WEIGHTS),
+) -> None:
     """Writes ``{name}.parquet`` for each name in ``counts``; no question is in two of them.
 
-    ``attributes``: what is asked. Few answers do not make this policy guess: it was warm-started to copy.
+    ``attributes`` and ``kinds``: what is asked. Few answers do not make this policy guess: it was warm-started to copy.
     """
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     world, index = load_world("train"), load_index("train")
-    asked = questions(world, index, counts["train"] + counts["val"], rng, attributes)
+    asked = questions(world, index, counts["train"] + counts["val"], rng, attributes, kinds)
     heldout_world = load_world("heldout")
     # Held-out questions search among all countries: more to confuse, nothing to help.
-    heldout = questions(heldout_world, load_index(), counts["heldout"], rng, attributes)
+    heldout = questions(heldout_world, load_index(), counts["heldout"], rng, attributes, kinds)
     parts: list[tuple[str, list[Question], World, Split | None]] = [
         ("train", asked[: counts["train"]], world, "train"),
         ("val", asked[counts["train"] :], world, "train"),
@@ -68,7 +74,10 @@ def prepare(out: Path, counts: dict[str, int], seed: int = 0, attributes: Sequen
 
 
 def write(
-    description: str | None, counts: dict[str, int], prepare: Callable[[Path, dict[str, int], int, Sequence[str]], None]
+    description: str | None,
+    counts: dict[str, int],
+    kinds: Sequence[Kind],
+    prepare: Callable[[Path, dict[str, int], int, Sequence[str], Sequence[Kind]], None],
 ) -> None:
     """The command: asks ``prepare`` for the questions that the command line wants, and prints the files' sizes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,13 +88,14 @@ def write(
     parser.add_argument(
         "--attributes", nargs="+", choices=ATTRIBUTES, default=ATTRIBUTES, help="ask for these alone; default: all"
     )
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="of questions; default: all")
     args = parser.parse_args()
     try:
-        prepare(args.out, {name: getattr(args, name) for name in counts}, args.seed, args.attributes)
+        prepare(args.out, {name: getattr(args, name) for name in counts}, args.seed, args.attributes, args.kinds)
     except ValueError as problem:
         parser.error(str(problem))
     print(*(f"{file}  {file.stat().st_size // 1024} KiB" for file in sorted(args.out.glob("*.parquet"))), sep="\n")
 
 
 if __name__ == "__main__":
-    write(__doc__, COUNTS, prepare)
+    write(__doc__, COUNTS, tuple(WEIGHTS), prepare)

@@ -3,7 +3,8 @@
     python examples/quickstart_lm/told.py --out examples/quickstart_lm/out/data
 
 ``train.parquet`` asks about the training countries, ``heldout.parquet`` about the others, which occur in no training
-question and in no answer of a tool during training. ``--attributes continent`` asks for that alone.
+question and in no answer of a tool during training. ``--attributes continent`` and ``--kinds neighbour`` ask for those
+alone.
 """
 
 from __future__ import annotations
@@ -37,14 +38,19 @@ EXAMPLES = (("currency", "Japan"), ("capital", "Kenya"))
 
 
 def questions(
-    world: World, index: Index, count: int, rng: random.Random, attributes: Sequence[str] = ATTRIBUTES
+    world: World,
+    index: Index,
+    count: int,
+    rng: random.Random,
+    attributes: Sequence[str] = ATTRIBUTES,
+    kinds: Sequence[Kind] = tuple(KINDS),
 ) -> list[Question]:
     """``count`` different questions that name their country, all of them answerable.
 
     Raises:
         ValueError: There are not so many.
     """
-    kinds, parts = list(KINDS), list(KINDS.values())
+    parts = [KINDS[kind] for kind in kinds]
 
     def draw() -> Question:
         question = ask(world, rng, rng.choices(kinds, parts)[0], attributes)
@@ -96,17 +102,23 @@ def row(question: Question, world: World, index: int, name: str, searched: Split
     }
 
 
-def prepare(out: Path, counts: dict[str, int] = COUNTS, seed: int = 0, attributes: Sequence[str] = ATTRIBUTES) -> None:
-    """Writes ``train.parquet`` and ``heldout.parquet``; ``attributes``: what is asked."""
+def prepare(
+    out: Path,
+    counts: dict[str, int] = COUNTS,
+    seed: int = 0,
+    attributes: Sequence[str] = ATTRIBUTES,
+    kinds: Sequence[Kind] = tuple(KINDS),
+) -> None:
+    """Writes ``train.parquet`` and ``heldout.parquet``; ``attributes`` and ``kinds``: what is asked."""
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     parts: list[tuple[str, Split, Split | None]] = [("train", "train", "train"), ("heldout", "heldout", None)]
     for name, split, searched in parts:
         world = load_world(split)
-        asked = questions(world, load_index(searched), counts[name], rng, attributes)
+        asked = questions(world, load_index(searched), counts[name], rng, attributes, kinds)
         rows = [row(question, world, number, name, searched) for number, question in enumerate(asked)]
         pd.DataFrame(rows).to_parquet(out / f"{name}.parquet")
 
 
 if __name__ == "__main__":
-    write(__doc__, COUNTS, prepare)
+    write(__doc__, COUNTS, tuple(KINDS), prepare)

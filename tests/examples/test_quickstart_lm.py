@@ -231,8 +231,10 @@ def test_questions_of_one_kind_and_more_of_them_than_there_are(tmp_path, monkeyp
         assert any("largest neighbour" in text for text in texts)
     monkeypatch.setattr(sys, "argv", ["told.py", "--out", str(tmp_path), "--attributes", "continent", "--train", "300"])
     with pytest.raises(SystemExit):
-        told.write(told.__doc__, told.COUNTS, told.prepare)
+        told.write(told.__doc__, told.COUNTS, tuple(told.KINDS), told.prepare)
     assert "300 different questions cannot be asked" in capsys.readouterr().err
+    told.prepare(tmp_path, {"train": 30, "heldout": 9}, kinds=["neighbour"])
+    assert set(pd.read_parquet(tmp_path / "train.parquet")["ability"]) == {"neighbour"}
 
 
 def test_the_worked_examples_are_what_the_tool_and_the_reward_say():

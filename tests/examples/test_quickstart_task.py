@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +48,13 @@ def test_questions_may_be_such_that_guessing_pays(tmp_path):
         assert {answer for model in rows["reward_model"] for answer in model["ground_truth"]} <= CONTINENTS
 
 
+def test_questions_may_be_of_some_kinds_alone(tmp_path):
+    prepare.prepare(tmp_path, {"train": 30, "val": 2, "heldout": 4}, kinds=["flag", "sheet fact"])
+    assert set(pd.read_parquet(tmp_path / "train.parquet")["ability"]) == {"flag", "sheet fact"}
+    with pytest.raises(ValueError, match="the kinds flag, sheet ask for no attribute"):
+        questions(load_world("train"), load_index("train"), 3, random.Random(0), ["capital"], ["flag", "sheet"])
+
+
 def test_training_never_names_a_heldout_country(data):
     heldout = {country.name for country in load_world("heldout").countries.values()}
     assert not heldout & set(data["train"]["extra_info"].map(lambda info: info["country"]))
@@ -78,6 +86,19 @@ def test_sloppy_scripts_fail_often_and_not_always():
         for question in questions(world, index, 200, rng)
     ]
     assert 0.3 < np.mean(acc) < 0.6
+
+
+def test_a_script_that_guesses_finds_nothing_and_is_right_by_chance():
+    world, index, rng = load_world("train"), load_index("train"), random.Random(5)
+    script = Script(world, index, replace(PERFECT, guess=1.0), rng)
+    acc = []
+    for question in questions(world, index, 130, rng, ["continent"], ["fact"]):
+        image, vague, said = script.play(question)
+        assert "image_search" in image.said
+        assert "text_search" in vague.said
+        assert vague.answer == "Nothing found."
+        acc.append(compute_score("", said.said, question.answers)["acc"])
+    assert 0.1 < np.mean(acc) < 0.35
 
 
 def test_made_up_worlds_share_no_name_with_the_real_one():

@@ -116,15 +116,23 @@ def answerable(question: Question, world: World, index: Index) -> bool:
 
 
 def questions(
-    world: World, index: Index, count: int, rng: random.Random, attributes: Sequence[str] = ATTRIBUTES
+    world: World,
+    index: Index,
+    count: int,
+    rng: random.Random,
+    attributes: Sequence[str] = ATTRIBUTES,
+    kinds: Sequence[Kind] = tuple(WEIGHTS),
 ) -> list[Question]:
-    """``count`` different questions, all of them answerable; with some attributes only, they ask for those alone."""
+    """``count`` different questions of these kinds, all of them answerable; with some attributes only, they ask for
+    those alone."""
     named = len(attributes) == len(ATTRIBUTES)
-    weights = {kind: weight for kind, weight in WEIGHTS.items() if named or kind not in ("flag", "sheet")}
-    kinds, parts = list(weights), list(weights.values())
+    weights = {kind: WEIGHTS[kind] for kind in kinds if named or kind not in ("flag", "sheet")}
+    if not weights:
+        raise ValueError(f"questions of the kinds {', '.join(kinds)} ask for no attribute")
+    chosen, parts = list(weights), list(weights.values())
     return different(
         count,
-        lambda: ask(world, rng, rng.choices(kinds, parts)[0], attributes),
+        lambda: ask(world, rng, rng.choices(chosen, parts)[0], attributes),
         lambda question: answerable(question, world, index),
     )
 

@@ -39,9 +39,13 @@ class Slips:
     other_wording: float = 0.3
     misread: float = 0.15
     no_neighbour: float = 0.25
+    guess: float = 0.0
+    """Searches for what finds nothing, and answers from memory; not among the quickstart's slips."""
 
 
 PERFECT = Slips(*[0.0] * 10)
+VAGUE = "the country with this flag"
+"""A search that finds nothing: no passage speaks of flags."""
 
 
 def call(tool: str, **arguments: object) -> str:
@@ -98,7 +102,11 @@ class Script:
     def _look_up(self, turns: list[Turn], name: str, attribute: str) -> str:
         """Searches, and reads the value."""
         if attribute != NEIGHBOUR and self._slip("no_search"):
-            return self.rng.choice(list(self.world.countries.values())).facts[attribute]
+            return self._remembered(attribute)
+        # Without such a slip no number is drawn, so that the committed model's trajectories stay what they were.
+        if attribute != NEIGHBOUR and self.slips.guess and self._slip("guess"):
+            turns.append(Turn(call("text_search", query=VAGUE), self.index.text_search(VAGUE)))
+            return self._remembered(attribute)
         sought, asked = name, attribute
         if self._slip("wrong_country"):
             sought = self.rng.choice(self._names)
@@ -114,6 +122,10 @@ class Script:
         if value is None or self._slip("misread"):
             value = self.rng.choice([other for other in others if other != value] or [value or sought])
         return value
+
+    def _remembered(self, attribute: str) -> str:
+        """What a model says that has not looked: some country's."""
+        return self.rng.choice(list(self.world.countries.values())).facts[attribute]
 
 
 def _after(text: str, start: str) -> str | None:
