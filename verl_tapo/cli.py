@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,8 @@ _PACKAGES = (
     "vllm",
     "flash-attn",
 )
+_MODEL_SECONDS = 300.0
+"""A model is examined in some 20 seconds. A chat template, which is a stranger's program, may never end."""
 _POLICY_VARIABLES = ("VERL_USE_EXTERNAL_PLUGINS", "VERL_USE_EXTERNAL_MODULES")
 
 
@@ -223,6 +226,25 @@ def _show(title: str, rows: Sequence[tuple[str, str]]) -> None:
     for name, value in rows:
         print(f"  {name:{width}}  {value}")
     print()
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float, because: str) -> Iterator[None]:
+    """Ends the whole process with code 1 if the block takes longer: nothing else ends a thread that is at work."""
+
+    def end() -> None:
+        for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+            stream.flush()
+        os.write(2, f"verl-tapo: after {seconds:.0f} s {because}\n".encode(errors="backslashreplace"))
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
@@ -416,7 +438,8 @@ def _examine_model(model: str, config: Any, findings: Findings) -> list[tuple[st
         schemas = load_schemas(config)
     except Exception:  # already reported, with all that is wrong with the configuration
         schemas = None
-    report = examine(model, config, schemas)
+    with _ended_after(_MODEL_SECONDS, f"{model} is still being examined: its chat template or tokenizer does not end"):
+        report = examine(model, config, schemas)
     findings.problems += report.problems
     findings.warnings += report.warnings
     return report.sections

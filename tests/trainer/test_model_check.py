@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import socket
+import subprocess
 import sys
 from itertools import pairwise
 
@@ -398,6 +399,22 @@ def test_the_command(model, qwen_like_tokenizer, capsys):
     out = capsys.readouterr().out
     assert "hermes would: actor_rollout_ref.rollout.multi_turn.format=hermes" in out.split("Problems:")[1]
     assert out.endswith("TAPO would not run.\n")
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("condition", ["true", "messages | selectattr('role', 'equalto', 'tool') | list"])
+def test_a_template_that_never_ends(model, qwen_like_tokenizer, condition):
+    path = model(qwen_like_tokenizer, f"{{% if {condition} %}}{ENDLESS}{{% endif %}}{CHAT_TEMPLATE}")
+    code = "import sys; from verl_tapo import cli; cli._MODEL_SECONDS = 8.0; sys.exit(cli.main(sys.argv[1:]))"
+    given = ["doctor", "--model", path, "data.max_prompt_length=4000"]
+    ended = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert ended.stdout.startswith("Versions:")
+    assert ended.stderr.endswith(
+        f"after 8 s {path} is still being examined: its chat template or tokenizer does not end\n"
+    )
 
 
 TOLD = {
