@@ -37,7 +37,7 @@ MORE = {
     "grounded_successes": "tapo/grounding/grounded_successes",
     "grounded_failures": "tapo/grounding/grounded_failures",
     "forgiven_steps": "tapo/grounding/forgiven_steps",
-    "withheld_steps": "tapo/grounding/withheld_steps",
+    "withheld_trajectories": "tapo/grounding/withheld_trajectories",
 }
 """Columns beside the success rates, and veRL's names for them."""
 

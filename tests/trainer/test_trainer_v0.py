@@ -116,15 +116,16 @@ def test_grounding_from_record_and_from_tokens(qwen_like_tokenizer, trainer):
         switches = {"witnesses": True, "own": True, "luck": True}
         data = compute(data, alpha_min=1.0, grounding=switches)
         result, metrics = data.batch["advantages"], step_metrics(data)
-        told = {key: value for key, value in metrics.items() if "grounding" in key and not key.endswith("_steps")}
-        assert told == pytest.approx(GROUNDING_METRICS)
-        assert metrics["tapo/grounding/forgiven_steps"] == pytest.approx(1 / 4)
-        assert metrics["tapo/grounding/withheld_steps"] == pytest.approx(1 / 7)
+        done = {"tapo/grounding/forgiven_steps": 1 / 4, "tapo/grounding/withheld_trajectories": 2 / 6}
+        told = {key: value for key, value in metrics.items() if "grounding" in key}
+        assert told == pytest.approx({**GROUNDING_METRICS, **done})
         results.append(result)
     assert torch.equal(*results)
     changed = {row: set(result[row][result[row] != base[row]].tolist()) for row in range(len(rows))}
-    # The lucky success earns nothing for its call; the failure that found the answer pays nothing for that search.
-    assert changed == {0: set(), 1: {0.0}, 2: set(), 3: {0.0}, 4: set(), 5: set()}
+    # The lucky successes earn nothing, with a call and without; the failure that found the answer pays nothing for that
+    # search.
+    assert changed == {0: set(), 1: {0.0}, 2: {0.0}, 3: {0.0}, 4: set(), 5: set()}
+    assert result[[1, 2]].count_nonzero() == 0
 
 
 def _nothing(case, rows):

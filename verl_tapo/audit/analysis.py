@@ -68,15 +68,17 @@ class StepAnalysis:
     """Tool and lift of each matched reference group."""
     facts: Facts | None = None
     """What the rule found for `calls`; None where there are no trajectories."""
+    withheld: frozenset[int] = frozenset()
+    """Numbers of the trajectories that earn no reward: ``grounding.luck``."""
 
     def changed_size(self) -> int:
         """Policy tokens with another advantage, as far as the calls tell."""
-        return _changed_size(self.calls, self.cfg)
+        return _changed_size(self.calls, dict(enumerate(self.batch.trajectories)), self.cfg, self.withheld)
 
     def counts(self) -> Counts:
         """All that can be counted; see `figures`."""
         trajectories = self.batch.trajectories
-        counts = tally(self.calls, dict(enumerate(trajectories)), self.cfg)
+        counts = tally(self.calls, dict(enumerate(trajectories)), self.cfg, self.withheld)
         if self.facts is not None:
             counts.add(meaning.counts_of(self.facts))
         counts.add(meaning.counts_of_lift(np.array([lift for _, lift in self.lifts])))
@@ -100,7 +102,7 @@ class StepAnalysis:
         by_tool: dict[str, list[JudgedCall]] = defaultdict(list)
         for judged in self.calls:
             by_tool[judged.call.tool].append(judged)
-        counts = {tool: tally(calls, _holders(calls), self.cfg) for tool, calls in by_tool.items()}
+        counts = {tool: tally(calls, _holders(calls), self.cfg, self.withheld) for tool, calls in by_tool.items()}
         for tool, sums in meaning.counts_by_tool(self.facts).items() if self.facts is not None else ():
             counts[tool].add(sums)
         lifts: dict[str, list[float]] = defaultdict(list)
@@ -115,20 +117,26 @@ def _holders(calls: Iterable[JudgedCall]) -> dict[int, Trajectory]:
     return {judged.place[0]: judged.holder for judged in calls}
 
 
-def _changed_size(calls: Iterable[JudgedCall], cfg: TapoConfig) -> int:
+def _changed_size(
+    calls: Iterable[JudgedCall], holders: Mapping[int, Trajectory], cfg: TapoConfig, withheld: frozenset[int]
+) -> int:
+    whole = sum(trajectory.size for number, trajectory in holders.items() if number in withheld)
+    partly = [judged for judged in calls if judged.changed and judged.place[0] not in withheld]
     if cfg.token_scope == "call":
-        return sum(judged.call.call_size for judged in calls if judged.changed)
-    turns = {(judged.place[0], judged.call.turn): judged.call.turn_size for judged in calls if judged.changed}
-    return sum(turns.values())
+        return whole + sum(judged.call.call_size for judged in partly)
+    return whole + sum({(judged.place[0], judged.call.turn): judged.call.turn_size for judged in partly}.values())
 
 
-def tally(calls: Sequence[JudgedCall], holders: Mapping[int, Trajectory], cfg: TapoConfig) -> Counts:
+def tally(
+    calls: Sequence[JudgedCall], holders: Mapping[int, Trajectory], cfg: TapoConfig, withheld: frozenset[int]
+) -> Counts:
     """Counts of some calls and their trajectories, besides `verl_tapo.rule.figures.COUNTS`.
 
     Args:
         calls: of one training step.
         holders: the trajectories by their numbers in the step.
         cfg: the rule's settings.
+        withheld: numbers of the trajectories that earn no reward.
     """
     trajectories = list(holders.values())
     state = np.array([SIGHTS[t.grounded] for t in trajectories], dtype=np.int64)
@@ -141,10 +149,11 @@ def tally(calls: Sequence[JudgedCall], holders: Mapping[int, Trajectory], cfg: T
         np.array([t.advantage for t in trajectories], dtype=np.float64),
         np.array([number in misassigned for number in holders], dtype=bool),
         np.array([number in corrected for number in holders], dtype=bool),
+        np.array([number in withheld for number in holders], dtype=bool),
     )
     counts = Counts(
         size=sum(t.size for t in trajectories),
-        changed_size=_changed_size(calls, cfg),
+        changed_size=_changed_size(calls, holders, cfg, withheld),
         penalty=-sum(t.advantage * t.size for t, fails in zip(trajectories, facts.failing, strict=True) if fails),
         penalty_removed=_removed(calls, cfg),
     )
@@ -246,7 +255,6 @@ class _Outcome(NamedTuple):
     alpha: _Floats
     transfer: _Floats
     forgiven: npt.NDArray[np.bool_]
-    withheld: npt.NDArray[np.bool_]
 
 
 def _outcome(steps: Sequence[StepCredit]) -> _Outcome:
@@ -255,21 +263,23 @@ def _outcome(steps: Sequence[StepCredit]) -> _Outcome:
         np.array([credit.alpha for credit in steps]),
         np.array([credit.transfer for credit in steps]),
         np.array([credit.forgiven for credit in steps], dtype=bool),
-        np.array([credit.withheld for credit in steps], dtype=bool),
     )
 
 
 def _changed(before: _Floats, transfer: _Floats, of: _Outcome, unit: _Ints, clip: bool) -> _Floats:
-    """The advantages (C,) after the calls' transfers, of which each unit (a turn, or a call) gets the smallest, and
-    after what follows from grounding, which a unit gets where all its calls do."""
+    """The advantages (C,) after the calls' transfers, of which each unit (a turn, or a call) gets the smallest; a
+    forgiven call's is unlimited."""
     if not len(unit):
         return before
     first = np.unique(unit, return_index=True)[1]
     least = np.minimum.reduceat(np.where(of.forgiven, np.inf, transfer), first)[unit]
     lifted = np.where(np.isinf(least), 0.0, before + least)
-    after = np.where(least > 0, np.minimum(lifted, 0.0) if clip else lifted, before)
-    unearned: _Floats = np.where(np.logical_and.reduceat(of.withheld, first)[unit], np.minimum(after, 0.0), after)
-    return unearned
+    after: _Floats = np.where(least > 0, np.minimum(lifted, 0.0) if clip else lifted, before)
+    return after
+
+
+def _withheld(cells: _Cells, report: CreditReport) -> frozenset[int]:
+    return frozenset(number for number, none in zip(cells.holder, report.withheld_of_row, strict=True) if none)
 
 
 def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
@@ -298,11 +308,13 @@ def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
         holder = trajectories[place[0]]
         gain, luck = (lift[group], lucky[group]) if group >= 0 else (None, False)
         single = successes[holder.group] == 1 and cfg.scope == "group"
+        value = 0.0 if credit.withheld else value
         call, changed = holder.calls[place[1]], value != holder.advantage
         tools[group] = call.tool
         credit = replace(credit, row=place[0])
         calls.append(JudgedCall(holder, place, call, credit, gain, luck, single, alike, value, changed))
-    return StepAnalysis(batch, cfg, calls, [(tools[group], value) for group, value in enumerate(lift)], report.facts)
+    of_groups = [(tools[group], value) for group, value in enumerate(lift)]
+    return StepAnalysis(batch, cfg, calls, of_groups, report.facts, _withheld(cells, report))
 
 
 class Setting(NamedTuple):
@@ -339,13 +351,16 @@ class Sweep:
         unit = cells.turn if whole else np.arange(len(calls))
         first = np.unique(unit, return_index=True)[1]
         for theta, cfg in self._at.items():
-            of = _outcome(_apply(cells, batch.trajectories, cfg).steps if calls else [])
+            report = _apply(cells, batch.trajectories, cfg) if calls else None
+            of = _outcome(report.steps if report else [])
+            unearned = sum(batch.trajectories[number].size for number in _withheld(cells, report)) if report else 0
             for setting, counts in self.counts.items():
                 if setting.theta != theta:
                     continue
                 corrected = of.corrected & (of.alpha >= setting.alpha_min)
                 counts["size"] += size
-                if corrected.any() or of.forgiven.any() or of.withheld.any():
+                counts["changed_size"] += unearned
+                if corrected.any() or of.forgiven.any():
                     transfer = np.where(corrected, setting.beta * of.transfer, 0.0)
                     after = _changed(before, transfer, of, unit, cfg.clip)
                     counts["corrected_steps"] += int(corrected.sum())

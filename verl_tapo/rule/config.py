@@ -39,8 +39,8 @@ class Grounding(Knobs):
     )
     luck: bool = knob(
         False,
-        """If true, calls of a success in which no tool's answer held an accepted answer earn no reward. This lowers
-        advantages.""",
+        """If true, a success in which no tool's answer held an accepted answer earns no reward, also one without calls
+        where siblings make some. This lowers advantages.""",
         truth,
     )
 

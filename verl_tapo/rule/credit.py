@@ -85,9 +85,9 @@ def transfer_credit(
     alpha = match.similarity * match.support
     gate = _gates(role, match, alpha, cfg)
     transfer = np.where(gate == Gate.CORRECTED, cfg.beta * alpha * match.reference_advantage, 0.0)
-    advantages, free, lucky = copy(), forgiven(batch, role, cfg), withheld(batch, declared, cfg)
+    advantages, free, lucky = copy(), forgiven(batch, role, cfg), withheld(batch, cfg)
     changed = correct_tokens(advantages, batch, np.where(free, np.inf, transfer), cfg)
-    changed += withhold_rewards(advantages, batch, lucky, cfg)
+    changed += withhold_rewards(advantages, batch, lucky)
     report = CreditReport(batch, role, gate, match, alpha, transfer, free, lucky, changed)
     return torch.from_numpy(advantages).to(base.device, base.dtype), report
 

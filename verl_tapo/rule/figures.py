@@ -41,7 +41,6 @@ class Facts(NamedTuple):
     lucky: BoolArray
     """(S,) misassigned, and its witnesses are lucky, see `verl_tapo.rule.report.Lifts`"""
     forgiven: BoolArray
-    withheld: BoolArray
 
     @property
     def matched(self) -> BoolArray:
@@ -76,7 +75,6 @@ COUNTS: dict[str, Counter] = {
     "lucky_steps": lambda f: f.lucky,
     "inexact_steps": lambda f: f.inexact,
     "forgiven_steps": lambda f: f.forgiven,
-    "withheld_steps": lambda f: f.withheld,
     "told_answers": lambda f: f.ok & (f.seen != UNKNOWN),
     "found_answers": lambda f: f.ok & (f.seen == SEEN),
     "similarity_sum": lambda f: np.where(f.matched, f.similarity, 0.0),
@@ -113,6 +111,8 @@ class RolloutFacts(NamedTuple):
     """(T,) whether one of its steps is."""
     corrected: BoolArray
     """(T,) whether one of its steps is."""
+    withheld: BoolArray
+    """(T,) whether it earns no reward: ``grounding.luck``."""
 
     @property
     def failing(self) -> BoolArray:
@@ -129,6 +129,7 @@ def counts_of_rollouts(facts: RolloutFacts) -> dict[str, float]:
         "failing_trajectories": facts.failing,
         "misassigned_trajectories": facts.misassigned,
         "correctable_trajectories": facts.corrected,
+        "withheld_trajectories": facts.withheld,
     }
     return {"prompts": float(len(np.unique(facts.group))), **_sums(of)}
 
@@ -360,10 +361,10 @@ FIGURES: list[Figure] = [
         "share of failing steps that lost their penalty; 0 but for `grounding.own`",
     ),
     Figure(
-        "grounding/withheld_steps",
-        "withheld_steps",
-        "calls",
-        "share of steps that earn no reward; 0 but for `grounding.luck`",
+        "grounding/withheld_trajectories",
+        "withheld_trajectories",
+        "trajectories",
+        "share of rollouts that earn no reward; 0 but for `grounding.luck`",
     ),
 ]
 """Those of the rule, in the order of their columns."""

@@ -4,6 +4,9 @@ answer.
 A step is *seen* if the whole answer of its tool held an accepted answer of the prompt. A rollout is
 *grounded* if one of its steps is seen. It is *ungrounded* if it has steps and all are known not to
 be seen. An unknown changes nothing.
+
+Of a rollout without steps nothing is known by itself. For `withheld` alone it has found nothing, where the steps of its
+prompt group show that an answer can be recognised: else the way out of guessing after calls would be to guess without.
 """
 
 from __future__ import annotations
@@ -70,13 +73,16 @@ def forgiven(batch: Batch, role: IntArray, cfg: TapoConfig) -> BoolArray:
     return free
 
 
-def withheld(batch: Batch, declared: BoolArray, cfg: TapoConfig) -> BoolArray:
-    """(S,) the steps of declared tools, ``declared`` (S,), in ungrounded successes: they earn no reward
-    (``grounding.luck``)."""
+def withheld(batch: Batch, cfg: TapoConfig) -> BoolArray:
+    """(T,) the successes that earn no reward, because they are known to have found nothing (``grounding.luck``)."""
+    silent, told = np.ones(len(batch.group), dtype=bool), np.zeros(len(batch.group), dtype=bool)
     if not cfg.grounding.luck:
-        return np.zeros(len(batch.holder), dtype=bool)
-    lucky = batch.success & (batch.advantage > 0) & (_grounded(batch) == UNSEEN)
-    unearned: BoolArray = lucky[batch.holder] & declared
+        return told
+    silent[batch.holder] = False
+    # By prompt group, which is numbered from 0 to less than T.
+    told[batch.group[batch.holder[batch.steps.seen != UNKNOWN]]] = True
+    lucky = (_grounded(batch) == UNSEEN) | (silent & told[batch.group])
+    unearned: BoolArray = batch.success & (batch.advantage > 0) & lucky
     return unearned
 
 

@@ -87,7 +87,7 @@ class Reference:
                 self.judge(step, outcome, [k for k, other in enumerate(outcomes) if other.role == "witness"])
         for step, outcome in zip(self.steps, outcomes, strict=True):
             outcome.forgiven = outcome.role == "failing" and self.forgiven(step)
-            outcome.withheld = self.withheld(step)
+            outcome.withheld = self.withheld(step.row)
         return self.corrected(outcomes), outcomes
 
     def role(self, step: ToolStep) -> str:
@@ -121,10 +121,13 @@ class Reference:
         sights = [other.turn[0] for other in self.steps if other.row == step.row and other.seen]
         return self.cfg.grounding.own and bool(sights) and step.turn[0] <= min(sights)
 
-    def withheld(self, step: ToolStep) -> bool:
-        """(9) ``grounding.luck``: calls of an ungrounded success earn no reward."""
-        lucky = self.success[step.row] and self.a[step.row] > 0 and self.grounded(step.row) is False
-        return self.cfg.grounding.luck and lucky and self.takes_part(step)
+    def withheld(self, row: int) -> bool:
+        """(9) ``grounding.luck``: a success that is known to have found nothing earns no reward. One without calls has
+        found nothing where a sibling's call tells that an answer can be recognised."""
+        silent = all(step.row != row for step in self.steps)
+        told = any(step.seen is not None for step in self.steps if self.index[step.row] == self.index[row])
+        lucky = self.grounded(row) is False or (silent and told)
+        return self.cfg.grounding.luck and self.success[row] and self.a[row] > 0 and lucky
 
     def judge(self, failing: ToolStep, outcome: Outcome, witnesses: list[int]) -> None:
         """Parts 3 to 7, for one failing step."""
@@ -184,13 +187,12 @@ class Reference:
         result = [list(row) for row in self.base]
         spans = [(s.row, *s.span(self.cfg.token_scope), o) for s, o in zip(self.steps, outcomes, strict=True)]
         for i, row in enumerate(result):
+            unearned = self.withheld(i)
             for t, base in enumerate(row):
                 holding = [outcome for holder, start, end, outcome in spans if holder == i and start <= t < end]
-                if not holding or not self.mask[i][t]:
-                    continue
-                if base < 0:
+                if holding and base < 0 and self.mask[i][t]:
                     row[t] = self.lessened(base, holding)
-                elif all(outcome.withheld for outcome in holding):
+                elif unearned and base > 0 and self.mask[i][t]:
                     row[t] = 0.0
         return torch.tensor(result, dtype=self._dtype)
 

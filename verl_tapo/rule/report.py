@@ -104,6 +104,7 @@ class CreditReport:
         self._batch = batch._replace(policy=batch.policy[:0])
         self._role, self._gate, self._match = role, gate, match
         self._alpha, self._transfer = alpha, transfer
+        # (S,), and (T,)
         self._forgiven, self._withheld = forgiven, withheld
         self._steps: list[StepCredit] | None = None
         self.changed_tokens = changed_tokens
@@ -113,6 +114,11 @@ class CreditReport:
     def advantage_of_row(self) -> FloatArray:
         """(B,) ``a`` of each row's trajectory."""
         return self._batch.advantage[self._batch.rollout_of_row]
+
+    @property
+    def withheld_of_row(self) -> BoolArray:
+        """(B,) whether each row's trajectory earns no reward: ``grounding.luck``."""
+        return self._withheld[self._batch.rollout_of_row]
 
     @property
     def steps(self) -> list[StepCredit]:
@@ -134,7 +140,7 @@ class CreditReport:
                     self._transfer.tolist(),
                     self._match.witness.tolist(),
                     self._forgiven.tolist(),
-                    self._withheld.tolist(),
+                    self._withheld[self._batch.holder].tolist(),
                     strict=True,
                 )
             ]
@@ -169,7 +175,6 @@ class CreditReport:
             self._transfer,
             lucky,
             self._forgiven,
-            self._withheld,
         )
 
     def _counts(self) -> dict[str, float]:
@@ -180,7 +185,12 @@ class CreditReport:
         misassigned[batch.holder[self.facts.matched]] = True
         corrected[batch.holder[self.facts.corrected]] = True
         rollouts = RolloutFacts(
-            batch.group[real], batch.success[real], batch.advantage[real], misassigned[real], corrected[real]
+            batch.group[real],
+            batch.success[real],
+            batch.advantage[real],
+            misassigned[real],
+            corrected[real],
+            self._withheld[real],
         )
         return {
             **figures.counts_of(self.facts),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,36 +23,7 @@ def correct_tokens(advantages: TokenArray, batch: Batch, transfer: FloatArray, c
     Returns:
         The number of tokens corrected.
     """
-
-    def corrected(old: TokenArray, amount: TokenArray) -> TokenArray:
-        amount += old
-        if cfg.clip:
-            return np.minimum(amount, 0, out=amount)
-        amount[np.isinf(amount)] = 0
-        return amount
-
-    return _change(advantages, batch, transfer, cfg, np.less, corrected)
-
-
-def withhold_rewards(advantages: TokenArray, batch: Batch, withheld: BoolArray, cfg: TapoConfig) -> int:
-    """Part 9: makes the positive advantages, (B, L), of such steps' policy tokens 0, in place.
-
-    Returns:
-        The number of tokens changed.
-    """
-    return _change(advantages, batch, withheld.astype(np.float64), cfg, np.greater, lambda old, _: np.zeros_like(old))
-
-
-def _change(
-    advantages: TokenArray,
-    batch: Batch,
-    amount_of_step: FloatArray,
-    cfg: TapoConfig,
-    concerns: Callable[[TokenArray, float], BoolArray],
-    changed: Callable[[TokenArray, TokenArray], TokenArray],
-) -> int:
-    """Changes the advantages that it concerns, by their sign, on policy tokens of steps with a positive amount."""
-    rows, spans, amount = _segments(batch.steps, amount_of_step, cfg)
+    rows, spans, amount = _segments(batch.steps, transfer, cfg)
     if not len(rows):
         return 0
     width = advantages.shape[1]
@@ -65,8 +35,13 @@ def _change(
     def change(first: int, last: int) -> int:
         where = span_positions(starts[first:last], lengths[first:last])
         old = values.take(where)
-        concerned = concerns(old, 0) & (policy.take(where) != 0)
-        new = changed(old, np.repeat(amount[first:last], lengths[first:last]))
+        concerned = (old < 0) & (policy.take(where) != 0)
+        new = np.repeat(amount[first:last], lengths[first:last])
+        new += old
+        if cfg.clip:
+            np.minimum(new, 0, out=new)
+        else:
+            new[np.isinf(new)] = 0
         values[where] = np.where(concerned, new, old)
         return int(np.count_nonzero(concerned))
 
@@ -74,6 +49,20 @@ def _change(
     blocks = np.flatnonzero(np.diff(lengths.cumsum() // _TOKEN_BLOCK, prepend=-1)).tolist()
     with ThreadPoolExecutor(thread_count(len(blocks))) as pool:
         return sum(pool.map(change, blocks, [*blocks[1:], len(rows)]))
+
+
+def withhold_rewards(advantages: TokenArray, batch: Batch, withheld: BoolArray) -> int:
+    """Part 9: makes the positive advantages, (B, L), of such rollouts' policy tokens 0, in place; ``withheld`` is (T,).
+
+    Returns:
+        The number of tokens changed.
+    """
+    changed = 0
+    for row in np.flatnonzero(withheld[batch.rollout_of_row]).tolist():
+        unearned = (advantages[row] > 0) & (batch.policy[row] != 0)
+        advantages[row][unearned] = 0
+        changed += int(np.count_nonzero(unearned))
+    return changed
 
 
 def _segments(steps: StepColumns, transfer: FloatArray, cfg: TapoConfig) -> tuple[IntArray, IntArray, FloatArray]:
