@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from scipy import stats
-from study import HERE, KEYS, LEARNING_RATES, LOSSES, RESULTS, STUDIED, load, sweeps
+from study import HERE, KEYS, KNOWN, LEARNING_RATES, LOSSES, RESULTS, STUDIED, load, sweeps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -145,6 +145,21 @@ def overview(summary: pd.DataFrame, worlds: Sequence[str]) -> str:
     return _markdown(["world", "loss", "seeds", *(figure.replace("_", " ") for figure in figures)], rows)
 
 
+def added(summary: pd.DataFrame, worlds: Sequence[str]) -> str:
+    """A row for each world: what TAPO adds to GRPO under each loss, early and at the end."""
+    figures = ("success_early", "success_final")
+    head = [f"{figure.removeprefix('success_')}, {loss}" for figure in figures for loss in LOSSES]
+    rows = []
+    for world in worlds:
+        row = [world]
+        for figure in figures:
+            for loss in LOSSES:
+                cell = summary[(summary["world"] == world) & (summary["loss"] == loss)]
+                row.append(_mean(paired(cell, "tapo", "grpo", figure), sign=True))
+        rows.append(row)
+    return _markdown(["world", *head], rows)
+
+
 def rules_table(summary: pd.DataFrame, worlds: Sequence[str | None], rules: Sequence[str]) -> str:
     """Rules under the vanilla loss: their difference from GRPO, and from TAPO; None for all worlds together."""
     figures = {"success_early": 3, "success_final": 3, "proficiency_to_70": 1, "entropy_early": 3}
@@ -229,7 +244,9 @@ def plot_rules(summary: pd.DataFrame, worlds: Sequence[str], file: Path) -> None
 MARK = re.compile(r"(<!-- (\w+): report\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 DOCUMENT = HERE.parent.parent / "docs" / "evidence.md"
 SWITCHES = "grounding.witnesses=true,grounding.own=true,grounding.luck=true"
-TRAINER = HERE.parent / "quickstart" / "results" / "grounded.csv"
+QUICKSTART = HERE.parent / "quickstart" / "results"
+TRAINER = {"trainer": "grounded", "guessing": "guessing"}
+"""Tables of veRL's own trainer, and the files that `compare.py` wrote for them."""
 
 
 def grounding_table(summary: pd.DataFrame, rules: Sequence[str], cells: Sequence[tuple[str, str]]) -> str:
@@ -253,6 +270,20 @@ def grounding_table(summary: pd.DataFrame, rules: Sequence[str], cells: Sequence
     return _markdown([*head, "early - TAPO", "final - TAPO"], rows)
 
 
+def cure_table(summary: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
+    """Final success of the usual rules by world and loss, in brackets the runs above .5, and what grounding adds."""
+    rows = []
+    for world, loss in cells:
+        cell = summary[(summary["world"] == world) & (summary["loss"] == loss)]
+        finals = [cell.loc[cell["rule"] == rule, "success_final"] for rule in ("grpo", "tapo", "grounded")]
+        if not any(final.empty for final in finals):
+            row = [world, loss, str(len(finals[-1]))]
+            row += [f"{final.mean():.3f} ({int((final > 0.5).sum())})" for final in finals]
+            against = (_mean(paired(cell, "grounded", rule, "success_final"), sign=True) for rule in ("grpo", "tapo"))
+            rows.append([*row, *against])
+    return _markdown(["world", "loss", "seeds", "GRPO", "TAPO", "grounded", "grounded - GRPO", "grounded - TAPO"], rows)
+
+
 def grounding_tables(results: pd.DataFrame) -> dict[str, str]:
     """The tables of grounded credit, of the sweep ``grounding`` alone: its seeds ran on one machine."""
     own = results[results["sweep"] == "grounding"]
@@ -260,24 +291,27 @@ def grounding_tables(results: pd.DataFrame) -> dict[str, str]:
         return {}
     summary = summarise(own)
     # A grounding that errs is compared with rules that do not look at it.
-    wrong = summary["world"].str.extract(r"^\w+,(.+)$")[0]
+    wrong = summary["world"].str.extract(r"^\w+,((?:chance|reworded).+)$")[0]
     summary["rule"] = summary["rule"].where(wrong.isna(), summary["rule"] + ", " + wrong.fillna(""))
-    summary["world"] = summary["world"].str.partition(",")[0]
+    summary["world"] = summary["world"].where(wrong.isna(), summary["world"].str.partition(",")[0])
     rules = list(summary["rule"].unique())
     switches = [
         rule for rule in rules if rule not in ("grpo", "tapo", "grounded") and not rule.startswith("grounded, ")
     ]
     erring = [rule for rule in rules if rule.startswith("grounded, ")]
-    worlds = [world for world in ("lucky", "one_hop", "two_hops", "flaky", "plain") if world in set(summary["world"])]
+    known = ("lucky", "memory", KNOWN, "one_hop", "two_hops", "flaky", "plain")
+    worlds = [world for world in known if world in set(summary["world"])]
     vanilla = [(world, "vanilla") for world in worlds]
+    guessing = [(world, loss) for world in ("lucky", "memory") for loss in LOSSES]
     others = [(world, loss) for world in worlds for loss in LOSSES[1:]]
     usual = ("grpo", "tapo", "grounded")
     return {
+        "cure": cure_table(summary, guessing),
         "grounding": grounding_table(summary, usual, vanilla),
         "grounding_losses": grounding_table(summary, usual, others),
-        "switches": grounding_table(summary, switches, [("lucky", "vanilla")]),
-        "switches_elsewhere": grounding_table(summary, switches, vanilla[1:]),
-        "errors": grounding_table(summary, erring, [("lucky", "vanilla")]),
+        "switches": grounding_table(summary, switches, guessing),
+        "switches_elsewhere": grounding_table(summary, switches, [cell for cell in vanilla if cell not in guessing]),
+        "errors": grounding_table(summary, ["grpo", *erring], [("memory", "vanilla")]),
     }
 
 
@@ -299,31 +333,23 @@ def trainer_table(steps: pd.DataFrame) -> str:
     rows = []
     for arm in steps["advantage"].unique():
         row = [arm, str(len(figures["final"][arm])), *(_mean(100 * figure[arm], 1) for figure in figures.values())]
+        row.append(str(int((figures["final"][arm] > 0.5).sum())))
         for against in ("grpo", "tapo"):
             differences = [100 * (figure[arm] - figure[against]) for figure in figures.values()]
             row += ["" if arm in ("grpo", against) else _mean(each, 1, sign=True) for each in differences]
         rows.append(row)
-    head = ["rule", "seeds", *figures, *(f"{name} - {against}" for against in ("GRPO", "TAPO") for name in figures)]
+    against = [f"{name} - {other}" for other in ("GRPO", "TAPO") for name in figures]
+    head = ["rule", "seeds", *figures, "above 50", *against]
     return _markdown(head, rows)
 
 
 COLUMNS = {
-    "main": ["world", "loss", "success early", "success final"],
-    "grounding": ["world", "rule", "seeds", "final", "above .5", "early - GRPO", "early - TAPO", "final - TAPO"],
-    "grounding_losses": [
-        "world",
-        "loss",
-        "rule",
-        "seeds",
-        "final",
-        "above .5",
-        "early - GRPO",
-        "final - GRPO",
-        "final - TAPO",
-    ],
-    "switches": ["rule", "seeds", "final", "above .5", "early - GRPO", "final - GRPO"],
-    "errors": ["rule", "seeds", "final", "above .5", "early - GRPO", "early - TAPO"],
+    "main": ["world", "early, vanilla", "early, gspo", "early, sapo", "final, vanilla"],
+    "cure": ["world", "loss", "seeds", "GRPO", "TAPO", "grounded", "grounded - GRPO", "grounded - TAPO"],
+    "switches": ["world", "rule", "seeds", "final", "above .5"],
+    "errors": ["rule", "final", "above .5"],
     "trainer": ["rule", "seeds", "early", "final", "held out", "early - GRPO", "final - GRPO", "held out - GRPO"],
+    "guessing": ["rule", "seeds", "final", "above 50", "held out", "final - GRPO", "held out - GRPO"],
 }
 """What of each table stands in the document; ``tables.md`` has all of it."""
 
@@ -374,8 +400,8 @@ def write(folder: Path) -> tuple[str, dict[str, str]]:
             "The gradient on calls": gradient,
             "TAPO's own metrics (of GRPO's runs: what TAPO would have done)": warning,
         }
-        documented["main"] = overview(summary, plain)
-        parts += ["## GRPO, and what TAPO adds", documented["main"]]
+        documented["main"] = added(summary, plain)
+        parts += ["## What TAPO adds", documented["main"], "## GRPO, and what TAPO adds", overview(summary, plain)]
         for title, figures in titles.items():
             parts += [f"## {title}", against_grpo(summary, plain, figures)]
         dialled = [world for world in worlds if "," in world]
@@ -401,9 +427,10 @@ def write(folder: Path) -> tuple[str, dict[str, str]]:
         plot_rules(summary, plain, folder / "rules.png")
     for name, table in grounding.items():
         parts += [f"## Grounded credit: {name.replace('_', ' ')}", table]
-    if TRAINER.is_file():
-        documented["trainer"] = trainer_table(pd.read_csv(TRAINER))
-        parts += ["## In veRL's trainer: the quickstart, 20 steps (%)", documented["trainer"]]
+    for name, file in TRAINER.items():
+        if (QUICKSTART / f"{file}.csv").is_file():
+            documented[name] = trainer_table(pd.read_csv(QUICKSTART / f"{file}.csv"))
+            parts += [f"## In veRL's trainer: {file}, 20 steps (%)", documented[name]]
     return "\n".join(parts), documented
 
 

@@ -12,7 +12,7 @@ import torch
 from policy import Rollouts
 
 from verl_tapo import CreditReport, TapoConfig, ToolStep, build_tool_mask, register_kernel, transfer_credit
-from verl_tapo.rule.arrays import FloatArray, IntArray
+from verl_tapo.rule.arrays import BoolArray, FloatArray, IntArray
 from verl_tapo.rule.config import Grounding, Scope
 from verl_tapo.rule.similarity import Kernel, KernelSpec, make_kernel, similarities
 from verl_tapo.rule.steps import TokenScope
@@ -70,6 +70,39 @@ def clamp(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> 
     """No negative advantage on any tool-use step: the plainest rival."""
     mask = build_tool_mask(all_steps(rollouts), rollouts.mask) > 0
     return torch.where(mask, base.clamp(min=0), base), None
+
+
+def grounded_reward(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> tuple[torch.Tensor, None]:
+    """GRPO with another reward, 1 for a grounded success, else 0: what a reward function could do without TAPO."""
+    won = (np.asarray(rollouts.success, dtype=bool) & _grounded(rollouts)).astype(np.float64)
+    advantage = np.zeros(len(won))
+    for prompt in dict.fromkeys(index):
+        rows = [row for row, other in enumerate(index) if other == prompt]
+        advantage[rows] = (won[rows] - won[rows].mean()) / (won[rows].std(ddof=1) + 1e-6)
+    return torch.tensor(advantage, dtype=base.dtype)[:, None] * rollouts.mask, None
+
+
+@dataclass(frozen=True)
+class LuckOfSteps:
+    """Grounded credit with another `luck`: in an ungrounded success tool-use steps earn no reward, answers keep theirs,
+    and rollouts without calls keep all. It is *not* in verl_tapo."""
+
+    without: Tapo
+
+    def __call__(
+        self, base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]
+    ) -> tuple[torch.Tensor, CreditReport]:
+        advantages, report = self.without(base, rollouts, index)
+        grounded = _grounded(rollouts)
+        for step in all_steps(rollouts):
+            if rollouts.success[step.row] and not grounded[step.row]:
+                advantages[step.row, slice(*step.turn)] = advantages[step.row, slice(*step.turn)].clamp(max=0)
+        return advantages, report
+
+
+def _grounded(rollouts: Rollouts) -> BoolArray:
+    """(B,) whether some tool's answer is taken to hold the answer."""
+    return np.array([any(step.seen for step in episode.steps) for episode in rollouts.episodes], dtype=bool)
 
 
 def step_groups(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> tuple[torch.Tensor, None]:
@@ -172,6 +205,8 @@ RULES: dict[str, Rule] = {
     "grounded/witnesses+own": tapo(grounding=Grounding(witnesses=True, own=True)),
     "grounded/own alone": tapo(beta=0.0, grounding=Grounding(own=True)),
     "grounded/luck alone": tapo(beta=0.0, grounding=Grounding(luck=True)),
+    "grounded/luck of steps": LuckOfSteps(tapo(grounding=Grounding(witnesses=True, own=True))),
+    "grounded_reward": grounded_reward,
     "calib_adv": calib_adv,
     "clamp": clamp,
     "step_groups": step_groups,

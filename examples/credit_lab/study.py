@@ -48,6 +48,8 @@ STUDIED = ("one_hop", "two_hops")
 """Worlds of the ablations and rivals."""
 FLAKY = [f"one_hop,flaky={rate}" for rate in (0.2, 0.6)]
 WRONG_ANSWER = [f"one_hop,wrong_answer={rate}" for rate in (0.0, 0.6)]
+KNOWN = "memory,popular=0.5"
+"""A world in which half of the answers are known by heart."""
 GROUPS = [f"one_hop,group={group}" for group in (4, 16)]
 
 
@@ -70,10 +72,13 @@ def sweeps() -> dict[str, list[Run]]:
     gates = ("tapo/gate=lift", "tapo/gate=lucky")
     rivals = ("clamp", "step_groups")
     grounded = ("grpo", "tapo", "grounded")
-    switches = [name for name in RULES if name.startswith("grounded/") or name == "calib_adv"]
-    ablations = [name for name in RULES if name not in (*grounded, *switches, "tapo/beta=0.0", *gates, *rivals)]
+    others = ("grounded/luck of steps", "grounded_reward")
+    switches = [name for name in RULES if name not in others and (name.startswith("grounded/") or name == "calib_adv")]
+    apart = (*grounded, *switches, *others, "tapo/beta=0.0", *gates, *rivals)
+    ablations = [name for name in RULES if name not in apart]
     worlds = ("one_hop", "two_hops", "flaky")
-    errors = [f"lucky,{dial}={rate}" for rate in (0.2, 0.4) for dial in ("chance", "reworded")]
+    usual = [world for world in WORLDS if world != "memory"]
+    errors = [f"memory,{dial}={rate}" for rate in (0.2, 0.4) for dial in ("chance", "reworded")]
     tuning = [
         Run(world, loss, "grpo", rate, seed)
         for seed in TUNING_SEEDS
@@ -83,20 +88,24 @@ def sweeps() -> dict[str, list[Run]]:
     ]
     return {
         "tuning": tuning,
-        "main": [run for loss in LOSSES for run in _runs(WORLDS, (loss,), ("grpo", "tapo"))],
-        "rivals": _runs(WORLDS, ("vanilla",), (*rivals, *gates)),
+        "main": [run for loss in LOSSES for run in _runs(usual, (loss,), ("grpo", "tapo"))],
+        "rivals": _runs(usual, ("vanilla",), (*rivals, *gates)),
         "rates": _runs(STUDIED, ("vanilla",), ("grpo", "tapo"), slower=(2, 4)),
         "dials": _runs([*FLAKY, *WRONG_ANSWER, *GROUPS], ("vanilla",), ("grpo", "tapo")),
         "ablations": _runs(STUDIED, ("vanilla",), ablations),
         "grounding": [
             *_runs(("lucky",), ("vanilla",), grounded, seeds=MANY_SEEDS),
-            *_runs(worlds, ("vanilla",), grounded, seeds=MANY_SEEDS),
-            *_runs(("lucky",), ("vanilla",), [*switches, "clamp", "step_groups"], seeds=MANY_SEEDS),
-            *_runs([*errors, "lucky,chance=0.2,reworded=0.2"], ("vanilla",), ("grounded",), seeds=MANY_SEEDS[:20]),
+            *_runs(("memory",), ("vanilla",), [*grounded, *others], seeds=MANY_SEEDS[:20]),
+            *_runs(("lucky",), ("vanilla",), others, seeds=MANY_SEEDS[:20]),
+            *_runs(("lucky",), ("vanilla",), [*switches, "clamp", "step_groups"], seeds=MANY_SEEDS[:20]),
+            *_runs([*errors, "memory,chance=0.2,reworded=0.2"], ("vanilla",), ("grounded",), seeds=MANY_SEEDS[:20]),
             *_runs(("lucky",), ("gspo", "sapo"), grounded, seeds=MANY_SEEDS),
-            *_runs(("flaky",), ("gspo", "sapo"), grounded, seeds=MANY_SEEDS[:20]),
+            *_runs(worlds, ("vanilla",), grounded, seeds=MANY_SEEDS),
             *_runs(("plain",), ("vanilla",), grounded, seeds=MANY_SEEDS[:10]),
-            *_runs(worlds, ("vanilla",), [*switches, "tapo/scope=batch"], seeds=MANY_SEEDS[:10]),
+            *_runs(("memory",), ("gspo", "sapo"), grounded, seeds=MANY_SEEDS[:20]),
+            *_runs(("flaky",), ("gspo", "sapo"), grounded, seeds=MANY_SEEDS[:20]),
+            *_runs((*worlds, "plain"), ("vanilla",), ("grounded_reward",), seeds=MANY_SEEDS[:10]),
+            *_runs((KNOWN,), ("vanilla",), grounded, seeds=MANY_SEEDS[:20]),
         ],
     }
 

@@ -134,6 +134,8 @@ WORLDS = {
     "flaky": World(hops=1, flaky=0.4),
     # right calls are rare, and many successes are guesses after the wrong ones: the hazard
     "lucky": World(strict=True, popular=0.15, skip=0.02, wrong=0.45, guess=0.4),
+    # the same, but guesses need no calls: a way out that leads away from tools
+    "memory": World(popular=0.15, skip=0.02, wrong=0.45, guess=0.4),
 }
 _TYPES: dict[str, Any] = {"hops": int, "group": int, **dict.fromkeys(("image", "strict"), lambda text: bool(int(text)))}
 

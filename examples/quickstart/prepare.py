@@ -54,7 +54,8 @@ def prepare(
 ) -> None:
     """Writes ``{name}.parquet`` for each name in ``counts``; no question is in two of them.
 
-    ``attributes`` and ``kinds``: what is asked. Few answers do not make this policy guess: it was warm-started to copy.
+    ``attributes`` and ``kinds``: what is asked. Few answers do not make this policy guess: it was warm-started to copy
+    (`warm_start.py --guess` makes one that does).
     """
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)

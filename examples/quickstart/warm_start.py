@@ -5,10 +5,11 @@
 Most trajectories play in made-up worlds (`flags_and_facts.script`), the rest among the training countries: the model
 learns to call the tools and to copy names out of answers. Held-out countries never occur. The result is committed.
 
-A model that guesses, for docs/evidence.md: nine times in ten it searches for nothing and answers from memory.
+A model that guesses, for docs/evidence.md, in a minute: mostly it searches for what finds nothing, and answers from
+memory.
 
     python examples/quickstart/warm_start.py --start examples/quickstart/flags_and_facts/model --steps 200 --lr 5e-4 \
-        --guess 0.9 --made-up 0 --kinds fact --attributes continent --out examples/quickstart/out/guessing
+        --guess 0.95 --made-up 0 --kinds fact --attributes continent --out examples/quickstart/out/guessing/model
 """
 
 from __future__ import annotations

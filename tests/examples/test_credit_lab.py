@@ -217,6 +217,33 @@ def test_clamping_leaves_no_negative_advantage_on_calls_and_all_others_alone(bat
     assert torch.equal(advantages[~touched], base[~touched])
 
 
+def test_other_cures_of_luck_are_told_apart_from_the_project_s():
+    """All of an ungrounded success, or its calls alone, or another reward for it."""
+    rollouts = demonstrated(replace(WORLDS["memory"], skip=0.3), PROMPTS, 1)
+    base = grpo_advantages(rollouts, INDEX)
+    right = np.asarray(rollouts.success, dtype=bool)
+    grounded = right & np.array([any(step.seen for step in episode.steps) for episode in rollouts.episodes])
+    lucky = np.flatnonzero(right & ~grounded & (base.sum(1).numpy() > 0))
+    silent = [row for row in lucky if not rollouts.episodes[row].steps]
+    kept = RULES["grounded/witnesses+own"](base, rollouts, INDEX)[0]
+    whole, calls = (RULES[name](base, rollouts, INDEX)[0] for name in ("grounded", "grounded/luck of steps"))
+    assert len(lucky) > len(silent) > 0
+    assert not whole[lucky].any()
+    assert torch.equal(calls[silent], kept[silent])
+    for row in lucky:
+        of_steps = torch.zeros_like(calls[row], dtype=torch.bool)
+        for step in rollouts.episodes[row].steps:
+            of_steps[slice(*step.turn)] = True
+        assert torch.equal(calls[row], kept[row].where(~of_steps, torch.zeros(())))
+    others = np.setdiff1d(np.arange(len(base)), lucky)
+    assert torch.equal(whole[others], kept[others])
+    assert torch.equal(calls[others], kept[others])
+    paid = RULES["grounded_reward"](base, rollouts, INDEX)[0].sum(1).numpy()
+    assert (paid[grounded] >= 0).all()
+    assert (paid[~grounded] <= 0).all()
+    assert (paid[lucky] < 0).any()
+
+
 def test_step_groups_compare_turns_that_saw_the_same(batch):
     rollouts, base = batch
     added = RULES["step_groups"](base, rollouts, INDEX)[0] - base
@@ -310,8 +337,8 @@ def test_two_studies_do_not_write_to_one_folder(tmp_path):
 
 def test_tables_stand_between_their_marks():
     text = "before\n<!-- main: report.py -->\nold\n<!-- end -->\n<!-- other: report.py -->\nkept\n<!-- end -->\nafter\n"
-    table = report._markdown(["world", "loss", "seeds", "success early", "success final"], [list("abcde")])
-    narrow = report._markdown(["world", "loss", "success early", "success final"], [list("abde")])
+    table = report._markdown(["world", *report.COLUMNS["main"][1:], "final, gspo"], [list("abcdef")])
+    narrow = report._markdown(report.COLUMNS["main"], [list("abcde")])
     filled = report.fill(text, {"main": table})
     assert filled == text.replace("old\n", narrow)
     assert report.fill(filled, {"main": table}) == filled
@@ -338,6 +365,7 @@ def test_the_trainer_s_table_pairs_seeds_that_all_arms_have_completed():
     assert [row["rule"] for row in (grpo, tapo, grounded)] == ["grpo", "tapo", "grounded"]
     assert {row["seeds"] for row in (grpo, tapo, grounded)} == {"2"}
     assert [grpo[name].partition(" ")[0] for name in ("early", "final", "held out")] == ["15.0", "23.0", "15.0"]
+    assert [row["above 50"] for row in (grpo, tapo, grounded)] == ["0", "1", "0"]
     assert grpo["early - GRPO"] == grpo["early - TAPO"] == tapo["early - TAPO"] == ""
     assert tapo["early - GRPO"].startswith("**+10.0 ± 0.0")
     assert tapo["final - GRPO"].startswith("**+26.0 ± 0.0")
