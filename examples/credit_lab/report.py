@@ -99,6 +99,11 @@ def _first(curve: np.ndarray, level: float) -> float:
     return float(step if step == 0 else step - (curve[step] - level) / (curve[step] - curve[step - 1]))
 
 
+def _cell(summary: pd.DataFrame, world: str, loss: str) -> pd.DataFrame:
+    """The runs in a world under a loss."""
+    return summary[(summary["world"] == world) & (summary["loss"] == loss)]
+
+
 def paired(summary: pd.DataFrame, rule: str, against: str, figure: str) -> np.ndarray:
     """Differences of a figure between two rules under one loss, by world and seed."""
     columns = summary.pivot(index=["world", "seed"], columns="rule", values=figure)
@@ -117,7 +122,7 @@ def against_grpo(summary: pd.DataFrame, worlds: Sequence[str], figures: dict[str
     rows = []
     for world in worlds:
         for loss in LOSSES:
-            cell = summary[(summary["world"] == world) & (summary["loss"] == loss)]
+            cell = _cell(summary, world, loss)
             pairs = len(paired(cell, "tapo", "grpo", "success_final"))
             for figure, digits in figures.items() if pairs else ():
                 values = [cell.loc[cell["rule"] == rule, figure].to_numpy() for rule in ("grpo", "tapo")]
@@ -134,7 +139,7 @@ def overview(summary: pd.DataFrame, worlds: Sequence[str]) -> str:
     rows = []
     for world in worlds:
         for loss in LOSSES:
-            cell = summary[(summary["world"] == world) & (summary["loss"] == loss)]
+            cell = _cell(summary, world, loss)
             pairs = len(paired(cell, "tapo", "grpo", "success_final"))
             if pairs:
                 row = [world, loss, str(pairs)]
@@ -154,7 +159,7 @@ def added(summary: pd.DataFrame, worlds: Sequence[str]) -> str:
         row = [world]
         for figure in figures:
             for loss in LOSSES:
-                cell = summary[(summary["world"] == world) & (summary["loss"] == loss)]
+                cell = _cell(summary, world, loss)
                 row.append(_mean(paired(cell, "tapo", "grpo", figure), sign=True))
         rows.append(row)
     return _markdown(["world", *head], rows)
@@ -253,7 +258,7 @@ def grounding_table(summary: pd.DataFrame, rules: Sequence[str], cells: Sequence
     """Rules by world and loss: success, and its paired difference from GRPO and from TAPO."""
     rows = []
     for world, loss in cells:
-        cell = summary[(summary["world"] == world) & (summary["loss"] == loss)]
+        cell = _cell(summary, world, loss)
         for rule in rules:
             final = cell.loc[cell["rule"] == rule, "success_final"]
             if final.empty:
@@ -274,7 +279,7 @@ def cure_table(summary: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
     """Final success of the usual rules by world and loss, in brackets the runs above .5, and what grounding adds."""
     rows = []
     for world, loss in cells:
-        cell = summary[(summary["world"] == world) & (summary["loss"] == loss)]
+        cell = _cell(summary, world, loss)
         finals = [cell.loc[cell["rule"] == rule, "success_final"] for rule in ("grpo", "tapo", "grounded")]
         if not any(final.empty for final in finals):
             row = [world, loss, str(len(finals[-1]))]

@@ -96,7 +96,7 @@ class LuckOfSteps:
         grounded = _grounded(rollouts)
         for step in all_steps(rollouts):
             if rollouts.success[step.row] and not grounded[step.row]:
-                advantages[step.row, slice(*step.turn)] = advantages[step.row, slice(*step.turn)].clamp(max=0)
+                advantages[step.row, slice(*step.turn)].clamp_(max=0)
         return advantages, report
 
 

@@ -75,9 +75,10 @@ def forgiven(batch: Batch, role: IntArray, cfg: TapoConfig) -> BoolArray:
 
 def withheld(batch: Batch, cfg: TapoConfig) -> BoolArray:
     """(T,) the successes that earn no reward, because they are known to have found nothing (``grounding.luck``)."""
-    silent, told = np.ones(len(batch.group), dtype=bool), np.zeros(len(batch.group), dtype=bool)
+    rollouts = len(batch.group)
     if not cfg.grounding.luck:
-        return told
+        return np.zeros(rollouts, dtype=bool)
+    silent, told = np.ones(rollouts, dtype=bool), np.zeros(rollouts, dtype=bool)
     silent[batch.holder] = False
     # By prompt group, which is numbered from 0 to less than T.
     told[batch.group[batch.holder[batch.steps.seen != UNKNOWN]]] = True
