@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from policy import Rollouts
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
 from verl_tapo import CreditReport, TapoConfig, ToolStep, build_tool_mask, register_kernel, transfer_credit
-from verl_tapo.rule.arrays import BoolArray, FloatArray, IntArray
+from verl_tapo.rule.arrays import BoolArray, FloatArray, IntArray, numbered
 from verl_tapo.rule.config import Grounding, Scope
+from verl_tapo.rule.grounding import earned, found_nothing
 from verl_tapo.rule.similarity import Kernel, KernelSpec, make_kernel, similarities
-from verl_tapo.rule.steps import TokenScope
+from verl_tapo.rule.steps import SIGHTS, TokenScope
 
 TOOLS: dict[str, dict[str, KernelSpec]] = {
     "image_search": {"image": "exact", "region": "iou"},
@@ -36,7 +39,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Tapo:
-    """`verl_tapo.transfer_credit`, with the gate against lucky witnesses that is under study."""
+    """verl_tapo's rule, with the gate against lucky witnesses that is under study."""
 
     config: TapoConfig
     gate: Literal["none", "lift", "lucky"] = "none"
@@ -51,6 +54,8 @@ class Tapo:
         steps = all_steps(rollouts)
         if self.whole:
             steps = [step._replace(arguments={"call": step.arguments}) for step in steps]
+        if self.config.grounding.luck:
+            base = _without_luck(rollouts, index)
         advantages, report = transfer_credit(base, rollouts.mask, index, rollouts.success, steps, self.config)
         if self.gate == "none":
             return advantages, report
@@ -59,6 +64,28 @@ class Tapo:
         # A turn makes one call at most here, so a failing step that is left out changes nothing else.
         kept = [step for step, group in zip(steps, lifts.of_step, strict=True) if group < 0 or not barred[group]]
         return transfer_credit(base, rollouts.mask, index, rollouts.success, kept, self.config)
+
+
+def grpo_advantages(rewards: npt.ArrayLike, rollouts: Rollouts, index: Sequence[Hashable]) -> torch.Tensor:
+    """(B, L) veRL's GRPO advantages; each of the B rewards is at the last token."""
+    of_tokens = torch.zeros_like(rollouts.mask)
+    of_tokens[:, -1] = torch.as_tensor(rewards)
+    return compute_grpo_outcome_advantage(of_tokens, rollouts.mask, np.asarray(index))[0]
+
+
+def _without_luck(rollouts: Rollouts, index: Sequence[Hashable]) -> torch.Tensor:
+    """Those of the rewards that ``grounding.luck`` leaves."""
+    success = np.asarray(rollouts.success, dtype=bool)
+    rewards = earned(success.astype(float), numbered(index)[1], success, _lucky(rollouts, index))
+    return grpo_advantages(rewards, rollouts, index)
+
+
+def _lucky(rollouts: Rollouts, index: Sequence[Hashable]) -> BoolArray:
+    """(B,) the successes that are known to have found nothing."""
+    steps = all_steps(rollouts)
+    holder = np.array([step.row for step in steps], dtype=np.int64)
+    seen = np.array([SIGHTS[step.seen] for step in steps], dtype=np.int64)
+    return np.asarray(rollouts.success, dtype=bool) & found_nothing(holder, seen, numbered(index)[1])
 
 
 def grpo(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> tuple[torch.Tensor, None]:
@@ -72,37 +99,24 @@ def clamp(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> 
     return torch.where(mask, base.clamp(min=0), base), None
 
 
-def grounded_reward(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> tuple[torch.Tensor, None]:
-    """GRPO with another reward, 1 for a grounded success, else 0: what a reward function could do without TAPO."""
-    won = (np.asarray(rollouts.success, dtype=bool) & _grounded(rollouts)).astype(np.float64)
-    advantage = np.zeros(len(won))
-    for prompt in dict.fromkeys(index):
-        rows = [row for row, other in enumerate(index) if other == prompt]
-        advantage[rows] = (won[rows] - won[rows].mean()) / (won[rows].std(ddof=1) + 1e-6)
-    return torch.tensor(advantage, dtype=base.dtype)[:, None] * rollouts.mask, None
-
-
 @dataclass(frozen=True)
-class LuckOfSteps:
-    """Grounded credit with another `luck`: in an ungrounded success tool-use steps earn no reward, answers keep theirs,
-    and rollouts without calls keep all. It is *not* in verl_tapo."""
+class LuckOfAdvantages:
+    """Grounded credit with another `luck`, which leaves rewards as they are: in a success that found nothing positive
+    advantages become 0. It is *not* in verl_tapo."""
 
     without: Tapo
+    all_tokens: bool = True
+    """False: those of tool-use steps alone, so that answers keep theirs, and rollouts without calls keep all."""
 
     def __call__(
         self, base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]
     ) -> tuple[torch.Tensor, CreditReport]:
         advantages, report = self.without(base, rollouts, index)
-        grounded = _grounded(rollouts)
-        for step in all_steps(rollouts):
-            if rollouts.success[step.row] and not grounded[step.row]:
-                advantages[step.row, slice(*step.turn)].clamp_(max=0)
+        for row in np.flatnonzero(_lucky(rollouts, index)):
+            spans = [(0, None)] if self.all_tokens else [step.turn for step in rollouts.episodes[row].steps]
+            for span in spans:
+                advantages[row, slice(*span)].clamp_(max=0)
         return advantages, report
-
-
-def _grounded(rollouts: Rollouts) -> BoolArray:
-    """(B,) whether some tool's answer is taken to hold the answer."""
-    return np.array([any(step.seen for step in episode.steps) for episode in rollouts.episodes], dtype=bool)
 
 
 def step_groups(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> tuple[torch.Tensor, None]:
@@ -175,6 +189,7 @@ def all_steps(rollouts: Rollouts) -> list[ToolStep]:
 
 _UNGROUNDED = Grounding()
 _GROUNDED = Grounding(witnesses=True, own=True, luck=True)
+_NO_LUCK = Grounding(witnesses=True, own=True)
 
 
 def tapo(
@@ -202,11 +217,11 @@ RULES: dict[str, Rule] = {
     "grounded/own": tapo(grounding=Grounding(own=True)),
     "grounded/luck": tapo(grounding=Grounding(luck=True)),
     "grounded/witnesses+luck": tapo(grounding=Grounding(witnesses=True, luck=True)),
-    "grounded/witnesses+own": tapo(grounding=Grounding(witnesses=True, own=True)),
+    "grounded/witnesses+own": tapo(grounding=_NO_LUCK),
     "grounded/own alone": tapo(beta=0.0, grounding=Grounding(own=True)),
     "grounded/luck alone": tapo(beta=0.0, grounding=Grounding(luck=True)),
-    "grounded/luck of steps": LuckOfSteps(tapo(grounding=Grounding(witnesses=True, own=True))),
-    "grounded_reward": grounded_reward,
+    "grounded/luck of advantages": LuckOfAdvantages(tapo(grounding=_NO_LUCK)),
+    "grounded/luck of steps": LuckOfAdvantages(tapo(grounding=_NO_LUCK), all_tokens=False),
     "calib_adv": calib_adv,
     "clamp": clamp,
     "step_groups": step_groups,

@@ -72,7 +72,7 @@ def sweeps() -> dict[str, list[Run]]:
     gates = ("tapo/gate=lift", "tapo/gate=lucky")
     rivals = ("clamp", "step_groups")
     grounded = ("grpo", "tapo", "grounded")
-    others = ("grounded/luck of steps", "grounded_reward")
+    others = ("grounded/luck of steps", "grounded/luck of advantages")
     switches = [name for name in RULES if name not in others and (name.startswith("grounded/") or name == "calib_adv")]
     apart = (*grounded, *switches, *others, "tapo/beta=0.0", *gates, *rivals)
     ablations = [name for name in RULES if name not in apart]
@@ -104,8 +104,7 @@ def sweeps() -> dict[str, list[Run]]:
             *_runs(("plain",), ("vanilla",), grounded, seeds=MANY_SEEDS[:10]),
             *_runs(("memory",), ("gspo", "sapo"), grounded, seeds=MANY_SEEDS[:20]),
             *_runs(("flaky",), ("gspo", "sapo"), grounded, seeds=MANY_SEEDS[:20]),
-            *_runs((*worlds, "plain"), ("vanilla",), ("grounded_reward",), seeds=MANY_SEEDS[:10]),
-            *_runs((KNOWN,), ("vanilla",), grounded, seeds=MANY_SEEDS[:20]),
+            *_runs((KNOWN,), ("vanilla",), (*grounded, others[1]), seeds=MANY_SEEDS[:20]),
         ],
     }
 

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import torch
 from policy import Policy, Rollouts, sample
-from rules import RULES, all_steps, identical_calls
+from rules import RULES, all_steps, grpo_advantages, identical_calls
 from safetensors.torch import load_file, save_file
-from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, get_policy_loss_fn
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from world import World, demonstrate, draw_prompts, world_of
 
@@ -151,7 +151,7 @@ def _steps(run: Run, warm_starts: Path) -> Iterator[dict[str, float]]:
             "entropy": float(rollouts.entropy.sum() / rollouts.mask.sum()),
             "calls": len(all_steps(rollouts)) / len(index),
         }
-        base = grpo_advantages(rollouts, index)
+        base = grpo_advantages(rollouts.success, rollouts, index)
         advantages, report = RULES[run.rule](base, rollouts, index)
         watched = (report or RULES["tapo"](base, rollouts, index)[1]).metrics()
         figures |= {name: watched.get(f"tapo/{name}", math.nan) for name in WATCHED}
@@ -161,13 +161,6 @@ def _steps(run: Run, warm_starts: Path) -> Iterator[dict[str, float]]:
         if step < run.steps:
             figures |= _update(policy, optimizer, rollouts, advantages, run.loss, generator)
         yield figures
-
-
-def grpo_advantages(rollouts: Rollouts, index: np.ndarray) -> torch.Tensor:
-    """(B, L) veRL's GRPO advantages; the reward is 1 for a success, at the last token."""
-    rewards = torch.zeros_like(rollouts.mask)
-    rewards[:, -1] = rollouts.success.float()
-    return compute_grpo_outcome_advantage(rewards, rollouts.mask, index)[0]
 
 
 def _outcomes(rollouts: Rollouts) -> dict[str, float]:

@@ -1027,8 +1027,9 @@ class TestGrounding:
         path = write_dump(tmp_path / "1.jsonl", [json.dumps(line(text, 1.0) | {"gts": gts, **more})])
         return audit(path).calls["seen"].tolist()
 
+    @pytest.mark.parametrize("luck", [False, True])
     @pytest.mark.parametrize("trainer", ["ray_trainer.RayPPOTrainer", "v1.trainer_base.PPOTrainer"])
-    def test_what_training_logs(self, tmp_path, qwen_like_tokenizer, trainer):
+    def test_what_training_logs(self, tmp_path, qwen_like_tokenizer, trainer, luck):
         """Of one batch: the metrics, the step's record, and the dump that veRL writes."""
         pytest.importorskip("verl.trainer.ppo.ray_trainer")
         rows = grounded_group(qwen_like_tokenizer)
@@ -1037,7 +1038,7 @@ class TestGrounding:
             data.batch["token_level_rewards"],
             data.batch["response_mask"],
             data.non_tensor_batch["uid"],
-            OmegaConf.create({"tapo": {"record_dir": str(tmp_path / "records")}}),
+            OmegaConf.create({"tapo": {"record_dir": str(tmp_path / "records"), "grounding": {"luck": luck}}}),
             non_tensor_batch=data.non_tensor_batch,
             batch=data.batch,
             adv_context={"metrics": metrics},
@@ -1054,7 +1055,13 @@ class TestGrounding:
             {"uid": [f"u0_{row}_0" for row in range(count)]}, str(tmp_path / "dump"), 1,
         )  # fmt: skip
         for folder in ("records", "dump"):
-            assert grounding_of(audit(tmp_path / folder).result) == pytest.approx(logged)
+            result = audit(tmp_path / folder, settings={"grounding": {"luck": luck}}).result
+            assert grounding_of(result) == pytest.approx(logged)
+            totals = result["totals"]
+            assert totals["withheld_trajectories"] / 6 == luck / 3
+            for name in ("misassigned_steps", "corrected_steps"):
+                assert totals[name] / totals["failing_steps"] == pytest.approx(metrics[f"tapo/{name}"])
+            assert totals["reference_advantage"] == pytest.approx(metrics["tapo/reference_advantage"])
 
     def test_of_one_rollout(self, tmp_path):
         page, other = "Luxembourg is a country.", "nothing of it"

@@ -19,8 +19,8 @@ import report
 import study
 import training
 from policy import Policy, Rollouts, sample
-from rules import RULES, TOOLS, all_steps, tapo
-from training import PROMPTS, Run, grpo_advantages, train, warm_start
+from rules import RULES, TOOLS, all_steps, grpo_advantages, tapo
+from training import PROMPTS, Run, train, warm_start
 from world import (
     END,
     ENTITY,
@@ -73,7 +73,7 @@ def demonstrated(world: World, prompts: int, seed: int) -> Rollouts:
 @pytest.fixture(scope="module")
 def batch():
     rollouts = demonstrated(WORLDS["one_hop"], PROMPTS, 0)
-    return rollouts, grpo_advantages(rollouts, INDEX)
+    return rollouts, grpo_advantages(rollouts.success, rollouts, INDEX)
 
 
 # the world
@@ -193,7 +193,7 @@ def test_the_product_never_corrects_more_than_the_minimum(batch):
 
 def test_gates_bar_lucky_witnesses_and_nothing_else():
     rollouts = demonstrated(WORLDS["lucky"], PROMPTS, 1)
-    base = grpo_advantages(rollouts, INDEX)
+    base = grpo_advantages(rollouts.success, rollouts, INDEX)
     open_, credit = RULES["tapo"](base, rollouts, INDEX)
     lifts = credit.lifts()
     for gate, barred in (("lucky", lifts.lucky), ("lift", lifts.lucky | lifts.universal)):
@@ -217,16 +217,17 @@ def test_clamping_leaves_no_negative_advantage_on_calls_and_all_others_alone(bat
     assert torch.equal(advantages[~touched], base[~touched])
 
 
-def test_other_cures_of_luck_are_told_apart_from_the_project_s():
-    """All of an ungrounded success, or its calls alone, or another reward for it."""
+def test_cures_of_luck_are_told_apart():
+    """The project's, of rewards before GRPO's advantages, and two of advantages: all, or those of calls alone."""
     rollouts = demonstrated(replace(WORLDS["memory"], skip=0.3), PROMPTS, 1)
-    base = grpo_advantages(rollouts, INDEX)
+    base = grpo_advantages(rollouts.success, rollouts, INDEX)
     right = np.asarray(rollouts.success, dtype=bool)
     grounded = right & np.array([any(step.seen for step in episode.steps) for episode in rollouts.episodes])
     lucky = np.flatnonzero(right & ~grounded & (base.sum(1).numpy() > 0))
     silent = [row for row in lucky if not rollouts.episodes[row].steps]
     kept = RULES["grounded/witnesses+own"](base, rollouts, INDEX)[0]
-    whole, calls = (RULES[name](base, rollouts, INDEX)[0] for name in ("grounded", "grounded/luck of steps"))
+    cures = ("grounded/luck of advantages", "grounded/luck of steps", "grounded/luck alone")
+    whole, calls, paid = (RULES[name](base, rollouts, INDEX)[0] for name in cures)
     assert len(lucky) > len(silent) > 0
     assert not whole[lucky].any()
     assert torch.equal(calls[silent], kept[silent])
@@ -238,10 +239,12 @@ def test_other_cures_of_luck_are_told_apart_from_the_project_s():
     others = np.setdiff1d(np.arange(len(base)), lucky)
     assert torch.equal(whole[others], kept[others])
     assert torch.equal(calls[others], kept[others])
-    paid = RULES["grounded_reward"](base, rollouts, INDEX)[0].sum(1).numpy()
-    assert (paid[grounded] >= 0).all()
-    assert (paid[~grounded] <= 0).all()
-    assert (paid[lucky] < 0).any()
+    assert torch.equal(paid, grpo_advantages(grounded, rollouts, INDEX))
+    assert (paid[lucky].sum(1) < 0).any()
+    # With TAPO on top it pays for calls of a lucky success that a grounded one made, too.
+    full = RULES["grounded"](base, rollouts, INDEX)[0]
+    assert (full >= paid).all()
+    assert (full[lucky] > paid[lucky]).any()
 
 
 def test_step_groups_compare_turns_that_saw_the_same(batch):

@@ -12,8 +12,11 @@ from slow_kernels import similarity
 
 from verl_tapo import TapoConfig, ToolStep, transfer_credit
 from verl_tapo.rule import matching
+from verl_tapo.rule.arrays import numbered
 from verl_tapo.rule.config import Grounding
+from verl_tapo.rule.grounding import earned, found_nothing
 from verl_tapo.rule.reference import Reference, call_similarity
+from verl_tapo.rule.steps import SIGHTS
 from verl_tapo.selftest.random_batches import TOOLS, random_batch, random_config
 
 SEEDS = st.integers(0, 1_000_000)
@@ -155,22 +158,45 @@ def test_what_cannot_be_told_changes_nothing(seed):
 def test_luck_takes_all_rewards_of_successes_that_found_nothing_and_nothing_else(seed):
     base, mask, index, success, steps = random_batch(seed)
     cfg = dataclasses.replace(random_config(seed), grounding=dataclasses.replace(ALL_SWITCHES, luck=False))
-    kept, _ = transfer_credit(base, mask, index, success, steps, cfg)
-    cfg = dataclasses.replace(cfg, grounding=ALL_SWITCHES)
-    result, report = transfer_credit(base, mask, index, success, steps, cfg)
+    luck = dataclasses.replace(cfg, grounding=ALL_SWITCHES)
+    result, report = transfer_credit(base, mask, index, success, steps, luck)
+    withheld = report.withheld_of_row
+    # Else it is as if they had failed.
+    failed = [won and not none for won, none in zip(success, withheld, strict=True)]
+    kept, _ = transfer_credit(base, mask, index, failed, steps, cfg)
     lowered = result != kept
     assert torch.equal(result[lowered], torch.zeros_like(result[lowered]))
     assert (kept[lowered] > 0).all()
-    withheld = report.withheld_of_row
-    for row, of_row in enumerate(base):
+    for row in range(len(base)):
         sights = [step.seen for step in steps if step.row == row]
         # One without calls has found nothing where a sibling's call tells that the answer can be recognised.
         told = any(step.seen is not None for step in steps if index[step.row] == index[row])
         found_nothing = all(seen is False for seen in sights) if sights else told
-        earned = float(of_row[mask[row] == 1].sum()) > 0
-        assert withheld[row] == (success[row] and earned and found_nothing)
+        assert withheld[row] == (success[row] and found_nothing)
         assert torch.equal(lowered[row], (kept[row] > 0) & (mask[row] == 1) & bool(withheld[row]))
     assert [credit.withheld for credit in report.steps] == [withheld[step.row] for step in steps]
+
+
+@given(SEEDS, st.sampled_from([(0.0, 1.0), (-1.0, 1.0), (0.1, 0.9)]), st.booleans())
+@laws
+def test_a_success_that_found_nothing_scores_as_its_group_s_failures(seed, scale, formats):
+    """Of the scores that the base estimator gets, against the loops."""
+    base, mask, index, success, steps = random_batch(seed)
+    parts = np.random.default_rng(seed).integers(0, 3, len(success)) / 10 if formats else np.zeros(len(success))
+    scores = np.array([scale[won] for won in success]) + parts
+    cfg = dataclasses.replace(random_config(seed), grounding=ALL_SWITCHES)
+    group = numbered(index)[1]
+    holder = np.array([step.row for step in steps], dtype=np.int64)
+    nothing = found_nothing(holder, np.array([SIGHTS[step.seen] for step in steps], dtype=np.int64), group)
+    result = earned(scores, group, np.array(success), nothing)
+    reference = Reference(base, mask, index, success, steps, cfg)
+    assert result == pytest.approx(reference.earned(scores.tolist()), abs=1e-12)
+    withheld = transfer_credit(base, mask, index, success, steps, cfg)[1].withheld_of_row
+    assert (result <= scores).all()
+    assert (result == scores)[~withheld].all()
+    for row in np.flatnonzero(withheld):
+        failures = scores[(group == group[row]) & ~np.array(success)]
+        assert result[row] <= (failures.max() if len(failures) else 0.0) + 1e-12
 
 
 @given(SEEDS)

@@ -40,6 +40,14 @@ GROUNDING_METRICS = {
 }
 """Of these."""
 
+_WON, _LOST = 5 / 6 / (1 / 6) ** 0.5, -1 / 6 / (1 / 6) ** 0.5
+GROUNDED_ADVANTAGES = [[_WON], [_LOST, 0.0], [_LOST], [_LOST, 0.0], [_LOST, 0.0], [_LOST]]
+"""The values on the policy tokens of each of these, with all three switches and ``alpha_min=1``.
+
+The lucky successes, with a call and without, fail, so that of six only the first is rewarded. Nothing is paid for a
+search that the first has made, too, nor for the one that found the answer.
+"""
+
 
 def log_probs_of(rollout, whole=False):
     """Log-probs of a rollout's tokens: -0.25 of calls and the end of their turn, -0.5 of thoughts, -2 of answers, and

@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rollouts import GROUNDING_METRICS, LUXEMBOURG, NLL_METRICS, grounded_group, log_probs_of, token_shares
+from rollouts import (
+    GROUNDED_ADVANTAGES,
+    GROUNDING_METRICS,
+    LUXEMBOURG,
+    NLL_METRICS,
+    grounded_group,
+    log_probs_of,
+    token_shares,
+)
 
 from verl_tapo.audit import audit
 from verl_tapo.records import TrajectoryRecord
@@ -269,6 +277,28 @@ def test_what_was_found_is_told_under_any_estimator(queue, make_trainer, qwen_li
     done = dict.fromkeys(("tapo/grounding/forgiven_steps", "tapo/grounding/withheld_trajectories"), 0.0)
     told = {key: value for key, value in metrics.items() if "grounding" in key}
     assert told == pytest.approx({**GROUNDING_METRICS, **(done if name == "tapo" else {})})
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_luck_lowers_rewards_before_the_base(queue, make_trainer, qwen_like_tokenizer, recorded):
+    """A lucky success of two outputs, its reward at the last one, and padding that copies the batch's first row."""
+    if PATCHED and not recorded:
+        pytest.skip("the patch does not hand over the data set's ground truth, see patches/README.md")
+    rows = grounded_group(qwen_like_tokenizer)
+    rows.insert(1, (rows[1][0], False, "u0"))
+    outputs = [(0, 0), (1, 0), (1, 1), *((session, 0) for session in range(2, 6))]
+    extra = {"reward_model": LUXEMBOURG}
+    batch = put(queue, rows, recorded, outputs, pad_to=8, tokenizer=qwen_like_tokenizer, extra=extra)
+    metrics = {}
+    switches = {"witnesses": True, "own": True, "luck": True}
+    result = advantages(queue, make_trainer(alpha_min=1.0, grounding=switches), batch, metrics)
+    assert (len(batch), result[7:].count_nonzero()) == (8, 0)
+    policy = [torch.tensor(rollout.mask, dtype=torch.bool) for rollout, _, _ in rows]
+    values = [sorted(set(row[: len(own)][own].tolist())) for row, own in zip(result, policy, strict=False)]
+    expected = [GROUNDED_ADVANTAGES[session] for session, _ in outputs]
+    assert values == [pytest.approx(of_row, abs=1e-5) for of_row in expected]
+    assert metrics["tapo/grounding/withheld_trajectories"] == pytest.approx(2 / 6)
+    assert metrics["tapo/success_rate"] == pytest.approx(1 / 2)
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -339,7 +339,7 @@ def _about_grounding(totals: Counts) -> Iterator[Warned]:
             "info",
             f"{percent(ungrounded)} of the successes are ungrounded: no tool's answer held an accepted answer.",
             "They were guessed, or the model knew. What such a rollout called is a witness by luck; read some (filter "
-            "'Grounding: ungrounded'). Where they guess, algorithm.tapo.grounding.luck=true lets them earn nothing.",
+            "'Grounding: ungrounded'). Where they guess, algorithm.tapo.grounding.luck=true makes failures of them.",
         )
     unread = _share(totals["grounded_failures"], failures)
     if failures >= _ENOUGH and unread > _beyond(meaning.GROUNDED_FAILURES):

@@ -69,7 +69,7 @@ class StepAnalysis:
     facts: Facts | None = None
     """What the rule found for `calls`; None where there are no trajectories."""
     withheld: frozenset[int] = frozenset()
-    """Numbers of the trajectories that earn no reward: ``grounding.luck``."""
+    """Numbers of the trajectories whose success counts as a failure: ``grounding.luck``."""
 
     def changed_size(self) -> int:
         """Policy tokens with another advantage, as far as the calls tell."""
@@ -120,8 +120,9 @@ def _holders(calls: Iterable[JudgedCall]) -> dict[int, Trajectory]:
 def _changed_size(
     calls: Iterable[JudgedCall], holders: Mapping[int, Trajectory], cfg: TapoConfig, withheld: frozenset[int]
 ) -> int:
-    whole = sum(trajectory.size for number, trajectory in holders.items() if number in withheld)
-    partly = [judged for judged in calls if judged.changed and judged.place[0] not in withheld]
+    unearned = {number: t.size for number, t in holders.items() if number in withheld and t.advantage > 0}
+    whole = sum(unearned.values())
+    partly = [judged for judged in calls if judged.changed and judged.place[0] not in unearned]
     if cfg.token_scope == "call":
         return whole + sum(judged.call.call_size for judged in partly)
     return whole + sum({(judged.place[0], judged.call.turn): judged.call.turn_size for judged in partly}.values())
@@ -136,7 +137,7 @@ def tally(
         calls: of one training step.
         holders: the trajectories by their numbers in the step.
         cfg: the rule's settings.
-        withheld: numbers of the trajectories that earn no reward.
+        withheld: numbers of the trajectories whose success counts as a failure.
     """
     trajectories = list(holders.values())
     state = np.array([SIGHTS[t.grounded] for t in trajectories], dtype=np.int64)
@@ -181,7 +182,7 @@ _COUNTED = (
     "prompts trajectories successes failing_trajectories misassigned_trajectories correctable_trajectories calls "
     "only_success_steps malformed_calls unanswered_calls single_groups all_right_groups all_wrong_groups "
     "reference_groups told_trajectories told_successes grounded_successes told_failures grounded_failures "
-    "never_found_trajectories"
+    "never_found_trajectories withheld_trajectories"
 ).split()
 _SHARES = {
     "success_rate": ("successes", "trajectories"),
@@ -308,7 +309,7 @@ def analyse(batch: StepBatch, cfg: TapoConfig) -> StepAnalysis:
         holder = trajectories[place[0]]
         gain, luck = (lift[group], lucky[group]) if group >= 0 else (None, False)
         single = successes[holder.group] == 1 and cfg.scope == "group"
-        value = 0.0 if credit.withheld else value
+        value = min(value, 0.0) if credit.withheld else value
         call, changed = holder.calls[place[1]], value != holder.advantage
         tools[group] = call.tool
         credit = replace(credit, row=place[0])
@@ -353,7 +354,8 @@ class Sweep:
         for theta, cfg in self._at.items():
             report = _apply(cells, batch.trajectories, cfg) if calls else None
             of = _outcome(report.steps if report else [])
-            unearned = sum(batch.trajectories[number].size for number in _withheld(cells, report)) if report else 0
+            withheld = [batch.trajectories[number] for number in _withheld(cells, report)] if report else []
+            unearned = sum(trajectory.size for trajectory in withheld if trajectory.advantage > 0)
             for setting, counts in self.counts.items():
                 if setting.theta != theta:
                     continue

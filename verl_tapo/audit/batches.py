@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 
 from verl_tapo.answers.evidence import Evidence, evidence_of
@@ -20,6 +21,9 @@ from verl_tapo.audit.text import find_calls
 from verl_tapo.calls.formats import NATIVE_FORMATS
 from verl_tapo.calls.images import image_index
 from verl_tapo.calls.parsing import CUT, IMAGE_PLACEHOLDERS, IMAGE_STARTS
+from verl_tapo.rule.arrays import FloatArray, numbered
+from verl_tapo.rule.grounding import earned, found_nothing
+from verl_tapo.rule.steps import SIGHTS
 from verl_tapo.rule.values import canonical, success_number
 from verl_tapo.settings import TapoSettings
 from verl_tapo.step_records import json_value
@@ -79,7 +83,10 @@ def batch_from_dump(
         key, of = outputs[0][0], [row for _, row in outputs]
         trajectories.append(_trajectory(key.name, key.group, of, settings, options, sights))
         _check_success(of[-1], settings, problems)
-    _rebuild_advantages(trajectories, options.base_estimator)
+    scores = np.array([trajectory.score for trajectory in trajectories])
+    if settings.rule.grounding.luck:
+        scores = _earned(trajectories, scores)
+    _rebuild_advantages(trajectories, scores, options.base_estimator)
     _tell_images_apart(trajectories, frozenset(settings.image_parameters))
     return StepBatch(step, trajectories)
 
@@ -259,25 +266,35 @@ def _moved(call: Call, turns: int, begin: int) -> Call:
     return replace(call, turn=call.turn + turns, span=spans[0], call_span=spans[1])
 
 
-def _rebuild_advantages(trajectories: Sequence[Trajectory], estimator: BaseEstimator) -> None:
+def _earned(trajectories: Sequence[Trajectory], scores: FloatArray) -> FloatArray:
+    """What ``grounding.luck`` leaves of the scores."""
+    group = numbered([trajectory.group for trajectory in trajectories])[1]
+    calls = [(number, call) for number, trajectory in enumerate(trajectories) for call in trajectory.calls]
+    holder = np.array([number for number, _ in calls], dtype=np.int64)
+    seen = np.array([SIGHTS[call.seen] for _, call in calls], dtype=np.int64)
+    success = np.array([trajectory.success for trajectory in trajectories], dtype=bool)
+    return earned(scores, group, success, found_nothing(holder, seen, group))
+
+
+def _rebuild_advantages(trajectories: Sequence[Trajectory], scores: FloatArray, estimator: BaseEstimator) -> None:
     """As veRL computes them, in its precision: rounding decides the sign where all scores of a group are equal."""
-    groups: dict[str, list[Trajectory]] = defaultdict(list)
-    for trajectory in trajectories:
-        groups[trajectory.group].append(trajectory)
+    groups: dict[str, list[int]] = defaultdict(list)
+    for number, trajectory in enumerate(trajectories):
+        groups[trajectory.group].append(number)
     for members in groups.values():
-        scores = torch.tensor([trajectory.score for trajectory in members], dtype=torch.float32)
+        values = torch.tensor(scores[members], dtype=torch.float32)
         count = len(members)
         if estimator == "rloo":
             if count > 1:
-                scores = scores * count / (count - 1) - scores.mean() * count / (count - 1)
+                values = values * count / (count - 1) - values.mean() * count / (count - 1)
         elif count > 1 and estimator == "grpo":
-            scores = (scores - scores.mean()) / (scores.std() + _EPSILON)
+            values = (values - values.mean()) / (values.std() + _EPSILON)
         elif count > 1:
-            scores = scores - scores.mean()
+            values = values - values.mean()
         elif estimator == "grpo":
-            scores = scores / (1 + _EPSILON)
-        for trajectory, advantage in zip(members, scores.tolist(), strict=True):
-            trajectory.advantage = advantage
+            values = values / (1 + _EPSILON)
+        for number, advantage in zip(members, values.tolist(), strict=True):
+            trajectories[number].advantage = advantage
 
 
 def _tell_images_apart(trajectories: Iterable[Trajectory], parameters: frozenset[str]) -> None:

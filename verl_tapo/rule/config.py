@@ -39,8 +39,8 @@ class Grounding(Knobs):
     )
     luck: bool = knob(
         False,
-        """If true, a success in which no tool's answer held an accepted answer earns no reward, also one without calls
-        where siblings make some. This lowers advantages.""",
+        """If true, a success in which no tool's answer held an accepted answer counts as a failure, also one without
+        calls where siblings make some. The base advantages are computed from rewards without it.""",
         truth,
     )
 

@@ -78,24 +78,25 @@ def transfer_credit(
     if not isinstance(cfg, TapoConfig):
         raise ValueError(f"cfg must be a TapoConfig, got {type(cfg).__name__}")
     batch = read_batch(base, response_mask, index, success, steps, trajectory)
-    declared, won = takes_part(batch.steps, cfg), successes(batch, cfg)
-    role = _roles(batch, declared, won)
+    declared, lucky = takes_part(batch.steps, cfg), withheld(batch, cfg)
+    won = successes(batch, lucky, cfg)
+    role = _roles(batch, declared, won, lucky)
     with copied(base) as copy:
         match = _match(batch, role, won, cfg)
     alpha = match.similarity * match.support
     gate = _gates(role, match, alpha, cfg)
     transfer = np.where(gate == Gate.CORRECTED, cfg.beta * alpha * match.reference_advantage, 0.0)
-    advantages, free, lucky = copy(), forgiven(batch, role, cfg), withheld(batch, cfg)
+    advantages, free = copy(), forgiven(batch, role, cfg)
     changed = correct_tokens(advantages, batch, np.where(free, np.inf, transfer), cfg)
     changed += withhold_rewards(advantages, batch, lucky)
     report = CreditReport(batch, role, gate, match, alpha, transfer, free, lucky, changed)
     return torch.from_numpy(advantages).to(base.device, base.dtype), report
 
 
-def _roles(batch: Batch, declared: BoolArray, won: BoolArray) -> IntArray:
-    """Parts 1 and 2: the role of each step, (S,)."""
+def _roles(batch: Batch, declared: BoolArray, won: BoolArray, lucky: BoolArray) -> IntArray:
+    """Parts 1 and 2: the role of each step, (S,); a success by luck is a failure (9)."""
     holder = batch.holder
-    failures = ~batch.success & (batch.advantage < 0)
+    failures = (~batch.success | lucky) & (batch.advantage < 0)
     eligible = batch.steps.ok & declared
     role = np.full(len(eligible), Role.NONE)
     role[eligible & won[holder]] = Role.WITNESS

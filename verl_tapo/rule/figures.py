@@ -112,12 +112,12 @@ class RolloutFacts(NamedTuple):
     corrected: BoolArray
     """(T,) whether one of its steps is."""
     withheld: BoolArray
-    """(T,) whether it earns no reward: ``grounding.luck``."""
+    """(T,) whether its success counts as a failure: ``grounding.luck``."""
 
     @property
     def failing(self) -> BoolArray:
-        """(T,) whether it failed and is punished."""
-        failing: BoolArray = ~self.success & (self.advantage < 0)
+        """(T,) whether it failed, or counts as a failure, and is punished."""
+        failing: BoolArray = (~self.success | self.withheld) & (self.advantage < 0)
         return failing
 
 
@@ -364,7 +364,7 @@ FIGURES: list[Figure] = [
         "grounding/withheld_trajectories",
         "withheld_trajectories",
         "trajectories",
-        "share of rollouts that earn no reward; 0 but for `grounding.luck`",
+        "share of rollouts whose success counts as a failure; 0 but for `grounding.luck`",
     ),
 ]
 """Those of the rule, in the order of their columns."""

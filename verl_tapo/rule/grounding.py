@@ -5,8 +5,11 @@ A step is *seen* if the whole answer of its tool held an accepted answer of the 
 *grounded* if one of its steps is seen. It is *ungrounded* if it has steps and all are known not to
 be seen. An unknown changes nothing.
 
-Of a rollout without steps nothing is known by itself. For `withheld` alone it has found nothing, where the steps of its
+A rollout without steps is neither. For ``luck`` it has *found nothing*, as an ungrounded one, where the steps of its
 prompt group show that an answer can be recognised: else the way out of guessing after calls would be to guess without.
+
+With ``luck`` a success that found nothing is a failure. What it `earned` is for the base estimator, which comes before
+the rule: where most of a prompt's rollouts guess, only that tells the one that found the answer from them.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from verl_tapo.rule import figures
-from verl_tapo.rule.arrays import BoolArray, IntArray
+from verl_tapo.rule.arrays import BoolArray, FloatArray, IntArray
 from verl_tapo.rule.config import TapoConfig
 from verl_tapo.rule.inputs import Batch
 from verl_tapo.rule.roles import Role
@@ -50,10 +53,10 @@ def shares(state: IntArray, success: BoolArray) -> dict[str, float]:
     return {name.removeprefix("grounding/"): share for name, share in shared.items()}
 
 
-def successes(batch: Batch, cfg: TapoConfig) -> BoolArray:
-    """(T,) the rollouts that make witnesses (part 1) and count in the support (part 5).
-    ``grounding.witnesses`` excludes ungrounded rollouts, which were lucky."""
-    won: BoolArray = batch.success & (batch.advantage > 0)
+def successes(batch: Batch, lucky: BoolArray, cfg: TapoConfig) -> BoolArray:
+    """(T,) the rollouts that make witnesses (part 1) and count in the support (part 5): neither ``lucky`` ones, see
+    `withheld`, nor, with ``grounding.witnesses``, ungrounded ones."""
+    won: BoolArray = batch.success & ~lucky & (batch.advantage > 0)
     return won & (_grounded(batch) != UNSEEN) if cfg.grounding.witnesses else won
 
 
@@ -74,17 +77,41 @@ def forgiven(batch: Batch, role: IntArray, cfg: TapoConfig) -> BoolArray:
 
 
 def withheld(batch: Batch, cfg: TapoConfig) -> BoolArray:
-    """(T,) the successes that earn no reward, because they are known to have found nothing (``grounding.luck``)."""
-    rollouts = len(batch.group)
+    """(T,) the successes that count as failures, because they are known to have found nothing (``grounding.luck``)."""
     if not cfg.grounding.luck:
-        return np.zeros(rollouts, dtype=bool)
-    silent, told = np.ones(rollouts, dtype=bool), np.zeros(rollouts, dtype=bool)
-    silent[batch.holder] = False
-    # By prompt group, which is numbered from 0 to less than T.
-    told[batch.group[batch.holder[batch.steps.seen != UNKNOWN]]] = True
-    lucky = (_grounded(batch) == UNSEEN) | (silent & told[batch.group])
-    unearned: BoolArray = batch.success & (batch.advantage > 0) & lucky
-    return unearned
+        return np.zeros(len(batch.group), dtype=bool)
+    return batch.success & found_nothing(batch.holder, batch.steps.seen, batch.group)
+
+
+def found_nothing(holder: IntArray, seen: IntArray, group: IntArray) -> BoolArray:
+    """(T,) the rollouts that are known to have found nothing: ungrounded ones, and ones without steps where a step of
+    their prompt group tells that an answer can be recognised.
+
+    Args:
+        holder, seen: see `grounded`.
+        group: (T,) number of each rollout's prompt group, from 0 to less than T.
+    """
+    silent, told = np.ones(len(group), dtype=bool), np.zeros(len(group), dtype=bool)
+    silent[holder] = False
+    told[group[holder[seen != UNKNOWN]]] = True
+    nothing: BoolArray = (grounded(holder, seen, len(group)) == UNSEEN) | (silent & told[group])
+    return nothing
+
+
+def earned(scores: FloatArray, group: IntArray, success: BoolArray, nothing: BoolArray) -> FloatArray:
+    """(T,) the scores for the base estimator under ``grounding.luck``: a success that found nothing earns what failures
+    of its prompt group earn on average, 0 where none fails, and never more than before. [ours]
+
+    Args:
+        scores: (T,) of the reward function; NaN for a rollout that does not count.
+        group: as in `found_nothing`.
+        success: (T,) ``y``.
+        nothing: (T,) see `found_nothing`.
+    """
+    failed = np.flatnonzero(~success & np.isfinite(scores))
+    sums = np.bincount(group[failed], scores[failed], minlength=len(group))
+    of_failures = sums / np.maximum(np.bincount(group[failed], minlength=len(group)), 1)
+    return np.where(success & nothing, np.minimum(scores, of_failures[group]), scores)
 
 
 def _grounded(batch: Batch) -> IntArray:

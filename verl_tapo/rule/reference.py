@@ -91,12 +91,13 @@ class Reference:
         return self.corrected(outcomes), outcomes
 
     def role(self, step: ToolStep) -> str:
-        """Parts 1 and 2."""
+        """Parts 1 and 2; (9) a success whose reward is withheld is a failure."""
         if not step.ok or not self.takes_part(step):
             return "none"
         if self.counts_as_success(step.row):
             return "witness"
-        return "failing" if not self.success[step.row] and self.a[step.row] < 0 else "none"
+        failed = not self.success[step.row] or self.withheld(step.row)
+        return "failing" if failed and self.a[step.row] < 0 else "none"
 
     def takes_part(self, step: ToolStep) -> bool:
         """Returns whether the step calls a declared tool. By default a call without a parameter
@@ -105,8 +106,9 @@ class Reference:
         return counts and self.cfg.takes_part(step.tool)
 
     def counts_as_success(self, row: int) -> bool:
-        """(1) and (5): ``y`` and ``a > 0``; (9) with ``grounding.witnesses`` only if not known to be ungrounded."""
-        lucky = self.cfg.grounding.witnesses and self.grounded(row) is False
+        """(1) and (5): ``y`` and ``a > 0``; (9) not if its reward is withheld, and with ``grounding.witnesses`` only if
+        it is not known to be ungrounded."""
+        lucky = self.withheld(row) or (self.cfg.grounding.witnesses and self.grounded(row) is False)
         return self.success[row] and self.a[row] > 0 and not lucky
 
     def grounded(self, row: int) -> bool | None:
@@ -122,12 +124,22 @@ class Reference:
         return self.cfg.grounding.own and bool(sights) and step.turn[0] <= min(sights)
 
     def withheld(self, row: int) -> bool:
-        """(9) ``grounding.luck``: a success that is known to have found nothing earns no reward. One without calls has
+        """(9) ``grounding.luck``: a success that is known to have found nothing is a failure. One without calls has
         found nothing where a sibling's call tells that an answer can be recognised."""
         silent = all(step.row != row for step in self.steps)
         told = any(step.seen is not None for step in self.steps if self.index[step.row] == self.index[row])
         lucky = self.grounded(row) is False or (silent and told)
-        return self.cfg.grounding.luck and self.success[row] and self.a[row] > 0 and lucky
+        return self.cfg.grounding.luck and self.success[row] and lucky
+
+    def earned(self, scores: Sequence[float]) -> list[float]:
+        """(9) The scores from which the base advantages are to be computed: a withheld reward becomes that of the
+        prompt group's failures, on average."""
+        result = list(scores)
+        for row, score in enumerate(scores):
+            if self.withheld(row):
+                siblings = [i for i in range(len(scores)) if self.index[i] == self.index[row]]
+                result[row] = min(score, _mean([scores[i] for i in siblings if not self.success[i]]))
+        return result
 
     def judge(self, failing: ToolStep, outcome: Outcome, witnesses: list[int]) -> None:
         """Parts 3 to 7, for one failing step."""

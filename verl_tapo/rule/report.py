@@ -54,7 +54,7 @@ class StepCredit:
     forgiven: bool = False
     """It lost its penalty, because its answer or a later one held an accepted answer: ``grounding.own``."""
     withheld: bool = False
-    """It earns no reward, because its rollout's success is ungrounded: ``grounding.luck``."""
+    """Its rollout's success counts as a failure, because it found nothing: ``grounding.luck``."""
 
     @property
     def matched(self) -> bool:
@@ -117,7 +117,7 @@ class CreditReport:
 
     @property
     def withheld_of_row(self) -> BoolArray:
-        """(B,) whether each row's trajectory earns no reward: ``grounding.luck``."""
+        """(B,) whether each row's success counts as a failure: ``grounding.luck``."""
         return self._withheld[self._batch.rollout_of_row]
 
     @property

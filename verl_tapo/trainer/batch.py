@@ -67,7 +67,9 @@ def rollout_from_batch(
 
     config = context.get("config")
     return RolloutBatch(
-        base=lambda rows, rewards, mask, index: base_advantages(settings, algorithm, batch, columns, rows),
+        base=lambda rows, rewards, mask, index: base_advantages(
+            settings, algorithm, {**batch, "token_level_rewards": rewards}, columns, rows
+        ),
         scores=scores,
         reward_infos=_reward_infos(settings, columns, rows),
         records=list(columns.get(RECORD_KEY, [None] * rows)),

@@ -20,7 +20,7 @@ from verl_tapo.rule.report import CreditReport
 from verl_tapo.rule.steps import ToolStep, build_tool_mask
 from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.step_records import StepRecorder, StepSnapshot
-from verl_tapo.trainer.grounding import grounding_metrics
+from verl_tapo.trainer.grounding import earned_rewards, grounding_metrics
 from verl_tapo.trainer.monitor import RunMonitor
 from verl_tapo.trainer.rollout import CURRENT, LOG_PROBS, RolloutBatch
 from verl_tapo.trainer.token_kinds import token_metrics
@@ -171,6 +171,8 @@ def estimate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages and returns, (B, L) each; fills ``rollout.metrics`` and ``rollout.fields``.
 
+    With ``grounding.luck`` the base estimator gets the rewards of `earned_rewards`.
+
     Rows with a NaN or infinite reward are excluded from the base estimation, so that they do not
     poison their group, and get advantage 0. So do rows for which the base estimator itself yields
     such values (some give them for the standard deviation of a group of one). Both are counted and
@@ -191,6 +193,10 @@ def estimate(
     usable = np.flatnonzero(finite)
     if not len(usable):
         raise ValueError("TAPO: no row of the batch has a finite reward; check the reward function")
+    success, calls = rollout.success(settings) & finite, find_steps(rollout, settings)
+    found = time.perf_counter()
+    if settings.rule.grounding.luck:
+        token_level_rewards = earned_rewards(rollout, success, calls, token_level_rewards, response_mask, index)
     if len(usable) == len(finite):
         base, returns = rollout.base(usable, token_level_rewards, response_mask, index)
     else:
@@ -209,7 +215,7 @@ def estimate(
             index[int(lost[0])],
         )
     based = time.perf_counter()
-    success = rollout.success(settings) & ~dropped
+    success &= ~dropped
     if rollout.unreadable is not None:
         MONITOR.tell(
             "unreadable success",
@@ -218,9 +224,7 @@ def estimate(
         )
     if rollout.sessions is not None:
         success = success[rollout.sessions.final_row]
-    calls = find_steps(rollout, settings)
     steps = [step for step in calls if not dropped[step.row]]
-    found = time.perf_counter()
     advantages, report = transfer_credit(
         base,
         response_mask,
@@ -246,9 +250,9 @@ def estimate(
     ended = rollout.final_rows(np.flatnonzero(~rollout.padding))
     rollout.metrics["tapo/success_rate"] = float(success[ended].mean()) if len(ended) else 0.0
     rollout.metrics["tapo/dropped_rows"] = float(len(lost))
-    rollout.metrics["tapo/ms/base"] = (based - start) * 1e3
-    rollout.metrics["tapo/ms/steps"] = (found - based) * 1e3
-    rollout.metrics["tapo/ms/credit"] = (done - found) * 1e3
+    rollout.metrics["tapo/ms/steps"] = (found - start) * 1e3
+    rollout.metrics["tapo/ms/base"] = (based - found) * 1e3
+    rollout.metrics["tapo/ms/credit"] = (done - based) * 1e3
     if settings.record_dir is not None:
         _record(rollout, settings, base, advantages, response_mask, index, success, steps, report)
     return advantages, returns
