@@ -78,7 +78,12 @@ class TapoSettings(Knobs):
         choice(None, 0, 1),
     )
     write_tool_mask: bool = knob(True, "Write the tool mask to the batch, as the field tapo_tool_mask.", truth)
-    patience: int = knob(20, "Training steps after which unused tools of `tools` are reported; 0: never.", whole)
+    patience: int = knob(
+        20,
+        """Training steps after which unused tools of `tools` are reported, and a luck that leaves hardly any reward; 0:
+        never.""",
+        whole,
+    )
     max_fault_rate: float | None = knob(
         None,
         """End the run if more than this share of a step's tool calls, recorded by tapo_tool_agent, failed for

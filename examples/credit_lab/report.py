@@ -316,7 +316,7 @@ def grounding_tables(results: pd.DataFrame) -> dict[str, str]:
         "grounding_losses": grounding_table(summary, usual, others),
         "switches": grounding_table(summary, switches, guessing),
         "switches_elsewhere": grounding_table(summary, switches, [cell for cell in vanilla if cell not in guessing]),
-        "errors": grounding_table(summary, ["grpo", *erring], [("memory", "vanilla")]),
+        "errors": grounding_table(summary, ["grpo", *erring], [("memory", "vanilla"), ("one_hop", "vanilla")]),
     }
 
 
@@ -352,7 +352,7 @@ COLUMNS = {
     "main": ["world", "early, vanilla", "early, gspo", "early, sapo", "final, vanilla"],
     "cure": ["world", "loss", "seeds", "GRPO", "TAPO", "grounded", "grounded - GRPO", "grounded - TAPO"],
     "switches": ["world", "rule", "seeds", "final", "above .5"],
-    "errors": ["rule", "final", "above .5"],
+    "errors": ["world", "rule", "final", "above .5", "early - GRPO"],
     "trainer": ["rule", "seeds", "early", "final", "held out", "early - GRPO", "final - GRPO", "held out - GRPO"],
     "guessing": ["rule", "seeds", "final", "above 50", "held out", "final - GRPO", "held out - GRPO"],
 }

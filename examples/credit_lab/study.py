@@ -78,7 +78,9 @@ def sweeps() -> dict[str, list[Run]]:
     ablations = [name for name in RULES if name not in apart]
     worlds = ("one_hop", "two_hops", "flaky")
     usual = [world for world in WORLDS if world != "memory"]
-    errors = [f"memory,{dial}={rate}" for rate in (0.2, 0.4) for dial in ("chance", "reworded")]
+    cells = (("memory", 0.2), ("memory", 0.4), ("one_hop", 0.4))
+    errors = [f"{world},{dial}={rate}" for world, rate in cells for dial in ("chance", "reworded")]
+    errors.append("memory,chance=0.2,reworded=0.2")
     tuning = [
         Run(world, loss, "grpo", rate, seed)
         for seed in TUNING_SEEDS
@@ -98,7 +100,7 @@ def sweeps() -> dict[str, list[Run]]:
             *_runs(("memory",), ("vanilla",), [*grounded, *others], seeds=MANY_SEEDS[:20]),
             *_runs(("lucky",), ("vanilla",), others, seeds=MANY_SEEDS[:20]),
             *_runs(("lucky",), ("vanilla",), [*switches, "clamp", "step_groups"], seeds=MANY_SEEDS[:20]),
-            *_runs([*errors, "memory,chance=0.2,reworded=0.2"], ("vanilla",), ("grounded",), seeds=MANY_SEEDS[:20]),
+            *_runs(errors, ("vanilla",), ("grounded",), seeds=MANY_SEEDS[:20]),
             *_runs(("lucky",), ("gspo", "sapo"), grounded, seeds=MANY_SEEDS),
             *_runs(worlds, ("vanilla",), grounded, seeds=MANY_SEEDS),
             *_runs(("plain",), ("vanilla",), grounded, seeds=MANY_SEEDS[:10]),

@@ -397,6 +397,18 @@ def test_what_is_reported_once(qwen_like_tokenizer, trainer, caplog):
     assert caplog.text.count("the tool 'image_serach' of algorithm.tapo.tools was never called in 6 batches") == 1
 
 
+@pytest.mark.parametrize("finds", [0, 1, 4])
+def test_luck_that_leaves_hardly_any_reward_is_reported(qwen_like_tokenizer, trainer, caplog, finds):
+    """Of two lucky successes in each of four batches, and the ones that found the answer in the last ``finds``."""
+    rows = grounded_group(qwen_like_tokenizer)
+    for batch in range(4):
+        chosen = rows if batch >= 4 - finds else rows[1:]
+        compute(data_proto(chosen, qwen_like_tokenizer), grounding={"luck": True}, patience=4)
+    told = "grounding.luck made failures of 8 of 8 successes in 4 batches, so hardly anything is rewarded"
+    assert (told in caplog.text) == (finds == 0)
+    assert ("hardly anything" in caplog.text) == (finds == 0)
+
+
 def test_who_takes_part_and_what_became_of_each_step(qwen_like_tokenizer, trainer, caplog):
     rows = fake_batch(qwen_like_tokenizer)
     tools = {"text_search": {"query": "text"}, "zoom": {"bbox_2d": {"kernel": "iou"}, "image": "exact"}, "fetch": None}

@@ -239,7 +239,9 @@ def estimate(
             steps, response_mask, settings.rule.token_scope, dtype=torch.int32
         )
     done = time.perf_counter()
+    ended = rollout.final_rows(np.flatnonzero(~rollout.padding))
     MONITOR.look(steps, settings)
+    MONITOR.watch_luck(int(success[ended].sum()), int(report.withheld_of_row[ended].sum()), settings)
     MONITOR.say_sources(int((~rollout.padding).sum()), rollout.metrics, settings)
     rollout.metrics.update(report.metrics())
     rollout.metrics.update(grounding_metrics(rollout, success, steps))
@@ -247,7 +249,6 @@ def estimate(
     rollout.metrics.update(MONITOR.silent_tools(steps, rollout.metrics))
     rollout.metrics.update(rollout_metrics(rollout, settings))
     MONITOR.sum_up(report, rollout.step, rollout.part)
-    ended = rollout.final_rows(np.flatnonzero(~rollout.padding))
     rollout.metrics["tapo/success_rate"] = float(success[ended].mean()) if len(ended) else 0.0
     rollout.metrics["tapo/dropped_rows"] = float(len(lost))
     rollout.metrics["tapo/ms/steps"] = (found - start) * 1e3

@@ -18,6 +18,8 @@ from verl_tapo.settings import TapoSettings
 
 logger = logging.getLogger("verl_tapo")
 
+LUCKY_SHARE = 0.9
+"""Share of successes that counted as failures above which that is reported [a guess]: hardly any reward is left."""
 STEPLESS_BATCHES = 3
 """Batches without a single tool-use step after which that is reported: the run is plain base estimation then."""
 
@@ -43,6 +45,7 @@ class RunMonitor:
         self.executed: set[str] = set()
         """Tools that were, by their records."""
         self._credited: set[str] = set()
+        self._successes = self._lucky = 0
         self._told: set[str] = set()
 
     def first(self, key: str) -> bool:
@@ -90,6 +93,19 @@ class RunMonitor:
                 self.parameters.setdefault(step.tool, set()).update(map(str, step.arguments))
         if self.batches == settings.patience:
             self._report_unseen(rule.tools)
+
+    def watch_luck(self, successes: int, lucky: int, settings: TapoSettings) -> None:
+        """Takes note of one batch's successes, and of how many ``grounding.luck`` made failures of; after `look`."""
+        self._successes += successes
+        self._lucky += lucky
+        if self.batches == settings.patience and self._lucky > LUCKY_SHARE * self._successes:
+            self.tell(
+                "luck",
+                f"algorithm.tapo.grounding.luck made failures of {self._lucky} of {self._successes} successes in "
+                f"{self.batches} batches, so hardly anything is rewarded. Read some with `verl-tapo audit`, filter "
+                f"'Grounding: ungrounded': if they do not guess, the tools word the answers otherwise, or the model "
+                f"knows them; then turn it off",
+            )
 
     def _report_unseen(self, tools: Mapping[str, Any]) -> None:
         for tool in sorted(set(tools) - set(self.seen)):
