@@ -326,7 +326,9 @@ def trainer_table(steps: pd.DataFrame) -> str:
     Args:
         steps: Its CSV. Seeds that some arm has not completed are left out.
     """
-    steps = steps.assign(advantage=steps["advantage"].replace(f"tapo/{SWITCHES}", "grounded")).sort_values("step")
+    steps = steps.assign(advantage=steps["advantage"].replace(f"tapo/{SWITCHES}", "grounded")).sort_values(
+        "step", kind="stable"
+    )
     last = steps.groupby(["advantage", "seed"])["step"].max().unstack("advantage")
     steps = steps[steps["seed"].isin(last.index[(last == steps["step"].max()).all(axis=1)])]
     runs = steps.dropna(subset="success").groupby(["advantage", "seed"])[["success"]]

@@ -78,8 +78,8 @@ def sweeps() -> dict[str, list[Run]]:
     ablations = [name for name in RULES if name not in apart]
     worlds = ("one_hop", "two_hops", "flaky")
     usual = [world for world in WORLDS if world != "memory"]
-    cells = (("memory", 0.2), ("memory", 0.4), ("one_hop", 0.4))
-    errors = [f"{world},{dial}={rate}" for world, rate in cells for dial in ("chance", "reworded")]
+    cells = product(("memory", "one_hop"), (0.2, 0.4), ("chance", "reworded"))
+    errors = [f"{world},{dial}={rate}" for world, rate, dial in cells]
     errors.append("memory,chance=0.2,reworded=0.2")
     tuning = [
         Run(world, loss, "grpo", rate, seed)
