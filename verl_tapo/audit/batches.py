@@ -348,6 +348,8 @@ def batch_from_records(
 ) -> StepBatch:
     """The trajectories of a step's records, with their texts where a dump of the step has them.
 
+    Their base advantages are those of training: another ``grounding.luck`` than there does not change them.
+
     Args:
         header, rows: see `verl_tapo.step_records`.
         texts: the dump's lines by ``uid``.
