@@ -14,7 +14,6 @@ import torch
 from verl_tapo.answers.evidence import evidence_of, ground_truth_of
 from verl_tapo.calls.parsing import ToolCallParser, parse_steps
 from verl_tapo.records import recorded_steps
-from verl_tapo.rule.arrays import numbered
 from verl_tapo.rule.credit import transfer_credit
 from verl_tapo.rule.report import CreditReport
 from verl_tapo.rule.steps import ToolStep, build_tool_mask
@@ -284,8 +283,6 @@ def _record(
         _RecorderCache.recorder = StepRecorder(str(settings.record_dir), settings.record_format, settings.record_keep)
     recorder = _RecorderCache.recorder
     _RecorderCache.step = rollout.step if rollout.step is not None else _RecorderCache.step + 1
-    rows = np.arange(len(rollout.padding))
-    trajectory = rows if rollout.sessions is None else numbered(rollout.sessions.of_row)[1]
     rollout.metrics["tapo/records_lost"] = recorder.lost
     recorder.take(
         StepSnapshot(
@@ -295,7 +292,7 @@ def _record(
             metrics=dict(rollout.metrics),
             keys=rollout.keys,
             index=index,
-            trajectory=trajectory,
+            trajectory=rollout.trajectory_of_row(),
             scores=rollout.scores,
             success=success,
             padding=rollout.padding,

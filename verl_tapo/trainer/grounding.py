@@ -39,7 +39,7 @@ def earned_rewards(
         rewards, response_mask: (B, L).
         index: (B,) prompt groups.
     """
-    of_row = _trajectories(rollout)
+    of_row = rollout.trajectory_of_row()
     last = np.arange(len(of_row)) if rollout.sessions is None else rollout.sessions.final_row
     # (T,) the row that holds each trajectory's reward.
     final = last[np.unique(of_row, return_index=True)[1]]
@@ -58,11 +58,6 @@ def earned_rewards(
     left = rewards[row, token].double() - torch.from_numpy(unearned[concerned]).to(rewards.device)
     lowered[row, token] = left.to(rewards.dtype)
     return lowered
-
-
-def _trajectories(rollout: RolloutBatch) -> IntArray:
-    """(B,) number of each row's trajectory."""
-    return np.arange(len(rollout.padding)) if rollout.sessions is None else numbered(rollout.sessions.of_row)[1]
 
 
 def _sights(steps: Sequence[ToolStep], of_row: IntArray) -> tuple[IntArray, IntArray]:
@@ -85,7 +80,7 @@ def grounding_metrics(
         steps: S tool-use steps, of real rows.
     """
     real = np.flatnonzero(~rollout.padding)
-    of_row = _trajectories(rollout)
+    of_row = rollout.trajectory_of_row()
     rollouts, first = np.unique(of_row[real], return_index=True)
     if not len(rollouts):
         return {}

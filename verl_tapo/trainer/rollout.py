@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from verl_tapo.calls.formats import Tools
-from verl_tapo.rule.arrays import IntArray, span_positions
+from verl_tapo.rule.arrays import IntArray, numbered, span_positions
 from verl_tapo.rule.values import shown, success_number
 from verl_tapo.settings import TapoSettings
 
@@ -120,6 +120,10 @@ class RolloutBatch:
     """The data set's column ``agent_name``, which overrides the default loop. It is asked for once."""
     unreadable: str | None = None
     """A success value that is not a number, if `success` met one."""
+
+    def trajectory_of_row(self) -> IntArray:
+        """(B,) number of each row's trajectory."""
+        return np.arange(len(self.padding)) if self.sessions is None else numbered(self.sessions.of_row)[1]
 
     def final_rows(self, rows: IntArray) -> IntArray:
         """The last output of each trajectory that has one of these rows, each once, by number."""
