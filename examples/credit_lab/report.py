@@ -249,9 +249,12 @@ def plot_rules(summary: pd.DataFrame, worlds: Sequence[str], file: Path) -> None
 MARK = re.compile(r"(<!-- (\w+): report\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 DOCUMENT = HERE.parent.parent / "docs" / "evidence.md"
 SWITCHES = "grounding.witnesses=true,grounding.own=true,grounding.luck=true"
-QUICKSTART = HERE.parent / "quickstart" / "results"
-TRAINER = {"trainer": "grounded", "guessing": "guessing"}
-"""Tables of veRL's own trainer, and the files that `compare.py` wrote for them."""
+TRAINER = {
+    "trainer": "quickstart/results/grounded.csv",
+    "guessing": "quickstart/results/guessing.csv",
+    "from_memory": "quickstart_lm/results/from-memory.csv",
+}
+"""Tables of veRL's own trainer, and the files in `examples` that `compare.py` and `compare_lm.py` wrote for them."""
 
 
 def grounding_table(summary: pd.DataFrame, rules: Sequence[str], cells: Sequence[tuple[str, str]]) -> str:
@@ -321,7 +324,7 @@ def grounding_tables(results: pd.DataFrame) -> dict[str, str]:
 
 
 def trainer_table(steps: pd.DataFrame) -> str:
-    """Of the quickstart's `compare.py`, in veRL's own trainer: percentages, and paired differences from GRPO and TAPO.
+    """Of `compare.py`, in veRL's own trainer: percentages, and paired differences from GRPO and TAPO.
 
     Args:
         steps: Its CSV. Seeds that some arm has not completed are left out.
@@ -357,6 +360,7 @@ COLUMNS = {
     "errors": ["world", "rule", "final", "above .5", "early - GRPO"],
     "trainer": ["rule", "seeds", "early", "final", "held out", "early - GRPO", "final - GRPO", "held out - GRPO"],
     "guessing": ["rule", "seeds", "final", "above 50", "held out", "final - GRPO", "held out - GRPO"],
+    "from_memory": ["rule", "seeds", "early", "final", "held out", "early - GRPO", "final - GRPO", "held out - GRPO"],
 }
 """What of each table stands in the document; ``tables.md`` has all of it."""
 
@@ -435,9 +439,9 @@ def write(folder: Path) -> tuple[str, dict[str, str]]:
     for name, table in grounding.items():
         parts += [f"## Grounded credit: {name.replace('_', ' ')}", table]
     for name, file in TRAINER.items():
-        if (QUICKSTART / f"{file}.csv").is_file():
-            documented[name] = trainer_table(pd.read_csv(QUICKSTART / f"{file}.csv"))
-            parts += [f"## In veRL's trainer: {file}, 20 steps (%)", documented[name]]
+        if (HERE.parent / file).is_file():
+            documented[name] = trainer_table(pd.read_csv(HERE.parent / file))
+            parts += [f"## In veRL's trainer: {file} (%)", documented[name]]
     return "\n".join(parts), documented
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -78,9 +79,13 @@ def write(
     description: str | None,
     counts: dict[str, int],
     kinds: Sequence[Kind],
-    prepare: Callable[[Path, dict[str, int], int, Sequence[str], Sequence[Kind]], None],
+    prepare: Callable[..., None],
+    switches: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """The command: asks ``prepare`` for the questions that the command line wants, and prints the files' sizes."""
+    """The command: asks ``prepare`` for the questions that the command line wants, and prints the files' sizes.
+
+    ``switches``: further keyword arguments of ``prepare`` that are true or false, and what they mean.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     for name, count in counts.items():
@@ -90,9 +95,13 @@ def write(
         "--attributes", nargs="+", choices=ATTRIBUTES, default=ATTRIBUTES, help="ask for these alone; default: all"
     )
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="of questions; default: all")
+    for name, meaning in switches.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=meaning)
     args = parser.parse_args()
+    numbers = {name: getattr(args, name) for name in counts}
+    chosen = {name: getattr(args, name) for name in switches}
     try:
-        prepare(args.out, {name: getattr(args, name) for name in counts}, args.seed, args.attributes, args.kinds)
+        prepare(args.out, numbers, args.seed, args.attributes, args.kinds, **chosen)
     except ValueError as problem:
         parser.error(str(problem))
     print(*(f"{file}  {file.stat().st_size // 1024} KiB" for file in sorted(args.out.glob("*.parquet"))), sep="\n")

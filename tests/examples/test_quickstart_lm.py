@@ -231,22 +231,41 @@ def test_questions_of_one_kind_and_more_of_them_than_there_are(tmp_path, monkeyp
         assert any("largest neighbour" in text for text in texts)
     monkeypatch.setattr(sys, "argv", ["told.py", "--out", str(tmp_path), "--attributes", "continent", "--train", "300"])
     with pytest.raises(SystemExit):
-        told.write(told.__doc__, told.COUNTS, tuple(told.KINDS), told.prepare)
+        told.main()
     assert "300 different questions cannot be asked" in capsys.readouterr().err
     told.prepare(tmp_path, {"train": 30, "heldout": 9}, kinds=["neighbour"])
     assert set(pd.read_parquet(tmp_path / "train.parquet")["ability"]) == {"neighbour"}
 
 
-def test_the_worked_examples_are_what_the_tool_and_the_reward_say():
-    messages = told.beginning()
-    users = [message["content"] for message in messages if message["role"] == "user"]
-    answers = [message["content"] for message in messages if message["content"].startswith("<answer>")]
-    found = [message["content"] for message in messages if message["role"] == "tool"]
-    assert len(users) == len(answers) == len(found) == 2
-    for answer, text in zip(answers, found, strict=True):
-        right = answer.removeprefix("<answer>").removesuffix("</answer>")
-        assert compute_score("", answer, [right])["acc"] == 1
-        assert f" is {right}." in text
+@pytest.mark.parametrize("from_memory", [False, True])
+def test_the_worked_examples_are_what_the_tool_and_the_reward_say(from_memory):
+    messages = told.beginning(from_memory)
+    assert messages[0] == {"role": "system", "content": told.SYSTEM}
+    found = {}
+    for number, message in enumerate(messages):
+        if message["role"] == "user":
+            question = message["content"]
+            asked = question.removeprefix("What is the ").removesuffix("?")
+        elif message["role"] == "tool":
+            assert messages[number - 1]["content"] == told.call(asked)
+            assert message["content"] == load_index("train").text_search(asked)
+            found[question] = message["content"]
+        elif message["content"].startswith("<answer>"):
+            right = message["content"].removeprefix("<answer>").removesuffix("</answer>")
+            assert compute_score("", message["content"], [right])["acc"] == 1
+            assert f"The {asked} is {right}." in load_index("train").text_search(asked)
+    answered = [message for message in messages if message["content"].startswith("<answer>")]
+    assert (len(answered), len(found)) == (2, 1 if from_memory else 2)
+
+
+def test_questions_after_an_example_that_answers_from_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["told.py", "--out", str(tmp_path), *"--from-memory --train 9 --heldout 4".split()]
+    )
+    told.main()
+    for name in ("train", "heldout"):
+        for prompt in pd.read_parquet(tmp_path / f"{name}.parquet")["prompt"]:
+            assert list(prompt[:-1]) == told.beginning(from_memory=True) != told.beginning()
 
 
 def test_where_the_model_cannot_be_had_the_run_says_what_to_do(tmp_path, monkeypatch):

@@ -113,6 +113,17 @@ def test_gspo_in_a_form_that_is_not_the_paper_s(capsys):
         assert "paper's GSPO" not in doctor(capsys, *arguments)[1]
 
 
+def test_a_filter_of_groups_that_luck_comes_after(capsys):
+    filtered, luck = "algorithm.filter_groups.enable=true", "+algorithm.tapo.grounding.luck=true"
+    code, out = doctor(capsys, filtered, luck)
+    assert code == 0, out
+    assert "before grounding.luck tells guesses from answers that were found" in out.split("Warnings:")[1]
+    for arguments in ([filtered], [luck], ["~algorithm.filter_groups", luck]):
+        code, out = doctor(capsys, *arguments)
+        assert code == 0, out
+        assert "filter_groups" not in out
+
+
 TOOLS = """
 import sys
 from verl.tools.base_tool import BaseTool

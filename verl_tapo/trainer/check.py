@@ -143,4 +143,10 @@ def find_warnings(config: Any, settings: TapoSettings) -> list[str]:
             "long rollouts more, which is not the paper's GSPO: "
             "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean is"
         )
+    if settings.rule.grounding.luck and (config.algorithm.get("filter_groups", None) or {}).get("enable", False):
+        warnings.append(
+            "algorithm.filter_groups.enable=true drops prompts whose rollouts all earn the same before grounding.luck "
+            "tells guesses from answers that were found: where all are right, no guess is told. "
+            "algorithm.filter_groups.enable=false leaves them in"
+        )
     return warnings
