@@ -6,6 +6,7 @@ object arrays::
 
     {"version": 1,
      "images": ["<identity>", ...],            # every image of the trajectory, in order, prompt images first
+     "recognisable": True,                     # it had tools, whose answers could have shown an accepted answer
      "steps": [{"tool": "zoom", "arguments": {...}, "turn": [s, e], "call": [cs, ce], "ok": True,
                 "status": "ok", "latency_s": 0.12, "images_at_hand": 1, "produced": [1], "metrics": {...},
                 "seen": False}, ...]}
@@ -61,13 +62,20 @@ class TrajectoryRecord:
 
     steps: list[CallRecord] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
+    recognisable: bool = False
+    """Whether it had tools, and an accepted answer would be recognised in theirs."""
 
     def to_dict(self) -> dict[str, Any]:
         """The plain form, see the module's docstring."""
         steps = [
             {**asdict(step), "turn": list(step.turn), "call": list(step.call), "ok": step.ok} for step in self.steps
         ]
-        return {"version": RECORD_VERSION, "images": list(self.images), "steps": steps}
+        return {
+            "version": RECORD_VERSION,
+            "images": list(self.images),
+            "recognisable": self.recognisable,
+            "steps": steps,
+        }
 
 
 def recorded_steps(

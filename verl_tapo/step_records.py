@@ -7,7 +7,7 @@ first is the header, every other one a row of the batch, padding left out::
     {"kind": "tapo_step_records", "version": 1, "step": 12, "created": "2026-11-23T09:00:00+00:00",
      "verl_tapo": "0.1.0", "settings": {... algorithm.tapo ...}, "metrics": {"tapo/corrected_steps": 0.5, ...}}
     {"key": "<uid>_<session>_<output>", "uid": "...", "trajectory": 0, "score": 0.0, "success": false,
-     "advantage": -0.72, "tokens": 310, "length": 512, "changed_tokens": 120, "calls": [
+     "advantage": -0.72, "tokens": 310, "length": 512, "changed_tokens": 120, "recognisable": true, "calls": [
        {"tool": "text_search", "arguments": {...}, "turn": [0, 40], "call": [12, 39], "turn_tokens": 40,
         "call_tokens": 27, "ok": true, "seen": false, "status": "ok", "latency_s": 0.12, "fault": null,
         "role": "failing",
@@ -17,9 +17,10 @@ first is the header, every other one a row of the batch, padding left out::
 ``arguments`` are as the rule compared them, with identities of images instead of indices. Spans and
 counts are in response tokens; ``advantage`` is the trajectory's ``a``; ``witness`` is a row of the
 file and the number of its call. ``seen`` is null if it is unknown whether the answer held an
-accepted answer. ``status``, ``latency_s`` and ``fault`` are null for calls that were parsed, not
-recorded. Parquet files have a row for each of these lines, with ``arguments`` as JSON text, and the
-header in the schema's metadata.
+accepted answer. ``recognisable``, whether a tool could have shown one, is asked with
+``grounding.luck`` only. ``status``, ``latency_s`` and ``fault`` are null for calls that were parsed,
+not recorded. Parquet files have a row for each of these lines, with ``arguments`` as JSON text, and
+the header in the schema's metadata.
 
 Writing happens in the background. It neither slows nor fails a training step: a failed write is
 logged once, and counted. Only a step's own file, recognised by its name and header, is ever
@@ -87,6 +88,8 @@ class StepSnapshot:
     """(B,) number of each row's trajectory."""
     scores: npt.NDArray[np.float64]
     success: npt.NDArray[np.bool_]
+    recognisable: npt.NDArray[np.bool_]
+    """(B,) see `verl_tapo.transfer_credit`."""
     padding: npt.NDArray[np.bool_]
     lengths: IntArray
     """(B,) response tokens."""
@@ -163,6 +166,7 @@ class StepSnapshot:
                 "tokens": int(policy[row].sum()),
                 "length": int(self.lengths[row]),
                 "changed_tokens": int(self.changed[row]),
+                "recognisable": bool(self.recognisable[row]),
                 "calls": calls,
             }
 
@@ -360,7 +364,7 @@ def _write_parquet(path: Path, snapshot: StepSnapshot) -> None:
             **{name: text for name in ("key", "uid")},
             **{name: whole for name in ("trajectory", "tokens", "length", "changed_tokens")},
             **{name: number for name in ("score", "advantage")},
-            "success": truth,
+            **{name: truth for name in ("success", "recognisable")},
             "calls": pyarrow.list_(call_type),
         },
         metadata={KIND: json.dumps(snapshot.header(), allow_nan=False)},
@@ -510,6 +514,7 @@ _ROW_FIELDS: dict[str, _Field] = {
     "tokens": _COUNT,
     "length": _COUNT,
     "changed_tokens": _COUNT,
+    "recognisable": _TRUTH,
     "calls": _LIST,
 }
 _CALL_FIELDS: dict[str, _Field] = {
@@ -523,16 +528,16 @@ _CALL_FIELDS: dict[str, _Field] = {
     "gate": _TEXT,
     "seen": _or_null(_TRUTH),
 }
-_LATER = frozenset({"seen"})
-"""Fields of a call that the first files do not have."""
+_LATER = {"seen": None, "recognisable": False}
+"""Fields that the first files do not have, and what is read for them."""
 
 
 def _what_is_wrong(row: Any) -> str | None:
     """Names the first field that keeps a line from being a row of step records."""
-    if not isinstance(row, dict) or not row.keys() >= _ROW_FIELDS.keys():
+    if not isinstance(row, dict) or not row.keys() >= _ROW_FIELDS.keys() - _LATER.keys():
         return "not a row of step records"
     for name, (fits, what) in _ROW_FIELDS.items():
-        if not fits(row[name]):
+        if not fits(row.get(name, _LATER.get(name))):
             return f"{name} is {_shown(row, name)}, not {what}"
     for number, call in enumerate(row["calls"]):
         if not isinstance(call, dict):

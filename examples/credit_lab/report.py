@@ -340,13 +340,15 @@ def trainer_table(steps: pd.DataFrame) -> str:
         "final": runs.apply(lambda run: run.tail(LATE)["success"].mean()),
         "held out": steps.groupby(["advantage", "seed"])["held_out"].last(),
     }
-    rows = []
-    for arm in steps["advantage"].unique():
+    rows, arms = [], steps["advantage"].unique()
+    for arm in arms:
         row = [arm, str(len(figures["final"][arm])), *(_mean(100 * figure[arm], 1) for figure in figures.values())]
         row.append(str(int((figures["final"][arm] > 0.5).sum())))
         for against in ("grpo", "tapo"):
-            differences = [100 * (figure[arm] - figure[against]) for figure in figures.values()]
-            row += ["" if arm in ("grpo", against) else _mean(each, 1, sign=True) for each in differences]
+            if arm in ("grpo", against) or against not in arms:
+                row += [""] * len(figures)
+            else:
+                row += [_mean(100 * (figure[arm] - figure[against]), 1, sign=True) for figure in figures.values()]
         rows.append(row)
     against = [f"{name} - {other}" for other in ("GRPO", "TAPO") for name in figures]
     head = ["rule", "seeds", *figures, "above 50", *against]

@@ -56,14 +56,17 @@ class Tapo:
             steps = [step._replace(arguments={"call": step.arguments}) for step in steps]
         if self.config.grounding.luck:
             base = _without_luck(rollouts, index)
-        advantages, report = transfer_credit(base, rollouts.mask, index, rollouts.success, steps, self.config)
+        told = np.ones(len(index), dtype=bool)
+        advantages, report = transfer_credit(
+            base, rollouts.mask, index, rollouts.success, steps, self.config, recognisable=told
+        )
         if self.gate == "none":
             return advantages, report
         lifts = report.lifts()
         barred = lifts.lucky | lifts.universal if self.gate == "lift" else lifts.lucky
         # A turn makes one call at most here, so a failing step that is left out changes nothing else.
         kept = [step for step, group in zip(steps, lifts.of_step, strict=True) if group < 0 or not barred[group]]
-        return transfer_credit(base, rollouts.mask, index, rollouts.success, kept, self.config)
+        return transfer_credit(base, rollouts.mask, index, rollouts.success, kept, self.config, recognisable=told)
 
 
 def grpo_advantages(rewards: npt.ArrayLike, rollouts: Rollouts, index: Sequence[Hashable]) -> torch.Tensor:
@@ -85,7 +88,8 @@ def _lucky(rollouts: Rollouts, index: Sequence[Hashable]) -> BoolArray:
     steps = all_steps(rollouts)
     holder = np.array([step.row for step in steps], dtype=np.int64)
     seen = np.array([SIGHTS[step.seen] for step in steps], dtype=np.int64)
-    return np.asarray(rollouts.success, dtype=bool) & found_nothing(holder, seen, numbered(index)[1])
+    nothing = found_nothing(holder, seen, numbered(index)[1], np.ones(len(index), dtype=bool))
+    return np.asarray(rollouts.success, dtype=bool) & nothing
 
 
 def grpo(base: torch.Tensor, rollouts: Rollouts, index: Sequence[Hashable]) -> tuple[torch.Tensor, None]:

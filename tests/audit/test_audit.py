@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
-from rollouts import GROUNDING_METRICS, LUXEMBOURG, grounded_group
+from rollouts import GROUNDING_METRICS, LUXEMBOURG, grounded_group, silent_group
 
 from verl_tapo import TapoConfig, transfer_credit
 from verl_tapo.audit import ReadOptions, audit, terminal
@@ -100,7 +100,7 @@ def record_call(query, **changes):
 def record_row(number, query, success, **changes):
     return {
         "key": f"p_{number}_0", "uid": "p", "trajectory": number, "score": float(success), "success": success,
-        "advantage": 0.9 if success else -0.9, "tokens": 60, "length": 80, "changed_tokens": 0,
+        "advantage": 0.9 if success else -0.9, "tokens": 60, "length": 80, "changed_tokens": 0, "recognisable": False,
         "calls": [record_call(query)],
     } | changes  # fmt: skip
 
@@ -910,7 +910,7 @@ class TestOddValues:
 
     PATHS = (
         *(("key",), ("uid",), ("trajectory",), ("score",), ("success",), ("advantage",), ("tokens",), ("length",)),
-        *(("changed_tokens",), ("calls",), ("calls", 0), ("more",)),
+        *(("changed_tokens",), ("recognisable",), ("calls",), ("calls", 0), ("more",)),
         *(("calls", 0, name) for name in ("tool", "arguments", "turn", "call", "turn_tokens", "call_tokens", "ok")),
         *(("calls", 0, name) for name in ("status", "gate", "witness", "latency_s", "more")),
         *(("calls", 0, "arguments", name) for name in ("query", "bbox", "image")),
@@ -1062,6 +1062,28 @@ class TestGrounding:
             for name in ("misassigned_steps", "corrected_steps"):
                 assert totals[name] / totals["failing_steps"] == pytest.approx(metrics[f"tapo/{name}"])
             assert totals["reference_advantage"] == pytest.approx(metrics["tapo/reference_advantage"])
+
+    def test_rollouts_that_call_nothing(self, tmp_path, qwen_like_tokenizer):
+        """A record says whether a tool could have told; of a dump the ground truth does."""
+        rows, metrics = silent_group(qwen_like_tokenizer), {}
+        data = data_proto(rows, qwen_like_tokenizer, reward_model=[LUXEMBOURG] * len(rows))
+        compute_tapo_advantage(
+            data.batch["token_level_rewards"],
+            data.batch["response_mask"],
+            data.non_tensor_batch["uid"],
+            OmegaConf.create({"tapo": {"record_dir": str(tmp_path / "records"), "grounding": {"luck": True}}}),
+            non_tensor_batch=data.non_tensor_batch,
+            batch=data.batch,
+            adv_context={"metrics": metrics},
+        )
+        estimator._RecorderCache.recorder.flush()
+        texts = [line("<answer>x</answer>", float(ok)) | {"gts": ["Luxembourg"]} for _, ok, _ in rows]
+        (tmp_path / "dump").mkdir()
+        write_dump(tmp_path / "dump" / "1.jsonl", [json.dumps(text) for text in texts])
+        assert metrics["tapo/grounding/withheld_trajectories"] == 1 / 2
+        for folder in ("records", "dump"):
+            totals = audit(tmp_path / folder, settings={"grounding": {"luck": True}}).result["totals"]
+            assert totals["withheld_trajectories"] == 2
 
     def test_of_one_rollout(self, tmp_path):
         page, other = "Luxembourg is a country.", "nothing of it"

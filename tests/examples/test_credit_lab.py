@@ -375,6 +375,11 @@ def test_the_trainer_s_table_pairs_seeds_that_all_arms_have_completed():
     assert tapo["held out - GRPO"].startswith("**+20.0 ± 0.0")
     assert grounded["final - TAPO"].startswith("**-6.0 ± 0.0")
     assert grounded["held out - TAPO"].startswith("**+20.0 ± 0.0")
+    without = report.trainer_table(pd.DataFrame([row for row in rows if row["advantage"] != "tapo"])).splitlines()[-1]
+    # Seed 3 counts now.
+    assert without.split("|")[1:3] == [" grounded ", " 3 "]
+    assert [cell.strip().partition(" ")[0] for cell in without.split("|")[7:10]] == ["**+20.0"] * 2 + ["**+40.0"]
+    assert [cell.strip() for cell in without.split("|")[10:13]] == [""] * 3
 
 
 @pytest.mark.long

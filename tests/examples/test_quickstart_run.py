@@ -192,9 +192,17 @@ def test_killed_and_resumed_it_ends_where_it_would_have(out, tapo):
 
 
 @pytest.mark.long
-def test_two_ranks_and_gspo(finished):
-    run, metrics = finished("two-ranks", "tapo", "gspo", "trainer.n_gpus_per_node=2")
+def test_two_ranks_gspo_and_only_groups_that_differ(finished):
+    """VeRL's `filter_groups`, as DAPO has it, replaces prompts whose rollouts are all right or all wrong."""
+    filtered = ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=acc"]
+    run, metrics = finished("two-ranks", "tapo", "gspo", "trainer.n_gpus_per_node=2", *filtered)
     assert_healthy(metrics)
+    for step in range(1, STEPS + 1):
+        earned = {}
+        for line in (run.folder / "rollouts" / f"{step}.jsonl").read_text().splitlines():
+            rollout = json.loads(line)
+            earned.setdefault(rollout["uid"].split("_")[0], []).append(rollout["score"])
+        assert [sorted(set(scores)) for scores in earned.values()] == [[0, 1]] * 4
     assert len(weights(run, ranks=2)) == 2
     assert not same(weights(run, 1, ranks=2), weights(run, 2, ranks=2))
 

@@ -16,8 +16,8 @@ BASE, MASK = torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), torch.ones(2, 2, dtype=to
 GOOD = [ToolStep(0, "search", {"query": "a"}, (0, 2), (0, 1)), ToolStep(1, "search", {"query": "a"}, (0, 2), (0, 1))]
 
 
-def call(base=BASE, mask=MASK, index=("u", "u"), success=(True, False), steps=GOOD, cfg=None, trajectory=None):
-    return transfer_credit(base, mask, index, success, steps, cfg, trajectory=trajectory)
+def call(base=BASE, mask=MASK, index=("u", "u"), success=(True, False), steps=GOOD, cfg=None, **more):
+    return transfer_credit(base, mask, index, success, steps, cfg, **more)
 
 
 def test_the_good_case_is_good():
@@ -56,7 +56,7 @@ def test_the_good_case_is_good():
         ({"cfg": {"beta": 1}}, "cfg must be a TapoConfig, got dict"),
         *(
             ({name: value}, f"{name} must {text}")
-            for name in ("index", "success", "trajectory")
+            for name in ("index", "success", "trajectory", "recognisable")
             for value, text in [
                 ((value for value in (0, 1)), "be a sequence with one entry for each row, got generator"),
                 ("uv", "be a sequence with one entry for each row, got str"),
@@ -90,6 +90,11 @@ def test_the_good_case_is_good():
         ({"index": ["u"]}, "index has 1 entries, base has 2 rows"),
         ({"index": ["u", ["v"]]}, "index[1] is not hashable"),
         ({"success": [True]}, "success has 1 entries"),
+        ({"recognisable": [True, "yes"]}, "recognisable[1] must be a bool, got 'yes'"),
+        (
+            {"recognisable": [True, False], "success": [True, True], "trajectory": [0, 0]},
+            "recognisable[1] differs from that of an earlier row of the same trajectory",
+        ),
         ({"success": [True, 0.5]}, "success[1] must be a bool, got 0.5"),
         ({"success": [float("nan"), True]}, "success[0] must be a bool, got nan"),
         ({"success": ["yes", True]}, "success[0] must be a bool"),
@@ -117,6 +122,7 @@ def test_bad_batches(arguments, message):
         {"success": torch.tensor([1, 0], dtype=torch.bfloat16)},
         {"success": [torch.tensor(True), np.False_]},
         {"trajectory": torch.tensor([4, 7])},
+        {"recognisable": torch.tensor([0.0, 1.0])},
         {"mask": MASK.bool()},
         {"mask": MASK.to(torch.bfloat16)},
         {"mask": MASK.to(torch.uint8)},

@@ -23,13 +23,19 @@ SEEDS = st.integers(0, 1_000_000)
 laws = settings(max_examples=150, deadline=None)
 
 
+def random_flags(seed):
+    """Of 100 rows: whether an accepted answer could be recognised."""
+    return np.random.default_rng(seed).random(100) < 0.3
+
+
 @pytest.mark.parametrize("block", [0, 1, *(pytest.param(block, marks=pytest.mark.long) for block in range(2, 10))])
 def test_equals_the_reference(block):
     corrected = 0
     for seed in range(block * 200, block * 200 + 200):
-        batch, cfg = random_batch(seed), random_config(seed)
-        result, report = transfer_credit(*batch, cfg)
-        expected, records = Reference(*batch, cfg, similarity).transfer()
+        batch, cfg, recognisable = random_batch(seed), random_config(seed), random_flags(seed)
+        recognisable = recognisable[: len(batch[0])]
+        result, report = transfer_credit(*batch, cfg, recognisable=recognisable)
+        expected, records = Reference(*batch, cfg, similarity, recognisable).transfer()
         torch.testing.assert_close(result, expected, atol=1e-6, rtol=0, msg=lambda m, seed=seed: f"seed {seed}: {m}")
         for got, want in zip(report.steps, records, strict=True):
             assert (got.role, got.gate) == (want.role, want.gate), seed
@@ -159,7 +165,8 @@ def test_luck_takes_all_rewards_of_successes_that_found_nothing_and_nothing_else
     base, mask, index, success, steps = random_batch(seed)
     cfg = dataclasses.replace(random_config(seed), grounding=dataclasses.replace(ALL_SWITCHES, luck=False))
     luck = dataclasses.replace(cfg, grounding=ALL_SWITCHES)
-    result, report = transfer_credit(base, mask, index, success, steps, luck)
+    recognisable = random_flags(seed)[: len(base)]
+    result, report = transfer_credit(base, mask, index, success, steps, luck, recognisable=recognisable)
     withheld = report.withheld_of_row
     # Else it is as if they had failed.
     failed = [won and not none for won, none in zip(success, withheld, strict=True)]
@@ -169,9 +176,9 @@ def test_luck_takes_all_rewards_of_successes_that_found_nothing_and_nothing_else
     assert (kept[lowered] > 0).all()
     for row in range(len(base)):
         sights = [step.seen for step in steps if step.row == row]
-        # One without calls has found nothing where a sibling's call tells that the answer can be recognised.
+        # One without calls has found nothing where an answer can be recognised, as it or a sibling's call tells.
         told = any(step.seen is not None for step in steps if index[step.row] == index[row])
-        found_nothing = all(seen is False for seen in sights) if sights else told
+        found_nothing = all(seen is False for seen in sights) if sights else told or recognisable[row]
         assert withheld[row] == (success[row] and found_nothing)
         assert torch.equal(lowered[row], (kept[row] > 0) & (mask[row] == 1) & bool(withheld[row]))
     assert [credit.withheld for credit in report.steps] == [withheld[step.row] for step in steps]
@@ -187,11 +194,14 @@ def test_a_success_that_found_nothing_scores_as_its_group_s_failures(seed, scale
     cfg = dataclasses.replace(random_config(seed), grounding=ALL_SWITCHES)
     group = numbered(index)[1]
     holder = np.array([step.row for step in steps], dtype=np.int64)
-    nothing = found_nothing(holder, np.array([SIGHTS[step.seen] for step in steps], dtype=np.int64), group)
-    result = earned(scores, group, np.array(success), nothing)
-    reference = Reference(base, mask, index, success, steps, cfg)
+    seen, recognisable = (
+        np.array([SIGHTS[step.seen] for step in steps], dtype=np.int64),
+        random_flags(seed)[: len(base)],
+    )
+    result = earned(scores, group, np.array(success), found_nothing(holder, seen, group, recognisable))
+    reference = Reference(base, mask, index, success, steps, cfg, recognisable=recognisable)
     assert result == pytest.approx(reference.earned(scores.tolist()), abs=1e-12)
-    withheld = transfer_credit(base, mask, index, success, steps, cfg)[1].withheld_of_row
+    withheld = transfer_credit(base, mask, index, success, steps, cfg, recognisable=recognisable)[1].withheld_of_row
     assert (result <= scores).all()
     assert (result == scores)[~withheld].all()
     for row in np.flatnonzero(withheld):

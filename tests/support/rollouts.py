@@ -31,6 +31,14 @@ def grounded_group(tokenizer):
     return rows
 
 
+def silent_group(tokenizer):
+    """Four trajectories of that prompt without calls, two of them right."""
+    rows = [(FakeRollout(tokenizer).answer("Luxembourg" if ok else "Lima"), ok, "u0") for ok in (1, 1, 0, 0)]
+    for rollout, _, _ in rows:
+        rollout.record.recognisable = True
+    return rows
+
+
 GROUNDING_METRICS = {
     "tapo/grounding/told": 4 / 6,
     "tapo/grounding/grounded_successes": 1 / 2,

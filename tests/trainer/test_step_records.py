@@ -54,6 +54,7 @@ def snapshot(seed=0, step=1, part=0, batch=None, rule=None, **changes):
         trajectory=np.arange(rows),
         scores=np.asarray(success, dtype=np.float64),
         success=np.asarray(success, dtype=bool),
+        recognisable=np.arange(rows) % 3 == 0,
         padding=np.zeros(rows, dtype=bool),
         lengths=np.full(rows, base.shape[1]),
         response_mask=mask,
@@ -91,6 +92,7 @@ def test_what_is_written_is_read(tmp_path, record_format, seed):
     assert [row["key"] for row in rows] == made.keys
     assert [row["tokens"] for row in rows] == made.response_mask.sum(-1).tolist()
     assert [row["changed_tokens"] for row in rows] == made.changed.tolist()
+    assert [row["recognisable"] for row in rows] == made.recognisable.tolist()
     calls = [(row, call) for row, line in enumerate(rows) for call in line["calls"]]
     assert len(calls) == len(made.steps)
     place = [

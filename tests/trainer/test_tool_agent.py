@@ -27,6 +27,7 @@ from verl.tools.function_tool import FunctionTool
 from verl.tools.schemas import ToolResponse
 
 from verl_tapo.rollout import execution
+from verl_tapo.rollout import scripted as package
 from verl_tapo.rollout.tool_agent import TapoToolAgentLoop, strip_control_tokens
 from verl_tapo.trainer.verl_parser import cached_parser
 
@@ -235,6 +236,25 @@ def test_what_was_found_and_no_ground_truth_in_the_prompt(qwen_like_tokenizer, t
     assert_parses_alike(qwen_like_tokenizer, output)
     if seen is False:
         assert "found Paris" not in text_of(qwen_like_tokenizer, model)
+
+
+@pytest.mark.parametrize(
+    ("truth", "selection", "expected"),
+    [
+        ("Paris", None, True),
+        ("Paris", ["search"], True),
+        ("yes", None, False),
+        ("Paris", ["a tool that there is not"], False),
+    ],
+)
+def test_whether_a_rollout_that_calls_nothing_could_have_found_the_answer(
+    qwen_like_tokenizer, truth, selection, expected
+):
+    """VeRL takes a row's tools from its ``tool_selection``."""
+    columns = {"reward_model": {"ground_truth": truth}, "extra_info": {"tool_selection": selection}}
+    output, _ = package.run_scripted(TapoToolAgentLoop, qwen_like_tokenizer, tools(), ["Paris"], columns=columns)
+    record = output.extra_fields["tapo_steps"]
+    assert (record["steps"], record["recognisable"]) == ([], expected)
 
 
 def test_calls_beyond_the_parallel_limit_are_answered(qwen_like_tokenizer):

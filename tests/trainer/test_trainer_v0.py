@@ -17,6 +17,7 @@ from rollouts import (
     NLL_METRICS,
     grounded_group,
     log_probs_of,
+    silent_group,
     token_shares,
 )
 
@@ -131,6 +132,15 @@ def test_grounding_from_record_and_from_tokens(qwen_like_tokenizer, trainer):
     mask = data.batch["response_mask"] == 1
     values = [sorted(set(result[row][mask[row]].tolist())) for row in range(len(rows))]
     assert values == [pytest.approx(of_row, abs=1e-5) for of_row in GROUNDED_ADVANTAGES]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_luck_reaches_prompts_whose_rollouts_call_nothing(qwen_like_tokenizer, trainer, recorded):
+    rows, switches = silent_group(qwen_like_tokenizer), {"luck": True}
+    data = data_proto(rows, qwen_like_tokenizer, recorded=recorded, reward_model=[LUXEMBOURG] * len(rows))
+    data = compute(data, grounding=switches)
+    assert data.batch["advantages"].count_nonzero() == 0
+    assert step_metrics(data)["tapo/grounding/withheld_trajectories"] == 1 / 2
 
 
 def _nothing(case, rows):

@@ -13,6 +13,7 @@ from rollouts import (
     NLL_METRICS,
     grounded_group,
     log_probs_of,
+    silent_group,
     token_shares,
 )
 
@@ -299,6 +300,32 @@ def test_luck_lowers_rewards_before_the_base(queue, make_trainer, qwen_like_toke
     assert values == [pytest.approx(of_row, abs=1e-5) for of_row in expected]
     assert metrics["tapo/grounding/withheld_trajectories"] == pytest.approx(2 / 6)
     assert metrics["tapo/success_rate"] == pytest.approx(1 / 2)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_luck_reaches_prompts_whose_rollouts_call_nothing(queue, make_trainer, qwen_like_tokenizer, recorded):
+    """All of them answer from memory: there is nothing to learn. Where no tool could have told, all is as before."""
+    if PATCHED and not recorded:
+        pytest.skip("the patch does not hand over the data set's ground truth, see patches/README.md")
+    rows = silent_group(qwen_like_tokenizer)
+
+    def with_luck(batch, loop):
+        trainer, metrics = make_trainer(grounding={"luck": True}), {}
+        trainer.config.actor_rollout_ref.rollout.agent.default_agent_loop = loop
+        return advantages(queue, trainer, batch, metrics), metrics["tapo/grounding/withheld_trajectories"]
+
+    batch = put(queue, rows, recorded, extra={"reward_model": LUXEMBOURG})
+    plain = advantages(queue, make_trainer(), batch)
+    assert plain.count_nonzero() > 0
+    result, withheld = with_luck(batch, "tool_agent")
+    assert (result.count_nonzero(), withheld) == (0, 1 / 2)
+    if recorded:
+        for rollout, _, _ in rows:
+            rollout.record.recognisable = False
+        batch = put(queue, rows, recorded, extra={"reward_model": LUXEMBOURG})
+    result, withheld = with_luck(batch, "single_turn_agent")
+    assert torch.equal(result, plain)
+    assert withheld == 0
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -245,8 +245,11 @@ def _cells(trajectories: Sequence[Trajectory]) -> _Cells:
 def _apply(cells: _Cells, trajectories: Sequence[Trajectory], cfg: TapoConfig) -> CreditReport:
     groups = [trajectories[number].group for number in cells.holder]
     success = [trajectories[number].success for number in cells.holder]
+    recognisable = [trajectories[number].recognisable for number in cells.holder]
     mask = torch.ones_like(cells.base, dtype=torch.int64)
-    return transfer_credit(cells.base, mask, groups, success, cells.steps, cfg, trajectory=cells.holder)[1]
+    return transfer_credit(
+        cells.base, mask, groups, success, cells.steps, cfg, trajectory=cells.holder, recognisable=recognisable
+    )[1]
 
 
 class _Outcome(NamedTuple):

@@ -256,6 +256,7 @@ def _trajectory(
         text="\n".join(texts),
         prompt=prompt if isinstance(prompt, str) else "" if prompt is None else json.dumps(json_value(prompt)),
         ground_truth=json_value(first.get("gts")),
+        recognisable=evidence_for(first.get("gts")).tells,
         judged=value,
         unclear=unclear,
     )
@@ -273,7 +274,8 @@ def _earned(trajectories: Sequence[Trajectory], scores: FloatArray) -> FloatArra
     holder = np.array([number for number, _ in calls], dtype=np.int64)
     seen = np.array([SIGHTS[call.seen] for _, call in calls], dtype=np.int64)
     success = np.array([trajectory.success for trajectory in trajectories], dtype=bool)
-    return earned(scores, group, success, found_nothing(holder, seen, group))
+    recognisable = np.array([trajectory.recognisable for trajectory in trajectories], dtype=bool)
+    return earned(scores, group, success, found_nothing(holder, seen, group, recognisable))
 
 
 def _rebuild_advantages(trajectories: Sequence[Trajectory], scores: FloatArray, estimator: BaseEstimator) -> None:
@@ -403,5 +405,6 @@ def _recorded(
         text=shown.text if shown else "",
         prompt=shown.prompt if shown else NO_TEXT,
         ground_truth=shown.ground_truth if shown else None,
+        recognisable=last.get("recognisable", False),
         changed=sum(row["changed_tokens"] for row in rows),
     )

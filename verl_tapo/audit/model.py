@@ -73,6 +73,8 @@ class Trajectory:
     """What was compared with ``success_threshold``; None where that is not known."""
     unclear: bool = False
     """Whether its text does not show where the policy's turns end, see `verl_tapo.audit.text.TextCalls`."""
+    recognisable: bool = False
+    """Whether a tool could have shown an accepted answer, see `verl_tapo.transfer_credit`."""
     changed: int | None = None
     """Policy tokens whose advantage TAPO changed in training; None where that is not known."""
 

@@ -256,6 +256,9 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             sampling_params = {**sampling_params, "seed": number}
         self._evidence = evidence_of(ground_truth_of(kwargs.get("reward_model")))
         output = await super().run(sampling_params, *args, **kwargs)
+        # A row may select some of the tools.
+        tools = getattr(self._agent_data, "_active_tools", self.tools)
+        self._record.recognisable = self._evidence.tells and bool(tools)
         images = getattr(self._agent_data, "image_data", None)
         if self._record.steps and images is not None:
             images = list(images) if isinstance(images, list | tuple) else [images]

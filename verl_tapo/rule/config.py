@@ -40,7 +40,8 @@ class Grounding(Knobs):
     luck: bool = knob(
         False,
         """If true, a success in which no tool's answer held an accepted answer counts as a failure, also one without
-        calls where siblings make some. The base advantages are computed from rewards without it.""",
+        calls. Answers that many texts hold anyway (yes, a year) and rollouts without tools are left alone. The base
+        advantages are computed from what remains of the rewards.""",
         truth,
     )
 

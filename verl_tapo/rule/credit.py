@@ -53,6 +53,7 @@ def transfer_credit(
     cfg: TapoConfig | None = None,
     *,
     trajectory: Sequence[Hashable] | npt.NDArray[Any] | None = None,
+    recognisable: Sequence[bool] | npt.NDArray[Any] | torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, CreditReport]:
     """Applies TAPO's credit transfer to a batch of base advantages.
 
@@ -64,20 +65,22 @@ def transfer_credit(
         steps: S tool-use steps in any order.
         cfg: the rule's settings; None takes the defaults.
         trajectory: B hashables, which rollout each row belongs to, for agent loops that return a rollout as several
-            rows; None: each row is one. Rows of a rollout share prompt group and success.
+            rows; None: each row is one. Rows of a rollout share prompt group, success and ``recognisable``.
+        recognisable: B bools, whether the answer of a tool could have shown that it holds an accepted answer. With
+            ``grounding.luck`` a rollout without steps has found nothing then. None: only a sibling's step tells.
 
     Returns:
         The corrected advantages, a new (B, L) tensor of ``base``'s dtype and device, and the report.
 
     Raises:
         ValueError: naming the argument and the first offending row or step: a wrong type, shapes that disagree, a mask
-            that is not 0/1, a non-finite base advantage under the mask, a success that is no bool, an index that is
+            that is not 0/1, a non-finite base advantage under the mask, a flag that is no bool, an index that is
             not hashable by value, or a bad step (see `verl_tapo.rule.steps.step_columns`).
     """
     cfg = TapoConfig() if cfg is None else cfg
     if not isinstance(cfg, TapoConfig):
         raise ValueError(f"cfg must be a TapoConfig, got {type(cfg).__name__}")
-    batch = read_batch(base, response_mask, index, success, steps, trajectory)
+    batch = read_batch(base, response_mask, index, success, steps, trajectory, recognisable)
     declared, lucky = takes_part(batch.steps, cfg), withheld(batch, cfg)
     won = successes(batch, lucky, cfg)
     role = _roles(batch, declared, won, lucky)

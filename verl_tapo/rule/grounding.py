@@ -5,8 +5,8 @@ A step is *seen* if the whole answer of its tool held an accepted answer of the 
 *grounded* if one of its steps is seen. It is *ungrounded* if it has steps and all are known not to
 be seen. An unknown changes nothing.
 
-A rollout without steps is neither. For ``luck`` it has *found nothing*, as an ungrounded one, where the steps of its
-prompt group show that an answer can be recognised: else the way out of guessing after calls would be to guess without.
+A rollout without steps is neither. For ``luck`` it has *found nothing*, as an ungrounded one, where a tool could have
+shown an accepted answer: else the way out of guessing after calls would be to guess without.
 
 With ``luck`` a success that found nothing is a failure. What it `earned` is for the base estimator, which comes before
 the rule: where most of a prompt's rollouts guess, only that tells the one that found the answer from them.
@@ -80,21 +80,22 @@ def withheld(batch: Batch, cfg: TapoConfig) -> BoolArray:
     """(T,) the successes that count as failures, because they are known to have found nothing (``grounding.luck``)."""
     if not cfg.grounding.luck:
         return np.zeros(len(batch.group), dtype=bool)
-    return batch.success & found_nothing(batch.holder, batch.steps.seen, batch.group)
+    return batch.success & found_nothing(batch.holder, batch.steps.seen, batch.group, batch.recognisable)
 
 
-def found_nothing(holder: IntArray, seen: IntArray, group: IntArray) -> BoolArray:
-    """(T,) the rollouts that are known to have found nothing: ungrounded ones, and ones without steps where a step of
-    their prompt group tells that an answer can be recognised.
+def found_nothing(holder: IntArray, seen: IntArray, group: IntArray, recognisable: BoolArray) -> BoolArray:
+    """(T,) the rollouts that are known to have found nothing: ungrounded ones, and ones without steps where an answer
+    is recognisable, or a step of their prompt group shows that it is.
 
     Args:
         holder, seen: see `grounded`.
         group: (T,) number of each rollout's prompt group, from 0 to less than T.
+        recognisable: (T,) see `verl_tapo.transfer_credit`.
     """
     silent, told = np.ones(len(group), dtype=bool), np.zeros(len(group), dtype=bool)
     silent[holder] = False
     told[group[holder[seen != UNKNOWN]]] = True
-    nothing: BoolArray = (grounded(holder, seen, len(group)) == UNSEEN) | (silent & told[group])
+    nothing: BoolArray = (grounded(holder, seen, len(group)) == UNSEEN) | (silent & (recognisable | told[group]))
     return nothing
 
 

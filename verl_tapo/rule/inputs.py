@@ -33,6 +33,8 @@ class Batch(NamedTuple):
     """(T,) prompt group."""
     success: BoolArray
     """(T,) ``y``"""
+    recognisable: BoolArray
+    """(T,) see `verl_tapo.transfer_credit`."""
     advantage: FloatArray
     """(T,) ``a``, the mean base advantage of the rollout's policy tokens; 0 without such tokens."""
     policy_tokens: FloatArray
@@ -43,7 +45,13 @@ class Batch(NamedTuple):
 
 
 def read_batch(
-    base: torch.Tensor, response_mask: torch.Tensor, index: Any, success: Any, steps: Any, trajectory: Any
+    base: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Any,
+    success: Any,
+    steps: Any,
+    trajectory: Any,
+    recognisable: Any,
 ) -> Batch:
     """Reads and checks the arguments of `verl_tapo.transfer_credit`, which documents their names
     and errors."""
@@ -51,12 +59,15 @@ def read_batch(
     columns = step_columns(steps, *base.shape)
     rows = len(base)
     group = _codes("index", _of_rows("index", index, rows))
-    y = _truths(_of_rows("success", success, rows))
+    y = _truths("success", _of_rows("success", success, rows))
+    told = np.zeros(rows, dtype=bool)
+    if recognisable is not None:
+        told = _truths("recognisable", _of_rows("recognisable", recognisable, rows))
     rollout: IntArray = np.arange(rows)
     if trajectory is not None:
         rollout = _codes("trajectory", _of_rows("trajectory", trajectory, rows))
     _, first = np.unique(rollout, return_index=True)
-    for name, values in (("index", group), ("success", y)):
+    for name, values in (("index", group), ("success", y), ("recognisable", told)):
         differs = np.flatnonzero(values != values[first][rollout])
         if len(differs):
             raise ValueError(f"{name}[{differs[0]}] differs from that of an earlier row of the same trajectory")
@@ -64,7 +75,7 @@ def read_batch(
     sums, counts = _masked_sums(as_array(base), policy)
     tokens = np.bincount(rollout, weights=counts, minlength=len(first)).astype(np.float64)
     advantage = np.bincount(rollout, weights=sums, minlength=len(first)) / np.maximum(tokens, 1.0)
-    return Batch(policy, rollout, group[first], y[first], advantage, tokens, columns, rollout[columns.row])
+    return Batch(policy, rollout, group[first], y[first], told[first], advantage, tokens, columns, rollout[columns.row])
 
 
 def as_array(tensor: torch.Tensor) -> TokenArray:
@@ -132,14 +143,14 @@ def _hashable(value: Any) -> bool:
     return True
 
 
-def _truths(values: list[Any]) -> BoolArray:
+def _truths(name: str, values: list[Any]) -> BoolArray:
     if set(map(type, values)) != {bool}:
         for row, value in enumerate(values):
             if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
                 value = value.item()
             number = isinstance(value, bool | int | float | np.bool_ | np.number)
             if not number or value not in (0, 1):
-                raise ValueError(f"success[{row}] must be a bool, got {shown(value)}")
+                raise ValueError(f"{name}[{row}] must be a bool, got {shown(value)}")
             values[row] = bool(value)
     return np.array(values, dtype=bool)
 

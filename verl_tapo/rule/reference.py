@@ -71,9 +71,11 @@ class Reference:
         steps: Sequence[ToolStep],
         cfg: TapoConfig,
         similarity: Callable[[ToolStep, ToolStep, TapoConfig], float] = call_similarity,
+        recognisable: Sequence[bool] | None = None,
     ) -> None:
         self.base, self.mask = base.tolist(), response_mask.tolist()
         self.index, self.success, self.steps, self.cfg = index, success, steps, cfg
+        self.recognisable = [False] * len(base) if recognisable is None else recognisable
         self._similarity, self._dtype = similarity, base.dtype
         # a: the mean base advantage of a rollout's policy tokens.
         rows = zip(self.base, self.mask, strict=True)
@@ -125,10 +127,10 @@ class Reference:
 
     def withheld(self, row: int) -> bool:
         """(9) ``grounding.luck``: a success that is known to have found nothing is a failure. One without calls has
-        found nothing where a sibling's call tells that an answer can be recognised."""
+        found nothing where an answer is recognisable, or a sibling's call shows that it is."""
         silent = all(step.row != row for step in self.steps)
         told = any(step.seen is not None for step in self.steps if self.index[step.row] == self.index[row])
-        lucky = self.grounded(row) is False or (silent and told)
+        lucky = self.grounded(row) is False or (silent and (told or self.recognisable[row]))
         return self.cfg.grounding.luck and self.success[row] and lucky
 
     def earned(self, scores: Sequence[float]) -> list[float]:

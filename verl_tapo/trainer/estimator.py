@@ -19,7 +19,7 @@ from verl_tapo.rule.report import CreditReport
 from verl_tapo.rule.steps import ToolStep, build_tool_mask
 from verl_tapo.settings import TapoSettings, load_settings
 from verl_tapo.step_records import StepRecorder, StepSnapshot
-from verl_tapo.trainer.grounding import earned_rewards, grounding_metrics
+from verl_tapo.trainer.grounding import earned_rewards, grounding_metrics, recognisable_answers
 from verl_tapo.trainer.monitor import RunMonitor
 from verl_tapo.trainer.rollout import CURRENT, LOG_PROBS, RolloutBatch
 from verl_tapo.trainer.token_kinds import token_metrics
@@ -194,8 +194,12 @@ def estimate(
         raise ValueError("TAPO: no row of the batch has a finite reward; check the reward function")
     success, calls = rollout.success(settings) & finite, find_steps(rollout, settings)
     found = time.perf_counter()
+    recognisable = np.zeros(len(finite), dtype=bool)
     if settings.rule.grounding.luck:
-        token_level_rewards = earned_rewards(rollout, success, calls, token_level_rewards, response_mask, index)
+        recognisable = recognisable_answers(rollout)
+        token_level_rewards = earned_rewards(
+            rollout, success, calls, token_level_rewards, response_mask, index, recognisable
+        )
     if len(usable) == len(finite):
         base, returns = rollout.base(usable, token_level_rewards, response_mask, index)
     else:
@@ -232,6 +236,7 @@ def estimate(
         steps,
         settings.rule,
         trajectory=None if rollout.sessions is None else rollout.sessions.of_row,
+        recognisable=recognisable,
     )
     if settings.write_tool_mask:
         rollout.fields[TOOL_MASK_FIELD] = build_tool_mask(
@@ -254,7 +259,7 @@ def estimate(
     rollout.metrics["tapo/ms/base"] = (based - found) * 1e3
     rollout.metrics["tapo/ms/credit"] = (done - based) * 1e3
     if settings.record_dir is not None:
-        _record(rollout, settings, base, advantages, response_mask, index, success, steps, report)
+        _record(rollout, settings, base, advantages, response_mask, index, success, recognisable, steps, report)
     return advantages, returns
 
 
@@ -274,6 +279,7 @@ def _record(
     response_mask: torch.Tensor,
     index: Any,
     success: npt.NDArray[np.bool_],
+    recognisable: npt.NDArray[np.bool_],
     steps: Sequence[ToolStep],
     report: CreditReport,
 ) -> None:
@@ -295,6 +301,7 @@ def _record(
             trajectory=rollout.trajectory_of_row(),
             scores=rollout.scores,
             success=success,
+            recognisable=recognisable,
             padding=rollout.padding,
             lengths=rollout.lengths,
             response_mask=response_mask,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from verl_tapo.rule.arrays import IntArray, numbered
+from verl_tapo.answers.evidence import evidence_of, ground_truth_of
+from verl_tapo.rule.arrays import BoolArray, IntArray, numbered
 from verl_tapo.rule.figures import FOUND
 from verl_tapo.rule.grounding import earned, found_nothing, grounded, shares
 from verl_tapo.rule.report import metric_word
@@ -17,6 +18,25 @@ from verl_tapo.rule.steps import SIGHTS, ToolStep
 from verl_tapo.trainer.rollout import RolloutBatch
 
 _TOOLS = 20
+_WITHOUT_TOOLS = "single_turn_agent"
+
+
+def recognisable_answers(rollout: RolloutBatch) -> BoolArray:
+    """(B,) the rows of rollouts whose tools could have shown an accepted answer, see `verl_tapo.transfer_credit`.
+
+    A record says so. Without records the ground truth does, unless some rows go to a loop without tools: which ones
+    they are, the batch does not tell.
+    """
+    of_row = rollout.trajectory_of_row()
+    told = np.zeros(len(of_row), dtype=bool)
+    if any(isinstance(record, Mapping) for record in rollout.records):
+        for row, record in enumerate(rollout.records):
+            told[of_row[row]] |= isinstance(record, Mapping) and record.get("recognisable") is True
+    elif _WITHOUT_TOOLS not in (set(rollout.agent_names()) or {rollout.agent_loop}):
+        for row in np.flatnonzero(~rollout.padding).tolist():
+            told[of_row[row]] |= evidence_of(ground_truth_of(rollout.reward_model(row))).tells
+    recognisable: BoolArray = told[of_row] & ~rollout.padding
+    return recognisable
 
 
 def earned_rewards(
@@ -26,6 +46,7 @@ def earned_rewards(
     rewards: torch.Tensor,
     response_mask: torch.Tensor,
     index: Sequence[Hashable],
+    recognisable: BoolArray,
 ) -> torch.Tensor:
     """The token-level rewards for the base estimator under ``grounding.luck``, see `verl_tapo.rule.grounding.earned`.
 
@@ -38,6 +59,7 @@ def earned_rewards(
         steps: S tool-use steps, of real rows.
         rewards, response_mask: (B, L).
         index: (B,) prompt groups.
+        recognisable: (B,) see `recognisable_answers`.
     """
     of_row = rollout.trajectory_of_row()
     last = np.arange(len(of_row)) if rollout.sessions is None else rollout.sessions.final_row
@@ -45,7 +67,8 @@ def earned_rewards(
     final = last[np.unique(of_row, return_index=True)[1]]
     counts = np.isfinite(rewards[final].sum(-1).double().cpu().numpy()) & ~rollout.padding[final]
     group, scores = numbered(index)[1][final], np.where(counts, rollout.scores[final], np.nan)
-    unearned = scores - earned(scores, group, success[final], found_nothing(*_sights(steps, of_row), group))
+    nothing = found_nothing(*_sights(steps, of_row), group, recognisable[final])
+    unearned = scores - earned(scores, group, success[final], nothing)
     concerned = np.flatnonzero(unearned > 0)
     if not len(concerned):
         return rewards

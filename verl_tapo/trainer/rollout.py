@@ -100,7 +100,7 @@ class RolloutBatch:
     """(B,) veRL's ``{uid}_{session}_{output}``; None if the trainer has none."""
     reward_model: Callable[[int], Any] = lambda row: None
     """The data set's column ``reward_model`` of a row, which holds the ground truth. It is called
-    only if steps have to be parsed."""
+    only of rollouts without a record."""
     step: int | None = None
     """The number of the training step; None if the trainer does not give it."""
     part: int = 0
@@ -117,7 +117,8 @@ class RolloutBatch:
     agent_loop: str | None = None
     """The default agent loop; None if the trainer's configuration names none."""
     agent_names: Callable[[], Iterable[Any]] = tuple
-    """The data set's column ``agent_name``, which overrides the default loop. It is asked for once."""
+    """The data set's column ``agent_name``, which overrides the default loop. It is asked for only
+    where rollouts have no record."""
     unreadable: str | None = None
     """A success value that is not a number, if `success` met one."""
 
