@@ -167,6 +167,7 @@ WORDS = st.sampled_from(
 @given(st.lists(st.one_of(WORDS, st.text(max_size=6)), max_size=8).map(" ".join))
 @example("ΑΣ ΑΣΑ")
 @example("İstanbul ǰ")
+@example("A`A")
 def test_the_quick_look_finds_every_word_of_letters(text):
     loose = folded(text)
     for word in tokens(text):

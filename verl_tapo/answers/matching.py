@@ -101,7 +101,7 @@ def folded(text: str) -> str:
     """
     text = text.casefold()
     text = text if text.isascii() else _BEYOND_ASCII.sub(_fold, text)
-    return text.replace("'", "").replace(".", "")
+    return text.replace("'", "").replace("`", "").replace(".", "")
 
 
 @lru_cache(maxsize=10_000)
