@@ -88,8 +88,6 @@ class StepSnapshot:
     """(B,) number of each row's trajectory."""
     scores: npt.NDArray[np.float64]
     success: npt.NDArray[np.bool_]
-    recognisable: npt.NDArray[np.bool_]
-    """(B,) see `verl_tapo.transfer_credit`."""
     padding: npt.NDArray[np.bool_]
     lengths: IntArray
     """(B,) response tokens."""
@@ -120,6 +118,7 @@ class StepSnapshot:
         """One for each row that is no padding."""
         policy = self.response_mask.cpu().numpy() != 0
         credits, advantages = self.report.steps, self.report.advantage_of_row
+        recognisable = self.report.recognisable_of_row
         of_row: dict[int, list[int]] = {}
         number = np.zeros(len(self.steps), dtype=np.int64)
         for position, step in enumerate(self.steps):
@@ -166,7 +165,7 @@ class StepSnapshot:
                 "tokens": int(policy[row].sum()),
                 "length": int(self.lengths[row]),
                 "changed_tokens": int(self.changed[row]),
-                "recognisable": bool(self.recognisable[row]),
+                "recognisable": bool(recognisable[row]),
                 "calls": calls,
             }
 

@@ -1027,23 +1027,28 @@ class TestGrounding:
         path = write_dump(tmp_path / "1.jsonl", [json.dumps(line(text, 1.0) | {"gts": gts, **more})])
         return audit(path).calls["seen"].tolist()
 
+    def logged(self, record_dir, rows, tokenizer, luck):
+        """What a training step with these rows logs; its record is written."""
+        data, metrics = data_proto(rows, tokenizer, reward_model=[LUXEMBOURG] * len(rows)), {}
+        compute_tapo_advantage(
+            data.batch["token_level_rewards"],
+            data.batch["response_mask"],
+            data.non_tensor_batch["uid"],
+            OmegaConf.create({"tapo": {"record_dir": str(record_dir), "grounding": {"luck": luck}}}),
+            non_tensor_batch=data.non_tensor_batch,
+            batch=data.batch,
+            adv_context={"metrics": metrics},
+        )
+        estimator._RecorderCache.recorder.flush()
+        return metrics
+
     @pytest.mark.parametrize("luck", [False, True])
     @pytest.mark.parametrize("trainer", ["ray_trainer.RayPPOTrainer", "v1.trainer_base.PPOTrainer"])
     def test_what_training_logs(self, tmp_path, qwen_like_tokenizer, trainer, luck):
         """Of one batch: the metrics, the step's record, and the dump that veRL writes."""
         pytest.importorskip("verl.trainer.ppo.ray_trainer")
         rows = grounded_group(qwen_like_tokenizer)
-        data, metrics = data_proto(rows, qwen_like_tokenizer, reward_model=[LUXEMBOURG] * len(rows)), {}
-        compute_tapo_advantage(
-            data.batch["token_level_rewards"],
-            data.batch["response_mask"],
-            data.non_tensor_batch["uid"],
-            OmegaConf.create({"tapo": {"record_dir": str(tmp_path / "records"), "grounding": {"luck": luck}}}),
-            non_tensor_batch=data.non_tensor_batch,
-            batch=data.batch,
-            adv_context={"metrics": metrics},
-        )
-        estimator._RecorderCache.recorder.flush()
+        metrics = self.logged(tmp_path / "records", rows, qwen_like_tokenizer, luck)
         logged = {name: metrics[name] for name in GROUNDING_METRICS}
         assert logged == pytest.approx(GROUNDING_METRICS)
         module, _, name = trainer.rpartition(".")
@@ -1065,18 +1070,8 @@ class TestGrounding:
 
     def test_rollouts_that_call_nothing(self, tmp_path, qwen_like_tokenizer):
         """A record says whether a tool could have told; of a dump the ground truth does."""
-        rows, metrics = silent_group(qwen_like_tokenizer), {}
-        data = data_proto(rows, qwen_like_tokenizer, reward_model=[LUXEMBOURG] * len(rows))
-        compute_tapo_advantage(
-            data.batch["token_level_rewards"],
-            data.batch["response_mask"],
-            data.non_tensor_batch["uid"],
-            OmegaConf.create({"tapo": {"record_dir": str(tmp_path / "records"), "grounding": {"luck": True}}}),
-            non_tensor_batch=data.non_tensor_batch,
-            batch=data.batch,
-            adv_context={"metrics": metrics},
-        )
-        estimator._RecorderCache.recorder.flush()
+        rows = silent_group(qwen_like_tokenizer)
+        metrics = self.logged(tmp_path / "records", rows, qwen_like_tokenizer, True)
         texts = [line("<answer>x</answer>", float(ok)) | {"gts": ["Luxembourg"]} for _, ok, _ in rows]
         (tmp_path / "dump").mkdir()
         write_dump(tmp_path / "dump" / "1.jsonl", [json.dumps(text) for text in texts])

@@ -42,8 +42,8 @@ def snapshot(seed=0, step=1, part=0, batch=None, rule=None, **changes):
     base = base.mean(1, keepdim=True).expand_as(base).contiguous()
     rule = rule or (random_config(seed) if batch is None else TapoConfig())
     steps = sorted(steps, key=lambda s: (s.row, s.turn, s.call))
-    advantages, report = transfer_credit(base, mask, index, success, steps, rule)
     rows = len(base)
+    advantages, report = transfer_credit(base, mask, index, success, steps, rule, recognisable=np.arange(rows) % 3 == 0)
     made = StepSnapshot(
         step=step,
         part=part,
@@ -54,7 +54,6 @@ def snapshot(seed=0, step=1, part=0, batch=None, rule=None, **changes):
         trajectory=np.arange(rows),
         scores=np.asarray(success, dtype=np.float64),
         success=np.asarray(success, dtype=bool),
-        recognisable=np.arange(rows) % 3 == 0,
         padding=np.zeros(rows, dtype=bool),
         lengths=np.full(rows, base.shape[1]),
         response_mask=mask,
@@ -92,7 +91,7 @@ def test_what_is_written_is_read(tmp_path, record_format, seed):
     assert [row["key"] for row in rows] == made.keys
     assert [row["tokens"] for row in rows] == made.response_mask.sum(-1).tolist()
     assert [row["changed_tokens"] for row in rows] == made.changed.tolist()
-    assert [row["recognisable"] for row in rows] == made.recognisable.tolist()
+    assert [row["recognisable"] for row in rows] == [number % 3 == 0 for number in range(len(rows))]
     calls = [(row, call) for row, line in enumerate(rows) for call in line["calls"]]
     assert len(calls) == len(made.steps)
     place = [

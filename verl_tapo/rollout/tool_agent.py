@@ -256,9 +256,7 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             sampling_params = {**sampling_params, "seed": number}
         self._evidence = evidence_of(ground_truth_of(kwargs.get("reward_model")))
         output = await super().run(sampling_params, *args, **kwargs)
-        # A row may select some of the tools.
-        tools = getattr(self._agent_data, "_active_tools", self.tools)
-        self._record.recognisable = self._evidence.tells and bool(tools)
+        self._record.recognisable = self._evidence.tells and bool(self._tools_of(self._agent_data))
         images = getattr(self._agent_data, "image_data", None)
         if self._record.steps and images is not None:
             images = list(images) if isinstance(images, list | tuple) else [images]
@@ -319,9 +317,13 @@ class TapoToolAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             return True
         return bool(self.max_user_turns and agent_data.user_turns >= self.max_user_turns)
 
+    def _tools_of(self, agent_data: Any) -> Any:
+        """Returns a trajectory's tools: its row may select some of them."""
+        return getattr(agent_data, "_active_tools", self.tools)
+
     def _note(self, found: list[Call], start: int, end: int, agent_data: Any) -> list[RecordedCall]:
         """Records a turn's calls; returns them as the stock loop takes them, malformed ones included."""
-        tools: Any = getattr(agent_data, "_active_tools", self.tools)
+        tools = self._tools_of(agent_data)
         stock = list(agent_data.tool_calls)
         well_formed = [call for call in found if call.error is None]
         if len(stock) != len(well_formed):

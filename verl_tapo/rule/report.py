@@ -121,6 +121,11 @@ class CreditReport:
         return self._withheld[self._batch.rollout_of_row]
 
     @property
+    def recognisable_of_row(self) -> BoolArray:
+        """(B,) see `verl_tapo.transfer_credit`."""
+        return self._batch.recognisable[self._batch.rollout_of_row]
+
+    @property
     def steps(self) -> list[StepCredit]:
         """One record per given step, in the given order."""
         if self._steps is None:

@@ -259,7 +259,7 @@ def estimate(
     rollout.metrics["tapo/ms/base"] = (based - found) * 1e3
     rollout.metrics["tapo/ms/credit"] = (done - based) * 1e3
     if settings.record_dir is not None:
-        _record(rollout, settings, base, advantages, response_mask, index, success, recognisable, steps, report)
+        _record(rollout, settings, base, advantages, response_mask, index, success, steps, report)
     return advantages, returns
 
 
@@ -279,7 +279,6 @@ def _record(
     response_mask: torch.Tensor,
     index: Any,
     success: npt.NDArray[np.bool_],
-    recognisable: npt.NDArray[np.bool_],
     steps: Sequence[ToolStep],
     report: CreditReport,
 ) -> None:
@@ -301,7 +300,6 @@ def _record(
             trajectory=rollout.trajectory_of_row(),
             scores=rollout.scores,
             success=success,
-            recognisable=recognisable,
             padding=rollout.padding,
             lengths=rollout.lengths,
             response_mask=response_mask,
