@@ -60,7 +60,7 @@ def read_batch(
     rows = len(base)
     group = _codes("index", _of_rows("index", index, rows))
     y = _truths("success", _of_rows("success", success, rows))
-    told = np.zeros(rows, dtype=bool)
+    told: BoolArray = np.zeros(rows, dtype=bool)
     if recognisable is not None:
         told = _truths("recognisable", _of_rows("recognisable", recognisable, rows))
     rollout: IntArray = np.arange(rows)
