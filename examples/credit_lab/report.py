@@ -360,7 +360,10 @@ COLUMNS = {
     "cure": ["world", "loss", "seeds", "GRPO", "TAPO", "grounded", "grounded - GRPO", "grounded - TAPO"],
     "switches": ["world", "rule", "seeds", "final", "above .5"],
     "errors": ["world", "rule", "final", "above .5", "early - GRPO"],
-    "trainer": ["rule", "seeds", "early", "final", "held out", "early - GRPO", "final - GRPO", "held out - GRPO"],
+    "trainer": [
+        *("rule", "seeds", "early", "final", "held out"),
+        *("early - GRPO", "final - GRPO", "held out - GRPO", "final - TAPO"),
+    ],
     "guessing": ["rule", "seeds", "final", "above 50", "held out", "final - GRPO", "held out - GRPO"],
     "from_memory": ["rule", "seeds", "early", "final", "held out", "early - GRPO", "final - GRPO", "held out - GRPO"],
 }
