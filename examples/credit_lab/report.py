@@ -355,17 +355,15 @@ def trainer_table(steps: pd.DataFrame) -> str:
     return _markdown(head, rows)
 
 
+TRAINED = ["rule", "seeds", "early", "final", "held out", "early - GRPO", "final - GRPO", "held out - GRPO"]
 COLUMNS = {
     "main": ["world", "early, vanilla", "early, gspo", "early, sapo", "final, vanilla"],
     "cure": ["world", "loss", "seeds", "GRPO", "TAPO", "grounded", "grounded - GRPO", "grounded - TAPO"],
     "switches": ["world", "rule", "seeds", "final", "above .5"],
     "errors": ["world", "rule", "final", "above .5", "early - GRPO"],
-    "trainer": [
-        *("rule", "seeds", "early", "final", "held out"),
-        *("early - GRPO", "final - GRPO", "held out - GRPO", "final - TAPO"),
-    ],
+    "trainer": [*TRAINED, "final - TAPO"],
     "guessing": ["rule", "seeds", "final", "above 50", "held out", "final - GRPO", "held out - GRPO"],
-    "from_memory": ["rule", "seeds", "early", "final", "held out", "early - GRPO", "final - GRPO", "held out - GRPO"],
+    "from_memory": TRAINED,
 }
 """What of each table stands in the document; ``tables.md`` has all of it."""
 

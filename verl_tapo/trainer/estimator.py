@@ -194,7 +194,7 @@ def estimate(
         raise ValueError("TAPO: no row of the batch has a finite reward; check the reward function")
     success, calls = rollout.success(settings) & finite, find_steps(rollout, settings)
     found = time.perf_counter()
-    recognisable: npt.NDArray[np.bool_] = np.zeros(len(finite), dtype=bool)
+    recognisable = None
     if settings.rule.grounding.luck:
         recognisable = recognisable_answers(rollout)
         token_level_rewards = earned_rewards(
