@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import bm25s
 import numpy as np
 import numpy.typing as npt
-from bm25s.stopwords import STOPWORDS_EN
 from numba import njit
 
+from search_backends.retrieval.bm25s_alone import bm25s
 from search_backends.retrieval.manifest import IndexProblem, write_json
 from verl_tapo.answers.letters import ALONE, ARABIC_LETTERS, ARABIC_VOWELS, HEBREW_VOWELS, TATWEEL, combining_marks
 
@@ -46,7 +45,7 @@ _ASCII_WORD = re.compile("[a-z0-9]+")
 # Accents, vowel signs that most texts leave out, and what is not seen within a word.
 _LEFT_OUT = re.compile(f"[\u0300-\u036f{HEBREW_VOWELS}{ARABIC_VOWELS}{TATWEEL}\u00ad\u200c\u200d\u2060\ufeff]")
 _LETTERS = str.maketrans(ARABIC_LETTERS)
-_STOPWORDS = frozenset(STOPWORDS_EN)
+_STOPWORDS = frozenset(bm25s.stopwords.STOPWORDS_EN)
 _CHUNK = 50_000  # passages
 
 

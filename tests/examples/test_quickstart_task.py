@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,9 @@ from flags_and_facts.reward import compute_score
 from flags_and_facts.script import PERFECT, Script, Slips, made_up_world
 from flags_and_facts.search import Index, load_index, zoom
 from flags_and_facts.world import load_world
+
+from search_backends.toolbox import Toolbox
+from verl_tapo.calls.call import fault_of
 
 COUNTS = {"train": 60, "val": 20, "heldout": 30}
 CONTINENTS = {"Africa", "Asia", "North America", "Europe", "Oceania", "South America"}
@@ -122,25 +126,43 @@ def test_a_sheet_has_to_be_zoomed_into():
         assert index.image_search(nearly) == index.image_search(crop)
 
 
-@pytest.mark.parametrize(
-    ("tool", "arguments"),
-    [
-        ("text_search", {}),
-        ("text_search", {"query": ["capital"]}),
-        ("image_search", {"image": 2}),
-        ("image_search", {"image": "1"}),
-        ("zoom", {"image": 1, "bbox": "here"}),
-        ("zoom", {"image": 1, "bbox": [0, 0, 1, 1]}),
-        ("zoom", {"image": 1, "bbox": [0, 0, float("nan"), 1000]}),
-        ("zoom", {"image": 1, "bbox": [600, 0, 400, 1000]}),
-        ("zoom", {"image": 0, "bbox": [0, 0, 500, 500]}),
-        ("calculator", {"image": 1}),
-    ],
-)
+SENSELESS = [
+    ("text_search", {}),
+    ("text_search", {"query": ["capital"]}),
+    ("image_search", {"image": 2}),
+    ("image_search", {"image": "1"}),
+    ("zoom", {"image": 1, "bbox": "here"}),
+    ("zoom", {"image": 1, "bbox": [0, 0, 1, 1]}),
+    ("zoom", {"image": 1, "bbox": [0, 0, float("nan"), 1000]}),
+    ("zoom", {"image": 1, "bbox": [600, 0, 400, 1000]}),
+    ("zoom", {"image": 0, "bbox": [0, 0, 500, 500]}),
+    ("calculator", {"image": 1}),
+]
+
+
+@pytest.mark.parametrize(("tool", "arguments"), SENSELESS)
 def test_senseless_arguments_are_told_to_the_model(tool, arguments):
     image = ask(load_world("train"), random.Random(0), "flag").image(load_world("train"))
     with pytest.raises(ValueError, match=r"."):
         load_index("train").run(tool, arguments, [image])
+
+
+@pytest.mark.parametrize(("tool", "arguments"), [case for case in SENSELESS if case[0] in prepare.TOOLS])
+def test_senseless_arguments_are_the_models_fault(tool, arguments):
+    """In veRL's own words for a tool that raises; but not counted as a tool that failed."""
+    image = ask(load_world("train"), random.Random(0), "flag").image(load_world("train"))
+    answer = asyncio.run(Toolbox(verls_tools()).call(tool, arguments, [image], {"split": "train"}))
+    assert answer.status == "error"
+    assert answer.text.startswith(f"Error executing tool '{tool}': ")
+    assert fault_of({"status": answer.status, "metrics": answer.metrics}) == "model"
+
+
+def test_a_broken_index_is_the_tools_own_fault(monkeypatch):
+    tools = verls_tools()
+    monkeypatch.setattr(sys.modules[type(tools[0]).__module__], "load_index", lambda split: None)
+    answer = asyncio.run(Toolbox(tools).call("text_search", {"query": "France"}))
+    assert answer.status == "error"
+    assert fault_of({"status": answer.status, "metrics": answer.metrics}) == "infrastructure"
 
 
 @pytest.mark.parametrize("query", ["", "the of", "🏴", "capital of " + "x" * 10_000, "SELECT *"])
@@ -148,11 +170,14 @@ def test_any_query_gets_an_answer(query):
     assert load_index("train").text_search(query)
 
 
-def test_the_tools_are_verls():
+def verls_tools():
     from verl.tools.tool_registry import initialize_tools_from_config
 
-    path = Path(prepare.__file__).parent / "tools.yaml"
-    tools = {tool.name: tool for tool in initialize_tools_from_config(str(path))}
+    return initialize_tools_from_config(str(Path(prepare.__file__).parent / "tools.yaml"))
+
+
+def test_the_tools_are_verls():
+    tools = {tool.name: tool for tool in verls_tools()}
     assert set(tools) == set(prepare.TOOLS)
     world = load_world("train")
     question = ask(world, random.Random(1), "sheet")

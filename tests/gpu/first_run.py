@@ -4,8 +4,9 @@
     python tests/gpu/first_run.py --model Qwen/Qwen3-4B-Instruct-2507  # also two steps of GRPO, and of TAPO, on vLLM
     python tests/gpu/first_run.py --model ... trainer.n_gpus_per_node=8    # whatever else veRL's command line takes
 
-The steps train a text model on questions about countries (examples/quickstart_lm), with veRL's own `main_ppo`.
-`--device cpu` goes as far as a CPU can. Nobody has run this on a GPU yet: please report what it says.
+The steps train a text model on questions about countries (examples/quickstart_lm), with veRL's own `main_ppo`. Where
+flash-attn is not installed they compute attention with torch (sdpa). `--device cpu` goes as far as a CPU can.
+docs/tested.md says what this has been run on: please report what it says on yours.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -169,6 +171,12 @@ class Training:
         }
         if self.device != "cpu":
             settings |= {f"{rollout}.name": "vllm", f"{rollout}.tensor_model_parallel_size": 1}
+        if self.device != "cpu" and find_spec("flash_attn") is None:
+            # VeRL's default, which packs rows without padding, is made for flash attention.
+            settings |= {
+                "++actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
+                "actor_rollout_ref.model.use_remove_padding": "false",
+            }
         name = "cpu" if self.device == "cpu" else "tapo"
         start = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", name]
         return [*start, *(f"{key}={value}" for key, value in settings.items()), *self.overrides]
@@ -243,7 +251,8 @@ def _device(device: str) -> str:
     if not torch.cuda.is_available():
         raise Failed("torch sees no GPU")
     found = torch.cuda.get_device_properties(0)
-    return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, torch {torch.__version__}"
+    attention = "flash-attn" if find_spec("flash_attn") else "no flash-attn: attention by torch"
+    return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, torch {torch.__version__}, {attention}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import bm25s
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from flags_and_facts.world import Split, World, load_world
+from search_backends.retrieval.bm25s_alone import bm25s
 
 RESULTS = 3
 # The root mean square over the channels, 0 to 255. An image farther than this is not a flag.

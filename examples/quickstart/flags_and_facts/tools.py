@@ -10,12 +10,14 @@ from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import ToolResponse
 
 from flags_and_facts.search import load_index
+from verl_tapo.calls.limits import failed
 
 
 class FlagsTool(BaseTool):  # type: ignore[misc]
     """One of `image_search`, `text_search`, `zoom`: the name in its schema says which.
 
-    Arguments that make no sense raise; the agent loop answers the model with the message.
+    Arguments that make no sense are answered as veRL answers what a tool raises. The metrics say that the model is at
+    fault: what is raised counts as the tool's own failure, of which `max_fault_rate` would end the run.
     """
 
     def __init__(self, config: dict[str, Any], tool_schema: Any):
@@ -32,7 +34,11 @@ class FlagsTool(BaseTool):  # type: ignore[misc]
     ) -> tuple[ToolResponse, float | None, dict[str, Any]]:
         images = list(kwargs["agent_data"].image_data or [])
         split = self._splits[instance_id]
-        text, image = await asyncio.to_thread(lambda: load_index(split).run(self.name, parameters, images))
+        index = await asyncio.to_thread(load_index, split)
+        try:
+            text, image = await asyncio.to_thread(index.run, self.name, parameters, images)
+        except ValueError as error:
+            return ToolResponse(text=failed(self.name, str(error))), None, {"fault": "model"}
         return ToolResponse(text=text, **({"image": [image]} if image else {})), None, {}
 
     async def release(self, instance_id: str, **kwargs: Any) -> None:
