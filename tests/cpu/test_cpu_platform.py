@@ -100,6 +100,34 @@ def test_servers_of_their_own_need_slots_and_a_way_for_the_weights(config):
     assert slots.startswith("Ray has 1 slots for 3 workers")
 
 
+@pytest.mark.parametrize(
+    ("named", "slots", "advice"), [("", 1, "set -1,"), ("0", 2, "set -1,-1,"), ("0", 1, None), ("-1,-1", 2, None)]
+)
+def test_hidden_gpus_leave_ray_its_slots(config, monkeypatch, named, slots, advice):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    with open_dict(config):
+        config.ray_kwargs.ray_init.num_gpus = slots
+    found = problems(config)
+    assert [advice] * len(found) == [said[said.index("set -1") : said.index(" which hides")] for said in found]
+    assert bool(found) == (advice is not None)
+
+
+SLOTS = """
+import os, ray
+ray.init(num_gpus=2, num_cpus=2, include_dashboard=False)
+print("worker has", ray.get(ray.remote(num_gpus=1)(lambda: os.environ["CUDA_VISIBLE_DEVICES"]).remote()))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("named", "said"), [("", "CUDA_VISIBLE_DEVICES contains []"), ("0", "contains ['0']"), ("-1,-1", "worker has -1")]
+)
+def test_ray_takes_what_is_advised_and_nothing_less(named, said):
+    done = python(SLOTS, CUDA_VISIBLE_DEVICES=named)
+    assert said in done.stdout + done.stderr
+
+
 def test_weights_that_are_kept_do_not_change_with_the_model():
     weight = torch.zeros(2)
     kept, spec = save_hook(lambda model: ({"weight": (model.cpu(), None)}, "spec"), None, (weight,), {})

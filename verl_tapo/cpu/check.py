@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,19 @@ def problems(config: Any, use_critic: bool = False) -> list[str]:
             f"Ray has {ray.get('num_gpus') or 0} slots for {workers} workers and would wait for ever: set "
             f"+ray_kwargs.ray_init.num_gpus={workers} (slots, not GPUs)"
         )
+    found += _too_few_named(ray.get("num_gpus") or 0) if not ray.get("address") else []
     return found
+
+
+def _too_few_named(slots: int) -> list[str]:
+    """Ray refuses more slots than the GPUs that it is told of, also where they stand for processes."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None or len(named.split(",") if named else []) >= slots:
+        return []
+    return [
+        f"CUDA_VISIBLE_DEVICES={named!r} names fewer GPUs than Ray is to have slots ({slots}), and it would refuse: "
+        f"unset it, or set {','.join(['-1'] * slots)}, which hides every GPU"
+    ]
 
 
 def _separate(config: Any) -> bool:
