@@ -83,6 +83,7 @@ def test_the_process_group_is_gloo():
 @pytest.fixture
 def config(monkeypatch, tmp_path):
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with initialize_config_module("verl.trainer.config", version_base=None):
         return compose("cpu", overrides=[f"actor_rollout_ref.model.path={tmp_path}"])
 
