@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import prepare
 import pytest
+from flags_and_facts import search
 from flags_and_facts.questions import WEIGHTS, ask, cell_box, questions
 from flags_and_facts.reward import compute_score
 from flags_and_facts.script import PERFECT, Script, Slips, made_up_world
@@ -221,3 +223,9 @@ def test_an_index_is_the_same_whoever_builds_it():
     for country in list(world.countries.values())[:30]:
         query = f"currency of {country.name}"
         assert first.text_search(query) == second.text_search(query)
+
+
+def test_rollouts_that_ask_at_once_share_an_index():
+    search._index.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(load_index, ["heldout"] * 8))) == 1

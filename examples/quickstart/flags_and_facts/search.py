@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ RESULTS = 3
 MAX_DISTANCE = 60.0
 ZOOM_SIZE = (84, 63)
 MIN_ZOOM = 8  # pixels
+
+_building = Lock()
 
 
 def _embedding(image: Image.Image) -> npt.NDArray[np.float32]:
@@ -80,9 +83,14 @@ class Index:
         raise ValueError(f"there is no tool {tool!r}")
 
 
-@cache
 def load_index(split: Split | None = None) -> Index:
-    """The index of a split's countries, or of all."""
+    """The index of a split's countries, or of all. Built once, also where many rollouts ask at the same time."""
+    with _building:
+        return _index(split)
+
+
+@cache
+def _index(split: Split | None) -> Index:
     return Index(load_world(split))
 
 
