@@ -250,9 +250,10 @@ MARK = re.compile(r"(<!-- (\w+): report\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 DOCUMENT = HERE.parent.parent / "docs" / "evidence.md"
 SWITCHES = "grounding.witnesses=true,grounding.own=true,grounding.luck=true"
 TRAINER = {
-    "trainer": "quickstart/results/grounded.csv",
-    "guessing": "quickstart/results/guessing.csv",
-    "from_memory": "quickstart_lm/results/from-memory.csv",
+    "trainer": ["quickstart/results/grounded.csv"],
+    "trainer_switches": ["quickstart/results/grounded.csv", "quickstart/results/switches.csv"],
+    "guessing": ["quickstart/results/guessing.csv"],
+    "from_memory": ["quickstart_lm/results/from-memory.csv"],
 }
 """Tables of veRL's own trainer, and the files in `examples` that `compare.py` and `compare_lm.py` wrote for them."""
 
@@ -362,6 +363,7 @@ COLUMNS = {
     "switches": ["world", "rule", "seeds", "final", "above .5"],
     "errors": ["world", "rule", "final", "above .5", "early - GRPO"],
     "trainer": [*TRAINED, "final - TAPO"],
+    "trainer_switches": ["rule", "seeds", "early", "final", "held out", "early - TAPO", "final - TAPO", "held out - TAPO"],
     "guessing": ["rule", "seeds", "final", "above 50", "held out", "final - GRPO", "held out - GRPO"],
     "from_memory": TRAINED,
 }
@@ -441,10 +443,10 @@ def write(folder: Path) -> tuple[str, dict[str, str]]:
         plot_rules(summary, plain, folder / "rules.png")
     for name, table in grounding.items():
         parts += [f"## Grounded credit: {name.replace('_', ' ')}", table]
-    for name, file in TRAINER.items():
-        if (HERE.parent / file).is_file():
-            documented[name] = trainer_table(pd.read_csv(HERE.parent / file))
-            parts += [f"## In veRL's trainer: {file} (%)", documented[name]]
+    for name, files in TRAINER.items():
+        if all((HERE.parent / file).is_file() for file in files):
+            documented[name] = trainer_table(pd.concat(pd.read_csv(HERE.parent / file) for file in files))
+            parts += [f"## In veRL's trainer: {', '.join(files)} (%)", documented[name]]
     return "\n".join(parts), documented
 
 
