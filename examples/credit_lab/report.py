@@ -356,14 +356,15 @@ def trainer_table(steps: pd.DataFrame) -> str:
     return _markdown(head, rows)
 
 
-TRAINED = ["rule", "seeds", "early", "final", "held out", "early - GRPO", "final - GRPO", "held out - GRPO"]
+_SUCCESS = ["early", "final", "held out"]
+TRAINED = ["rule", "seeds", *_SUCCESS, *(f"{name} - GRPO" for name in _SUCCESS)]
 COLUMNS = {
     "main": ["world", "early, vanilla", "early, gspo", "early, sapo", "final, vanilla"],
     "cure": ["world", "loss", "seeds", "GRPO", "TAPO", "grounded", "grounded - GRPO", "grounded - TAPO"],
     "switches": ["world", "rule", "seeds", "final", "above .5"],
     "errors": ["world", "rule", "final", "above .5", "early - GRPO"],
     "trainer": [*TRAINED, "final - TAPO"],
-    "trainer_switches": ["rule", "seeds", "early", "final", "held out", "early - TAPO", "final - TAPO", "held out - TAPO"],
+    "trainer_switches": ["rule", "seeds", *_SUCCESS, *(f"{name} - TAPO" for name in _SUCCESS)],
     "guessing": ["rule", "seeds", "final", "above 50", "held out", "final - GRPO", "held out - GRPO"],
     "from_memory": TRAINED,
 }
