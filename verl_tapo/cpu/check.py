@@ -128,10 +128,8 @@ def validate_hook(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: di
 
     def call(config: Any, use_reference_policy: bool, use_critic: bool) -> Any:
         if found := problems(config, use_critic):
-            raise ValueError(
-                "VERL_PLATFORM=cpu, but this configuration is for a GPU; `--config-name cpu` sets all of it.\n- "
-                + "\n- ".join(found)
-            )
+            # In one line, which is what a log's reader looks for.
+            raise ValueError("VERL_PLATFORM=cpu cannot run this (`--config-name cpu` has it all): " + "; ".join(found))
         for shortage in shortages(config):
             logger.warning("VERL_PLATFORM=cpu: %s", shortage)
         return wrapped(config=config, use_reference_policy=use_reference_policy, use_critic=use_critic)
