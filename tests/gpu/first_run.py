@@ -171,12 +171,12 @@ class Training:
         }
         if self.device != "cpu":
             settings |= {f"{rollout}.name": "vllm", f"{rollout}.tensor_model_parallel_size": 1}
-        if self.device != "cpu" and find_spec("flash_attn") is None:
-            # VeRL's default, which packs rows without padding, is made for flash attention.
-            settings |= {
-                "++actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
-                "actor_rollout_ref.model.use_remove_padding": "false",
-            }
+            if find_spec("flash_attn") is None:
+                # VeRL's default, which packs rows without padding, is made for flash attention.
+                settings |= {
+                    "++actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
+                    "actor_rollout_ref.model.use_remove_padding": "false",
+                }
         name = "cpu" if self.device == "cpu" else "tapo"
         start = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", name]
         return [*start, *(f"{key}={value}" for key, value in settings.items()), *self.overrides]

@@ -62,24 +62,26 @@ def problems(config: Any, use_critic: bool = False) -> list[str]:
         found.append(
             f"actor_rollout_ref.rollout.checkpoint_engine.backend={backend}: separate_async needs {BACKEND} on a CPU"
         )
-    if (ray.get("num_gpus") or 0) < workers and not ray.get("address"):
-        found.append(
-            f"Ray has {ray.get('num_gpus') or 0} slots for {workers} workers and would wait for ever: set "
-            f"+ray_kwargs.ray_init.num_gpus={workers} (slots, not GPUs)"
-        )
-    found += _too_few_named(ray.get("num_gpus") or 0) if not ray.get("address") else []
+    if not ray.get("address"):
+        found += _slot_problems(ray.get("num_gpus") or 0, workers)
     return found
 
 
-def _too_few_named(slots: int) -> list[str]:
+def _slot_problems(slots: int, workers: int) -> list[str]:
     """Ray refuses more slots than the GPUs that it is told of, also where they stand for processes."""
+    found = []
+    if slots < workers:
+        found.append(
+            f"Ray has {slots} slots for {workers} workers and would wait for ever: set "
+            f"+ray_kwargs.ray_init.num_gpus={workers} (slots, not GPUs)"
+        )
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None or len(named.split(",") if named else []) >= slots:
-        return []
-    return [
-        f"CUDA_VISIBLE_DEVICES={named!r} names fewer GPUs than Ray is to have slots ({slots}), and it would refuse: "
-        f"unset it, or set {','.join(['-1'] * slots)}, which hides every GPU"
-    ]
+    if named is not None and len(named.split(",") if named else []) < slots:
+        found.append(
+            f"CUDA_VISIBLE_DEVICES={named!r} names fewer GPUs than Ray is to have slots ({slots}), and it would "
+            f"refuse: unset it, or set {','.join(['-1'] * slots)}, which hides every GPU"
+        )
+    return found
 
 
 def _separate(config: Any) -> bool:
